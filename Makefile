@@ -1,0 +1,41 @@
+# Each target makes its own .venv from python3, installs the tested set of constraints.txt, and runs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMPS := .venv/base.stamp .venv/test.stamp .venv/dev.stamp
+
+FASHION_MNIST := $(or $(UNDIFFUSE_FASHION_MNIST),/usr/share/datasets/fashion-mnist)
+HAVE_DATA := $(wildcard $(FASHION_MNIST)/train-images-idx3-ubyte.gz)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check docs
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/base.stamp  ## the whole paper in one HTML report: train, sample, measure (5 minutes on 2 cores)
+	$(BIN)/undiffuse demo --out demo
+
+test: .venv/test.stamp  ## all tests (15 minutes on 2 cores); ARGS="tests/test_key.py -x" for some of them
+	$(if $(HAVE_DATA),,@echo 'Fashion-MNIST is not in $(FASHION_MNIST): the tests marked "data" are left out')
+	$(BIN)/python -m pytest $(if $(HAVE_DATA),,-m "not data") $(ARGS)
+
+check: .venv/dev.stamp  ## format, lint, types and the fast tests (90 seconds)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q -m "not slow and not data"
+
+docs: .venv/base.stamp  ## docs/cli.md, from the help of each command
+	@mkdir -p docs
+	$(BIN)/python -m typer undiffuse.cli utils docs --name undiffuse --title "The command line" --output docs/cli.md
+
+.venv/base.stamp: WHAT := .
+.venv/test.stamp: WHAT := .[test]
+.venv/dev.stamp: WHAT := .[dev]
+
+$(STAMPS): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e "$(WHAT)"
+	@touch $@

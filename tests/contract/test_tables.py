@@ -1,0 +1,32 @@
+"""What the tables hold, by name: a class that is lost, renamed or half-written fails here and nowhere later."""
+
+import pytest
+
+from undiffuse.config import plain
+from undiffuse.denoiser import PARAMETERISATIONS, VARIANCES
+from undiffuse.network.base import NETWORKS
+from undiffuse.objective import OBJECTIVES
+from undiffuse.process import PROCESSES
+from undiffuse.sampler.base import SAMPLERS
+
+NAMES = {
+    PROCESSES: "linear quad const warmup10 warmup50 jsd cosine continuous-cosine sigmoid edm straight",
+    PARAMETERISATIONS: "eps x0 v mu edm",
+    VARIANCES: "fixed-small fixed-large learned learned-range",
+    NETWORKS: "unet",
+    OBJECTIVES: "simple vlb hybrid min-snr",
+    SAMPLERS: "ancestral ddim heun",
+}
+MEMBERS = [pytest.param(table, name, id=f"{table.kind}-{name}") for table in NAMES for name in NAMES[table].split()]
+
+
+@pytest.mark.parametrize("table", NAMES, ids=lambda table: table.kind)
+def test_a_table_holds_exactly_these(table):
+    assert set(table.classes) == set(NAMES[table].split())
+
+
+@pytest.mark.parametrize("table, name", MEMBERS)
+def test_a_member_is_built_by_its_name_and_written_back(table, name):
+    member = table.build(name)
+    assert table.name_of(member) == name
+    assert table.build({"name": name, **plain(member)}) == member

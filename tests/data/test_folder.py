@@ -1,0 +1,142 @@
+"""Folders and zips: what is read, in which order, and which classes and splits follow from the names."""
+
+import os
+import re
+import zipfile
+
+import pytest
+from PIL import Image
+
+from undiffuse.data.source import open_raw, open_source
+from undiffuse.errors import DataError
+
+
+def fill(root, names):
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2), i).save(path, "PNG")
+
+
+def zipped(root, target, prefix=""):
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(root.rglob("*")):
+            archive.write(path, prefix + path.relative_to(root).as_posix())
+    return target
+
+
+@pytest.fixture(params=["folder", "zip"])
+def packed(request, tmp_path):
+    """`packed(names)` puts pictures there, as a folder or as a zip; each has its number as colour."""
+
+    def pack(names):
+        fill(tmp_path / "set", names)
+        return tmp_path / "set" if request.param == "folder" else zipped(tmp_path / "set", tmp_path / "set.zip")
+
+    return pack
+
+
+def levels(source):
+    return [int(source[i].image[0, 0, 0]) for i in range(len(source))]
+
+
+def test_everything_below_is_read_sorted_by_name(packed):
+    source = open_raw(packed(["b.png", "a/z/y.png", "a/x.PNG", "c.bmp"]))
+    assert source.names == ("a/x.PNG", "a/z/y.png", "b.png", "c.bmp")
+    assert levels(source) == [2, 1, 0, 3]
+    assert source.classes is None
+
+
+def test_hidden_and_other_files_are_passed_over(packed):
+    names = ["a.png", ".b.png", ".cache/c.png", "__MACOSX/d.png", "e.txt", "f.npz", "g.pdf"]
+    assert open_raw(packed(names)).names == ("a.png",)
+
+
+def test_class_folders_give_labels(packed):
+    source = open_source(packed(["dog/1.png", "cat/1.png", "dog/x/2.png"]))
+    assert source.classes == ("cat", "dog")
+    assert source.labels.tolist() == [0, 1, 1]
+
+
+def test_classes_are_below_the_common_folder(packed):
+    source = open_source(packed(["all/pets/dog/1.png", "all/pets/cat/1.png"]))
+    assert source.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("names", [["a/1.png", "a/2.png"], ["a/1.png", "b/1.png", "c.png"]])
+def test_no_labels_unless_each_picture_is_in_one_of_several_folders(packed, names):
+    assert open_source(packed(names)).labels is None
+
+
+def test_splits(packed):
+    path = packed(["train/cat/1.png", "train/dog/2.png", "test/dog/3.png", "train/ant/4.png"])
+    train, test = open_source(path), open_source(path, split="test")
+    assert train.classes == test.classes == ("ant", "cat", "dog")
+    assert train.labels.tolist() == [0, 1, 2]
+    assert test.labels.tolist() == [2]
+    assert test.images.flatten().unique().tolist() == [2]
+
+
+def test_no_test_split(packed):
+    path = packed(["cat/1.png", "dog/2.png"])
+    with pytest.raises(DataError, match=f'^{path} has no test split; give .* a folder with "train" and "test"$'):
+        open_source(path, split="test")
+
+
+def test_an_empty_folder(packed):
+    path = packed(["a.txt", "b.csv"])
+    with pytest.raises(DataError, match=rf"^{path} has no images: 2 files, none with the ending of a picture"):
+        open_source(path)
+
+
+def test_a_folder_with_nothing_in_it(tmp_path):
+    with pytest.raises(DataError, match="has no images: 0 files, .* Give the folder that holds them$"):
+        open_source(tmp_path)
+
+
+def test_one_picture(tmp_path):
+    fill(tmp_path, ["a.png", "b.png"])
+    source = open_raw(tmp_path / "b.png")
+    assert levels(source) == [1]
+    assert source.name(0) == "b.png"
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    fill(tmp_path, ["set/a/1.png", "other/2.png"])
+    (tmp_path / "set/b").symlink_to(tmp_path / "other")
+    (tmp_path / "set/a/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set/a/broken.png").symlink_to(tmp_path / "gone.png")
+    source = open_raw(tmp_path / "set")
+    assert source.names == ("a/1.png", "a/broken.png", "b/2.png")
+    with pytest.raises(DataError, match="^a/broken.png: No such file or directory$"):
+        source[1]
+
+
+def test_names_that_are_not_utf8_are_printed_with_escapes(tmp_path):
+    os.makedirs(tmp_path / "set")
+    with open(os.fsencode(tmp_path / "set") + b"/\xff.png", "wb"):
+        pass
+    with pytest.raises(DataError, match=re.escape(r"cannot be read: \xff.png (not a picture")):
+        open_source(tmp_path / "set")
+    assert len(open_raw(tmp_path / "set").fingerprint()) == 64
+
+
+def test_a_damaged_zip(tmp_path):
+    fill(tmp_path / "set", ["a.png", "b.png"])
+    path = zipped(tmp_path / "set", tmp_path / "set.zip")
+    data = bytearray(path.read_bytes())
+    data[60] ^= 255  # inside a.png: its checksum fails
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"^1 of 2 images cannot be read: a.png \(Bad CRC-32"):
+        open_source(path)
+    path.write_bytes(data[:100])
+    with pytest.raises(DataError, match=r"set.zip cannot be read as a zip: File is not a zip file"):
+        open_source(path)
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    fill(tmp_path / "set", ["a.png"])
+    path = zipped(tmp_path / "set", tmp_path / "set.zip")
+    monkeypatch.setattr("undiffuse.data.picture.MAX_BYTES", 10)
+    with pytest.raises(DataError, match=r"a.png \(unpacks to more than 10 bytes\)"):
+        open_source(path)

@@ -1,0 +1,379 @@
+"""Configs and names of diffusers' folders, on networks small enough to build by the dozen."""
+
+import inspect
+import json
+import re
+from dataclasses import MISSING, fields
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from undiffuse import disk
+from undiffuse import model as models
+from undiffuse.config import parse, plain
+from undiffuse.denoiser import X0, Eps, FixedLarge, FixedSmall, Learned, LearnedRange, Mu, V
+from undiffuse.errors import Corrupt, StorageError, UsageError
+from undiffuse.interop import diffusers as interop
+from undiffuse.network.unet import UNet
+from undiffuse.process import Const, Cosine, Linear, Quad
+from undiffuse.recipe import ModelConfig
+
+UNET = {
+    "_class_name": "UNet2DModel",
+    "_diffusers_version": "0.0.4",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [32, 64],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 8,
+    "time_embedding_type": "positional",
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "variance_type": "fixed_large",
+}
+INDEX = {"_class_name": "DDPMPipeline"}
+CONFIG = ModelConfig((3, 8, 8), Linear(), Eps(), FixedLarge(), UNet(32, (1, 2), 1, (1,)))
+LEFT_OUT = object()
+WEIGHTS = "diffusion_pytorch_model"
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def public(config):
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of diffusers' own network, each tensor with values that no other has."""
+    network = diffusers.UNet2DModel(**public(UNET))
+    return {name: torch.randn_like(tensor) for name, tensor in network.state_dict().items()}
+
+
+def write(path, weights=None, unet=UNET, scheduler=SCHEDULER, layout="folders"):
+    """A folder in one of the three layouts."""
+    unet_folder = path / "unet" if layout == "folders" else path
+    scheduler_folder = path / "scheduler" if layout == "folders" else path
+    for folder in (unet_folder, scheduler_folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    (unet_folder / "config.json").write_text(json.dumps(unet))
+    if layout != "bare":
+        (scheduler_folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+        (path / "model_index.json").write_text(json.dumps(INDEX))
+    if weights is not None:
+        save_file(weights, unet_folder / f"{WEIGHTS}.safetensors")
+    return path
+
+
+def changed(config, field, value):
+    return {name: each for name, each in {**config, field: value}.items() if each is not LEFT_OUT}
+
+
+def read_config(path) -> ModelConfig:
+    return parse(ModelConfig, interop.read_folder(path)[1]["model"], str(path))
+
+
+def export(path, config: ModelConfig, tensors=None):
+    if tensors is None:
+        tensors = config.build(clip=True).network.state_dict()
+    interop.write_folder(path, tensors, {"model": plain(config)})
+    return path
+
+
+@pytest.mark.parametrize("layout", ["folders", "flat"])
+def test_a_pipeline_in_either_layout(tmp_path, weights, layout):
+    path = write(tmp_path, weights, layout=layout)
+    tensors, meta = interop.read_folder(path)
+    assert interop.is_folder(path)
+    assert parse(ModelConfig, meta["model"], "test") == CONFIG
+    assert meta["imported"] == {"from": "diffusers", "schedule": "given"}
+    assert torch.equal(tensors["up.0.block.1.conv1.weight"], weights["up_blocks.1.resnets.1.conv1.weight"])
+    assert torch.equal(tensors["up.1.attn.0.q.weight"][:, :, 0, 0], weights["up_blocks.0.attentions.0.to_q.weight"])
+
+
+def test_a_bare_network_is_given_the_schedule_that_diffusers_would_give_it(tmp_path, weights):
+    path = write(tmp_path, weights, layout="bare")
+    _, meta = interop.read_folder(path)
+    assert interop.is_folder(path)
+    assert meta["imported"]["schedule"] == "assumed"
+    assert parse(ModelConfig, meta["model"], "test") == ModelConfig(
+        (3, 8, 8), Linear(), Eps(), FixedSmall(), CONFIG.network
+    )
+
+
+def test_load_takes_the_folder(tmp_path, weights):
+    model = models.load(write(tmp_path, weights))
+    assert model.config == CONFIG
+    assert model.sample(1, steps=2).shape == (1, 3, 8, 8)
+
+
+def test_a_folder_of_something_else_is_not_ours(tmp_path):
+    assert not interop.is_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "DDPMScheduler"])
+def test_defaults_are_those_of_diffusers(name):
+    ours = {field.name: field.default for field in fields(getattr(interop, name))}
+    signature = inspect.signature(getattr(diffusers, name).__init__).parameters
+    theirs = {each: value.default for each, value in signature.items() if each != "self"}
+    assert MISSING not in ours.values()
+    assert ours == theirs
+
+
+def test_both_generations_of_names_give_the_same_tensors(tmp_path, weights):
+    pattern = "|".join(re.escape(name) for name in OLD_NAMES)
+    old = {re.sub(pattern, lambda match: OLD_NAMES[match[0]], name): each for name, each in weights.items()}
+    assert len(old.keys() - weights.keys()) == 4 * 2 * 4  # four attentions of four layers with weight and bias
+    first, _ = interop.read_folder(write(tmp_path / "new", weights))
+    second, _ = interop.read_folder(write(tmp_path / "old", old))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("head", [64, None])
+def test_one_head_may_be_named_by_its_width(tmp_path, weights, head):
+    assert read_config(write(tmp_path, weights, changed(UNET, "attention_head_dim", head))) == CONFIG
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("_class_name", "UNet2DConditionModel", '"_class_name" is "UNet2DConditionModel"; supported: "UNet2DModel"'),
+        ("act_fn", "gelu", '"act_fn" is "gelu"; supported: "silu", "swish"'),
+        ("add_attention", False, '"add_attention" is false; supported: true'),
+        ("attention_head_dim", 8, '"attention_head_dim" is 8; supported: null, 64'),
+        ("attention_head_dim", LEFT_OUT, '"attention_head_dim" is 8; supported: null, 64'),
+        ("attn_norm_num_groups", 16, '"attn_norm_num_groups" is 16; supported: null, 32'),
+        ("block_out_channels", [32, 48], r'"block_out_channels" is \[32, 48\]; supported: multiples'),
+        ("block_out_channels", [16, 32], r'"block_out_channels" is \[16, 32\]; supported: .* multiple of 32'),
+        ("block_out_channels", [], r'"block_out_channels" is \[\]; supported'),
+        ("block_out_channels", "32", '"block_out_channels" input should be a valid'),
+        ("center_input_sample", True, '"center_input_sample" is true; supported: false'),
+        ("class_embed_type", "timestep", '"class_embed_type" is "timestep"; supported: null'),
+        ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"], '"down_block_types" is .*SkipDownBlock2D.*supported'),
+        ("down_block_types", ["DownBlock2D", "DownBlock2D"], '"down_block_types" is .*supported'),
+        ("down_block_types", ["DownBlock2D"], '"down_block_types" is .*supported: for each of the 2 levels'),
+        ("up_block_types", ["UpBlock2D", "AttnUpBlock2D"], '"up_block_types" .*supported'),
+        ("downsample_padding", 1, '"downsample_padding" is 1; supported: 0'),
+        ("downsample_padding", LEFT_OUT, '"downsample_padding" is 1, as diffusers takes it where it is left out'),
+        ("downsample_type", "resnet", '"downsample_type" is "resnet"; supported: "conv"'),
+        ("upsample_type", "resnet", '"upsample_type" is "resnet"; supported: "conv"'),
+        ("flip_sin_to_cos", True, '"flip_sin_to_cos" is true; supported: false'),
+        ("freq_shift", 0, '"freq_shift" is 0; supported: 1'),
+        ("mid_block_scale_factor", 1.414, '"mid_block_scale_factor" is 1.414; supported: 1.0'),
+        ("mid_block_type", None, '"mid_block_type" is null; supported: "UNetMidBlock2D"'),
+        ("norm_eps", 1e-5, '"norm_eps" is 1e-05; supported: 1e-06'),
+        ("norm_num_groups", 16, '"norm_num_groups" is 16; supported: 32'),
+        ("num_class_embeds", 10, '"num_class_embeds" is 10; supported: null'),
+        ("out_channels", 6, '"out_channels" is 6; supported: 3'),
+        ("resnet_time_scale_shift", "scale_shift", '"resnet_time_scale_shift" is "scale_shift"; supported: "default"'),
+        ("sample_size", None, '"sample_size" is null; give the side'),
+        ("time_embedding_dim", 64, '"time_embedding_dim" is 64; supported: null, 128'),
+        ("time_embedding_type", "fourier", '"time_embedding_type" is "fourier"; supported: "positional"'),
+        ("dropout", 2.0, '"dropout" input should be less than or equal to 1, given 2.0'),
+        ("layers", 2, 'has no field "layers"'),
+    ],
+)
+def test_a_network_that_is_not_ours_is_refused_by_its_field(tmp_path, weights, field, value, message):
+    with pytest.raises(UsageError, match=message):
+        interop.read_folder(write(tmp_path, weights, changed(UNET, field, value)))
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("_class_name", "DDIMScheduler", '"_class_name" is "DDIMScheduler"; supported: "DDPMScheduler"'),
+        ("beta_schedule", "sigmoid", '"beta_schedule" is "sigmoid"; supported: "linear", "scaled_linear", "squared'),
+        ("trained_betas", [0.1, 0.2], r'"trained_betas" is \[0.1, 0.2\]; supported: null'),
+        ("variance_type", "learned", '"variance_type" is "learned"; supported: "fixed_small", "fixed_large"'),
+        ("variance_type", "fixed_large_log", '"variance_type" is "fixed_large_log"; supported'),
+        ("clip_sample", False, '"clip_sample" is false; supported: true'),
+        ("clip_sample_range", 2.0, '"clip_sample_range" is 2.0; supported: 1.0'),
+        ("prediction_type", "flow", '"prediction_type" is "flow"; supported: "epsilon", "sample", "v_prediction"'),
+        ("thresholding", True, '"thresholding" is true; supported: false'),
+        ("rescale_betas_zero_snr", True, '"rescale_betas_zero_snr" is true; supported: false'),
+        ("num_train_timesteps", 0, '"num_train_timesteps" input should be greater than or equal to 1'),
+        ("variance_type", "learned_range", '"out_channels" is 3; supported: 6'),
+    ],
+)
+def test_a_chain_that_is_not_ours_is_refused_by_its_field(tmp_path, weights, field, value, message):
+    with pytest.raises(UsageError, match=message):
+        interop.read_folder(write(tmp_path, weights, scheduler=changed(SCHEDULER, field, value)))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_the_betas_are_those_of_diffusers(tmp_path, weights, schedule):
+    """diffusers' are float32, of rounding 6e-8 in each operation."""
+    config = {**SCHEDULER, "beta_schedule": schedule, "num_train_timesteps": 100, "beta_start": 0.001}
+    process = read_config(write(tmp_path, weights, scheduler=config)).process
+    torch.testing.assert_close(
+        process.betas(), diffusers.DDPMScheduler(**public(config)).betas.double(), rtol=1e-6, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("name, ours", [("epsilon", Eps()), ("sample", X0()), ("v_prediction", V())])
+def test_what_is_predicted(tmp_path, weights, name, ours):
+    path = write(tmp_path, weights, scheduler={**SCHEDULER, "prediction_type": name})
+    assert read_config(path).parameterisation == ours
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"conv_in.bias": None}, "hold no conv_in.bias; the config asks for exactly one"),
+        ({"mid_block.attentions.0.to_q.bias": None}, "hold no mid_block.attentions.0.query.bias or .*to_q.bias; the"),
+        ({"mid_block.attentions.0.query.bias": 64}, "hold both mid_block.*query.bias and mid_block.*to_q.bias; the"),
+        ({"class_embedding.weight": 1}, "the config has no place for class_embedding.weight$"),
+        ({name: 1 for name in "abcde"}, "the config has no place for a, b, c and 2 more"),
+        ({"conv_out.bias": 4}, r"conv_out.bias is \[4\] in the weights, and \[3\] by the config"),
+    ],
+)
+def test_each_tensor_is_used_exactly_once(tmp_path, weights, change, message):
+    sizes = {name: size for name, size in change.items() if size is not None}
+    wrong = {**weights, **{name: torch.zeros(size) for name, size in sizes.items()}}
+    wrong = {name: tensor for name, tensor in wrong.items() if name in sizes or name not in change}
+    with pytest.raises(UsageError, match=message):
+        interop.read_folder(write(tmp_path, wrong))
+
+
+def test_a_pickle_is_read_only_with_the_flag(tmp_path, weights):
+    path = write(tmp_path)
+    torch.save(weights, path / "unet" / f"{WEIGHTS}.bin")
+    with pytest.raises(Corrupt, match=r"is a pickle.*--allow-pickle") as caught:
+        interop.read_folder(path)
+    assert caught.value.exit_code == 5
+    tensors, _ = interop.read_folder(path, allow_pickle=True)
+    assert torch.equal(tensors["conv_in.weight"], weights["conv_in.weight"])
+
+
+def test_safetensors_are_preferred_to_a_pickle(tmp_path, weights):
+    path = write(tmp_path, weights)
+    (path / "unet" / f"{WEIGHTS}.bin").write_bytes(b"never read")
+    assert read_config(path) == CONFIG
+
+
+@pytest.mark.parametrize(
+    "file, content, error, message",
+    [
+        ("model_index.json", '{"_class_name": "LDMPipeline"}', UsageError, '"LDMPipeline"; supported: "DDPMPipeline"'),
+        ("unet/config.json", "{", Corrupt, "config.json is damaged: it is not JSON"),
+        ("unet/config.json", "[]", Corrupt, "config.json holds no JSON object"),
+        ("unet/config.json", None, UsageError, "config.json is missing; a diffusers model is"),
+        ("scheduler/scheduler_config.json", None, UsageError, "scheduler_config.json is missing"),
+        (f"unet/{WEIGHTS}.safetensors", "cut short", Corrupt, "safetensors is damaged, or no"),
+        (f"unet/{WEIGHTS}.safetensors", None, UsageError, f"holds no {WEIGHTS}.safetensors, nor {WEIGHTS}.bin"),
+    ],
+)
+def test_damaged_and_missing_files(tmp_path, weights, file, content, error, message):
+    path = write(tmp_path, weights)
+    if content is None:
+        (path / file).unlink()
+    else:
+        (path / file).write_text(content)
+    with pytest.raises(error, match=message):
+        interop.read_folder(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        ModelConfig((1, 8, 16), Cosine(100), V(), LearnedRange(), UNet(32, (1, 1), 2, (), dropout=0.1)),
+        ModelConfig((3, 4, 4), Quad(50, 0.001, 0.5), X0(), FixedSmall(), UNet(32, (1,), 1, (0,))),
+    ],
+)
+def test_a_round_trip_keeps_every_bit(tmp_path, config):
+    before = {name: torch.randn_like(tensor) for name, tensor in config.build(True).network.state_dict().items()}
+    after, meta = interop.read_folder(export(tmp_path / "out", config, before))
+    assert parse(ModelConfig, meta["model"], "test") == config
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_round_trip_of_theirs_keeps_every_bit(tmp_path, weights):
+    tensors, meta = interop.read_folder(write(tmp_path / "in", weights))
+    interop.write_folder(tmp_path / "out", tensors, meta)
+    after = load_file(tmp_path / "out" / "unet" / f"{WEIGHTS}.safetensors")
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("image", [(3, 8, 8), (3, 8, 16)])
+def test_diffusers_loads_and_runs_what_is_exported(tmp_path, image):
+    config = ModelConfig(image, Cosine(10), V(), FixedLarge(), CONFIG.network)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(export(tmp_path / "out", config))
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.unet) is diffusers.UNet2DModel
+    chain = pipeline.scheduler.config
+    assert (chain.beta_schedule, chain.prediction_type, chain.variance_type, chain.num_train_timesteps) == (
+        "squaredcos_cap_v2",
+        "v_prediction",
+        "fixed_large",
+        10,
+    )
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, *image[1:], 3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"network": UNet(32, (1, 1), 1, (), patch=2)}, "cannot be this network: patch = 2 and not 1"),
+        ({"network": UNet(32, (1, 1), 1, (), time="logsnr")}, 'network: time = "logsnr" and not "index"'),
+        ({"network": UNet(32, (2, 1), 1, ())}, r"network: multipliers \[2, 1\] do not begin with 1"),
+        ({"network": UNet(16, (1, 2), 1, ())}, "network: channels = 16 is no multiple of 32"),
+        ({"classes": 10}, "network: it was trained with classes"),
+        ({"process": Const()}, 'diffusers has no process "const"; supported: linear, quad, cosine'),
+        ({"process": Cosine(offset=0.01)}, "cosine schedule has offset 0.008 and beta_max 0.999; this model"),
+        ({"parameterisation": Mu()}, 'diffusers has no parameterisation "mu"; supported: eps, x0, v'),
+        ({"variance": Learned()}, 'diffusers has no variance "learned"; supported: fixed-small, fixed-large'),
+    ],
+)
+def test_what_diffusers_cannot_be_is_not_exported(tmp_path, change, message):
+    parts = {"image": (3, 8, 8), "process": Linear(), "parameterisation": Eps(), "variance": FixedLarge()}
+    config = ModelConfig(**{**parts, "network": CONFIG.network, **change})
+    with pytest.raises(UsageError, match=message):
+        export(tmp_path / "out", config, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists already; name a folder that is new or empty"):
+        export(tmp_path, CONFIG)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert read_config(export(tmp_path / "out", CONFIG)) == CONFIG
+
+
+def test_a_failing_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(change, path, detail=None):
+        if change == "rename":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "hook", full)
+    with pytest.raises(StorageError, match="out cannot be written: No space left on device"):
+        export(tmp_path / "out", CONFIG)
+    assert list(tmp_path.iterdir()) == []

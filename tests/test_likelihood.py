@@ -1,0 +1,156 @@
+"""The bound against closed forms: its terms on Gaussian data, its total on data of known entropy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from undiffuse.data.procedural import Gaussian, Law, PixelMixture
+from undiffuse.denoiser import X0, Denoiser, Eps, FixedLarge, FixedSmall
+from undiffuse.errors import UsageError
+from undiffuse.gaussian import LN2, bits, prior_kl
+from undiffuse.key import Key
+from undiffuse.likelihood import Terms, bound, chain, concatenate, strata
+from undiffuse.process import Cosine, Edm, Jsd, Linear, Process, Straight
+
+
+class Exact(nn.Module):
+    """The posterior mean of x_0 under a law: the network that training is after."""
+
+    def __init__(self, law: Law, process: Process):
+        super().__init__()
+        self.law, self.process = law, process
+
+    def forward(self, x, time, cond=None):
+        t = (time[:1].double() + 1) / self.process.steps
+        alpha, sigma = float(self.process.alpha(t)), float(self.process.sigma(t))
+        score = self.law.score(x.double(), alpha, sigma)
+        return ((x + sigma**2 * score) / alpha).float()
+
+
+class ByRow(nn.Module):
+    """`Exact` for batches whose rows stand at different times."""
+
+    def __init__(self, exact: Exact):
+        super().__init__()
+        self.exact = exact
+
+    def forward(self, x, time, cond=None):
+        return torch.cat([self.exact(x[i : i + 1], time[i : i + 1]) for i in range(len(x))])
+
+
+def exact(law: Law, process: Process, **fields) -> Denoiser:
+    return Denoiser(ByRow(Exact(law, process)) if fields.pop("by_row", False) else Exact(law, process), process, X0(),
+                    fields.pop("variance", FixedSmall()), clip=fields.pop("clip", False))  # fmt: skip
+
+
+def images(law: Law, count: int) -> torch.Tensor:
+    levels, _ = law.draw(Key(5).fold("test data").rows(count))
+    return levels.float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("process", [Linear(steps=60, beta_end=0.2), Cosine(steps=60)])
+def test_terms_of_gaussian_data_are_the_closed_form(process):
+    law = Gaussian(shape=(1, 4, 4), correlation=0.0)
+    terms = bound(exact(law, process), images(law, 600), Key(1).rows(600))
+    times = chain(process)
+    snr = process.logsnr(times).exp()
+    left = 1 / (1 / law.std**2 + snr[1:])  # the variance that x_t leaves of x_0
+    expected = (0.5 * (snr[:-1] - snr[1:]) * left / LN2).numpy()[1:]  # E KL, equal covariances
+    error = terms.bits[:, 1:].std(0) / 600**0.5
+    assert np.all(np.abs(terms.bits[:, 1:].mean(0) - expected) < 4.5 * error + 1e-6)
+    # Rounding to levels adds 1/12 of a level squared to the variance of the data, no more.
+    assert terms.mse.mean(0) == pytest.approx(left.numpy(), rel=0.05, abs=(2 / 255) ** 2)
+
+
+def test_fixed_large_adds_the_known_mismatch():
+    """β in place of β̃ costs ½(r − 1 − log r) nats a value and step even where the mean is perfect."""
+    process, law = Linear(steps=40, beta_end=0.3), Gaussian(shape=(1, 4, 4), correlation=0.0)
+    x_0, keys = images(law, 8), Key(1).rows(8)
+    small = bound(exact(law, process), x_0, keys)
+    large = bound(exact(law, process, variance=FixedLarge()), x_0, keys)
+    times = chain(process)
+    ratio = process.small_variance(times[2:], times[1:-1]) / process.large_variance(times[2:], times[1:-1])
+    mismatch = (0.5 * (ratio - 1 - ratio.log()) / LN2).numpy()
+    assert large.bits[:, 1:] == pytest.approx(small.bits[:, 1:] * ratio.numpy() + mismatch, rel=1e-4, abs=1e-6)
+    assert large.bits[:, 0] == pytest.approx(small.bits[:, 0])
+
+
+@pytest.mark.slow
+def test_a_perfect_network_reaches_the_entropy_of_the_levels():
+    law = PixelMixture(shape=(1, 8, 8))
+    terms = bound(exact(law, Cosine(), clip=True), images(law, 64), Key(2).rows(64))
+    summary = terms.summary()
+    assert summary["bits_per_dim"] == pytest.approx(
+        law.entropy_bits_per_dim(), abs=0.03 + 3 * summary["standard_error"]
+    )
+    assert summary["bits_per_dim"] > law.entropy_bits_per_dim() - 3 * summary["standard_error"]
+    assert summary["prior"] + summary["rate"] + summary["decoder"] == pytest.approx(summary["bits_per_dim"])
+
+
+def test_stratified_times_are_unbiased():
+    process, law = Linear(steps=50, beta_end=0.25), PixelMixture(shape=(1, 4, 4))
+    x_0 = images(law, 400)
+    whole = bound(exact(law, process), x_0, Key(3).rows(400)).totals()
+    parts = bound(exact(law, process, by_row=True), x_0, Key(4).rows(400), draws=6)
+    assert parts.bits.shape == (400, 6) and parts.weights.sum() == 50
+    difference = parts.totals() - whole
+    assert abs(difference.mean()) < 4 * difference.std() / 400**0.5
+    assert abs(difference.mean()) < 0.05 * whole.mean()
+
+
+@pytest.mark.parametrize("steps, draws", [(1000, 8), (1000, 1), (1000, 1000), (10, 7), (1, 1)])
+def test_strata_cover_the_chain_once(steps, draws):
+    ranges = strata(steps, draws)
+    assert [i for a, b in ranges for i in range(a, b)] == list(range(steps))
+    assert len(ranges) == draws
+    assert ranges[0] == (0, 1) or draws < 8  # with enough draws the decoder's term is never left to chance
+
+
+def test_noise_does_not_depend_on_the_batch():
+    law, process = Gaussian(shape=(1, 4, 4)), Linear(steps=20, beta_end=0.5)
+    x_0, keys = images(law, 6), Key(1).rows(6)
+    whole = bound(exact(law, process), x_0, keys)
+    halves = concatenate([bound(exact(law, process), x_0[i : i + 3], keys[i : i + 3]) for i in (0, 3)])
+    assert halves.bits == pytest.approx(whole.bits, rel=1e-6, abs=1e-7)
+    assert np.array_equal(halves.index, whole.index)
+
+
+def test_rate_distortion_has_the_form_of_table_4():
+    k = 5
+    bits, mse = np.array([[1.9, 0.5, 0.25, 0.125, 0.0625]]), np.array([[0.01, 0.04, 0.09, 0.16, 0.25]])
+    terms = Terms(np.array([0.001]), bits, mse, np.arange(k)[None], np.ones(k))
+    curve = terms.rate_distortion()
+    assert [row["step"] for row in curve] == [1, 2, 3, 4, 5]
+    assert [row["rate"] for row in curve] == pytest.approx([0.001, 0.0635, 0.1885, 0.4385, 0.9385])
+    assert [row["rmse"] for row in curve] == pytest.approx([127.5 * d for d in (0.5, 0.4, 0.3, 0.2, 0.1)])
+    assert terms.summary()["bits_per_dim"] == pytest.approx(0.9385 + 1.9)
+    with pytest.raises(UsageError, match="needs every term of the chain"):
+        Terms(np.array([0.0]), bits[:, :2], mse[:, :2], np.arange(2)[None], np.array([1.0, 4.0])).rate_distortion()
+
+
+def test_a_coarser_chain_still_ends_at_the_decoder():
+    assert chain(Linear()).tolist() == [i / 1000 for i in range(1001)]
+    for steps in (1, 7, 50, 999):
+        times = chain(Linear(), steps)
+        assert times[0] == 0 and times[1] == 0.001 and times[-1] == 1 and (times.diff() > 0).all()
+
+
+def test_what_has_no_bound_is_refused():
+    law = Gaussian(shape=(1, 4, 4))
+    for process in (Jsd(steps=20), Straight()):
+        denoiser = Denoiser(Exact(law, Linear()), process, Eps(), FixedSmall())
+        with pytest.raises(UsageError, match="x0 or v"):
+            bound(denoiser, images(law, 1), Key(0).rows(1))
+    with pytest.raises(UsageError, match="0 draws an image are not possible; give 1 to 20"):
+        bound(exact(law, Linear(steps=20)), images(law, 1), Key(0).rows(1), draws=0)
+
+
+def test_prior_of_a_wide_process_is_measured_in_its_own_frame():
+    law, process = Gaussian(shape=(1, 2, 2)), Edm(sigma_max=40.0)
+    end = torch.ones((), dtype=torch.float64)
+    x_0 = images(law, 4)
+    got = bits(prior_kl(x_0, float(process.alpha(end)), float(process.sigma(end)), process.prior_std))
+    assert got == pytest.approx((x_0.square().flatten(1).mean(1) / 1600 / 2 / math.log(2)).numpy(), rel=1e-4)

@@ -1,0 +1,239 @@
+"""The loop: exact resume, real signals, budgets, and what stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from undiffuse import store, train
+from undiffuse.config import parse
+from undiffuse.data.source import ArraySource, open_source
+from undiffuse.errors import DataError, NotFiniteError, Preempted, UsageError
+from undiffuse.model import load
+from undiffuse.objective import Loss, Objective
+from undiffuse.recipe import Recipe
+
+SMALL = {
+    "data": {"flip": True},
+    "process": {"name": "linear", "steps": 20, "beta_end": 0.3},
+    "network": {"name": "unet", "channels": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.2},
+    "train": {"steps": 6, "batch": 8, "warmup": 2, "lr": 1e-2, "ema": 0.9, "save_every": 2, "sample_every": 6,
+              "log_every": 1, "held_out": 16, "held_out_every": 3},
+}  # fmt: skip
+
+
+def recipe(**sections) -> Recipe:
+    merged = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in SMALL.keys() | sections.keys()}
+    return parse(Recipe, merged, "test")
+
+
+@pytest.fixture(scope="module")
+def data() -> ArraySource:
+    return open_source("digits").subset(slice(64))
+
+
+def run(recipe: Recipe, data: ArraySource, out: Path, **fields):
+    return train.train(recipe, data, out, say=lambda text: None, show_progress=False, **fields)
+
+
+def state(out: Path, step: int) -> dict[str, torch.Tensor]:
+    tensors, _ = store.Run(out).load(step)
+    return {f"{part}/{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys() and len(one) > 50
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_resume_is_exact(tmp_path, data, precision):
+    chosen = recipe(train={"precision": precision})
+    run(chosen, data, tmp_path / "whole")
+    for last in (1, 3, 4, 6):
+        run(chosen, data, tmp_path / "parts", budget=train.Budget(steps=last))
+    assert_equal(state(tmp_path / "whole", 6), state(tmp_path / "parts", 6))
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    whole = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows if "loss" in r] == [r["loss"] for r in whole if "loss" in r]
+
+
+def test_the_state_depends_on_the_seed(tmp_path, data):
+    run(recipe(), data, tmp_path / "a", budget=train.Budget(steps=2))
+    run(recipe(train={"seed": 1}), data, tmp_path / "b", budget=train.Budget(steps=2))
+    a, b = state(tmp_path / "a", 2), state(tmp_path / "b", 2)
+    assert not torch.equal(a["ema/conv_in.weight"], b["ema/conv_in.weight"])
+
+
+def test_micro_batches_add_up_to_the_batch(data):
+    gradients = []
+    for size in (8, 3):
+        chosen = recipe(network={"dropout": 0.0}, train={"micro_batch": size, "clip_norm": 1e9})
+        trainer = train.Trainer(chosen, chosen.model((1, 8, 8)), data)
+        trainer.update(6)
+        gradients.append(torch.cat([weight.grad.flatten() for weight in trainer.weights]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_warm_up_starts_at_zero_and_cosine_ends_there(data):
+    config = recipe(train={"lr": 2e-4, "warmup": 5000}).train
+    rates = [train.learning_rate(config, step, 800_000) for step in (0, 1, 2500, 5000, 700_000)]
+    assert rates == pytest.approx([0, 4e-8, 1e-4, 2e-4, 2e-4], rel=1e-12)
+    cosine = replace(config, decay="cosine")
+    rates = [train.learning_rate(cosine, step, 10_000) for step in (2500, 5000, 7500, 10_000)]
+    assert rates == pytest.approx([1e-4, 2e-4, 1e-4, 0], abs=1e-12)
+
+
+def test_the_first_update_has_rate_zero_and_the_average_follows(tmp_path, data):
+    trainer = train.Trainer(recipe(), recipe().model((1, 8, 8)), data)
+    before = [weight.detach().clone() for weight in trainer.weights]
+    assert trainer.update(6)["lr"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.weights, strict=True))
+    trainer.update(6)
+    last = trainer.names.index("conv_out.weight")  # the gradients of the others are next to nothing yet
+    assert not torch.equal(before[last], trainer.weights[last])
+    expected = torch.lerp(before[last], trainer.weights[last].detach(), 1 - 0.9)
+    assert torch.allclose(trainer.ema.shadow[last], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_gradient_that_is_clipped_is_that_of_the_batch(data):
+    """One clip of the mean gradient, not one per micro-batch: with a tiny bound its norm is exactly the bound."""
+    chosen = recipe(train={"clip_norm": 1e-3, "micro_batch": 2})
+    trainer = train.Trainer(chosen, chosen.model((1, 8, 8)), data)
+    trainer.update(6)
+    norm = torch.linalg.vector_norm(torch.stack([weight.grad.norm() for weight in trainer.weights]))
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("budget, steps", [(train.Budget(images=17), 3), (train.Budget(steps=4, images=16), 2)])
+def test_budgets(tmp_path, data, budget, steps):
+    model = run(recipe(), data, tmp_path, budget=budget)
+    assert model.meta["step"] == steps and model.meta["images"] == 8 * steps
+    assert store.Run(tmp_path).latest() == steps
+
+
+def test_a_budget_of_minutes_stops_soon(tmp_path, data):
+    assert run(recipe(train={"steps": 10**6}), data, tmp_path, budget=train.Budget(minutes=0.001)).meta["step"] < 200
+
+
+def test_a_run_leaves_what_the_other_commands_need(tmp_path, data):
+    trained = run(recipe(), data, tmp_path, held_out=data)
+    assert (tmp_path / "config.toml").exists() and (tmp_path / "data.json").exists()
+    assert (tmp_path / "samples" / "step-000000006.png").stat().st_size > 500
+    assert store.Run(tmp_path).steps() == [4, 6]  # two are kept
+    loaded = load(tmp_path)
+    assert torch.equal(loaded.sample(3, seed=5), trained.sample(3, seed=5))
+    assert loaded.meta["images"] == 48
+    held = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "held_out" in line]
+    assert [row["step"] for row in held] == [3, 6] and all(0 < row["held_out"] < 3 for row in held)
+    assert load(tmp_path / "step-000000004").meta["step"] == 4
+
+
+def test_fine_tuning_begins_with_the_other_weights(tmp_path, data):
+    first = run(recipe(), data, tmp_path / "first")
+    run(recipe(train={"steps": 1}), data, tmp_path / "second", init=first)
+    tuned = state(tmp_path / "second", 1)  # the first update has rate 0
+    assert all(torch.equal(tuned[f"model/{n}"], w) for n, w in first.denoiser.network.state_dict().items())
+    wide = recipe(network={"channels": 16})
+    with pytest.raises(UsageError, match="these weights are of another architecture: conv_in.bias is"):
+        run(wide, data, tmp_path / "third", init=first)
+
+
+def test_changed_settings_are_refused_with_a_diff(tmp_path, data):
+    run(recipe(), data, tmp_path, budget=train.Budget(steps=2))
+    with pytest.raises(UsageError, match=r"other settings \(train.lr: 0.01 -> 0.02\); give the old ones"):
+        run(recipe(train={"lr": 2e-2}), data, tmp_path)
+    with pytest.raises(UsageError, match=r"process.steps: 20 -> 30"):
+        run(recipe(process={"steps": 30}), data, tmp_path)
+    run(recipe(train={"save_every": 3, "log_every": 2}), data, tmp_path)  # how often to look is free
+    assert store.Run(tmp_path).latest() == 6
+
+
+def test_changed_data_is_refused(tmp_path, data):
+    run(recipe(), data, tmp_path, budget=train.Budget(steps=2))
+    with pytest.raises(UsageError, match="64 images before, 63 now"):
+        run(recipe(), data.subset(slice(63)), tmp_path)
+
+
+@dataclass(frozen=True)
+class Breaks(Objective):
+    """Like a loss that overflows at one step."""
+
+    def __call__(self, denoiser, x_0, cond, keys):
+        output = denoiser(x_0, torch.full((len(x_0),), 0.5, dtype=torch.float64)).output
+        loss = output.square().flatten(1).mean(1) * (float("inf") if Breaks.now else 1.0)
+        return Loss(loss, {}, torch.zeros(len(x_0)))
+
+    now = False
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(data, monkeypatch):
+    chosen = replace(recipe(), objective=Breaks())
+    trainer = train.Trainer(chosen, chosen.model((1, 8, 8)), data)
+    trainer.update(6)
+    trainer.update(6)
+    before = {name: t.clone() for part in trainer.tensors().values() for name, t in part.items()}
+    monkeypatch.setattr(Breaks, "now", True)
+    with pytest.raises(NotFiniteError, match="step 2: the loss is .* weights were not updated; examples"):
+        trainer.update(6)
+    after = {name: t for part in trainer.tensors().values() for name, t in part.items()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert NotFiniteError.exit_code == 3
+
+
+def test_a_size_that_the_strides_do_not_divide(tmp_path, data):
+    with pytest.raises(
+        DataError, match="images of 8×8 do not fit this network, whose strides divide by 16; use --size 16"
+    ):
+        run(recipe(network={"multipliers": [1, 1, 1, 1, 1]}), data, tmp_path)
+    assert not (tmp_path / "lock").exists()
+
+
+def test_labels_train_a_conditional_model(tmp_path, data):
+    model = run(
+        recipe(data={"labels": True}, train={"drop_label": 0.5, "steps": 40, "sample_every": 40}), data, tmp_path
+    )
+    assert model.config.classes == 10
+    assert not torch.equal(model.sample(2, label=3), model.sample(2, label=4))
+    with pytest.raises(UsageError, match="label 10 is not possible: it knows 0 to 9"):
+        model.sample(2, label=10)
+
+
+def start(out: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "undiffuse.cli", "train", "digits", "--preset", str(out.parent / "small.toml"),
+               "--out", str(out), *more]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, name):
+    from undiffuse.config import to_toml
+
+    (tmp_path / "small.toml").write_text(
+        to_toml(recipe(train={"steps": 400, "save_every": 1000, "sample_every": 1000}))
+    )
+    process = start(tmp_path / "stopped")
+    log = tmp_path / "stopped" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == Preempted.exit_code == 143
+    assert f"{name}: stopped after step" in errors and "the same command goes on" in errors
+    stopped = store.Run(tmp_path / "stopped").latest()
+    assert 5 <= stopped < 400
+    assert start(tmp_path / "stopped").wait(timeout=120) == 0
+    assert start(tmp_path / "whole").wait(timeout=120) == 0
+    assert_equal(state(tmp_path / "stopped", 400), state(tmp_path / "whole", 400))

@@ -1,0 +1,168 @@
+"""Sets that are already arrays: NumPy's npy and npz, and the IDX files that MNIST made common."""
+
+import gzip
+import io
+import math
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from undiffuse.data.source import ArraySource, Format, Source, Split
+from undiffuse.errors import Corrupt, DataError
+
+IMAGE_KEYS = ("images", "x", "arr_0")
+LABEL_KEYS = ("labels", "y", "arr_1")
+CHANNELS = (1, 3, 4)
+MAX_CLASSES = 100_000
+MAX_BYTES = 2**32
+
+
+def array_source(
+    images: np.ndarray, labels: np.ndarray | None, where: str, classes: tuple[str, ...] | None = None
+) -> ArraySource:
+    """A source from uint8 NHW, NHWC or NCHW; DataError says which shape or dtype was found instead."""
+    if images.dtype != np.uint8:
+        raise DataError(f"{where} holds {images.dtype} images; expected uint8 from 0 to 255, so convert them first")
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[3] in CHANNELS:
+        images = images.transpose(0, 3, 1, 2)
+    elif images.ndim != 4 or images.shape[1] not in CHANNELS:
+        raise DataError(f"{where} has shape {images.shape}; expected images as [n, h, w], [n, h, w, c] or [n, c, h, w]")
+    if 0 in images.shape[1:]:
+        raise DataError(f"{where} has images of shape {images.shape[1:]}; expected at least one pixel")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise DataError(
+            f"{where} has labels {labels.dtype} {list(labels.shape)} for {len(images)} images; expected an integer each"
+        )
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    if labels is None or not len(labels):
+        return ArraySource(pixels, None, None)
+    count = len(classes) if classes else MAX_CLASSES
+    if labels.min() < 0 or labels.max() >= count:
+        raise DataError(f"{where} has labels from {labels.min()} to {labels.max()}; expected 0 to {count - 1}")
+    classes = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
+    return ArraySource(pixels, torch.from_numpy(labels.astype(np.int64)), classes)
+
+
+def whole(split: Split, where: str) -> None:
+    """Refuses the test split of something that is not split."""
+    if split == "test":
+        raise DataError(
+            f'{where} has no test split; give the path of the test images, or a folder with "train" and "test"'
+        )
+
+
+class Numpy(Format):
+    """An npy or npz file, or a folder with train.npz and test.npz."""
+
+    @staticmethod
+    def match(spec: str) -> int:
+        path = Path(spec)
+        is_one = path.suffix in (".npz", ".npy") and path.is_file()
+        return 2 if is_one or (path / "train.npz").is_file() else 0
+
+    @staticmethod
+    def read(spec: str, split: Split, background: str) -> Source:
+        path = Path(spec)
+        if path.is_dir():
+            path = path / f"{split}.npz"
+        else:
+            whole(split, spec)
+        arrays = load_arrays(path)
+        images = next((arrays[key] for key in IMAGE_KEYS if key in arrays), None)
+        if images is None:
+            raise DataError(
+                f"{path} has the arrays {', '.join(sorted(arrays))}; expected one named {' or '.join(IMAGE_KEYS)}"
+            )
+        labels = next((arrays[key] for key in LABEL_KEYS if key in arrays), None)
+        classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
+        return array_source(images, labels, str(path), classes)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz, or of an npy as `arr_0`. DataError if damaged, Corrupt if it holds Python objects."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(6)
+            if start[:1] == b"\x80":
+                raise Corrupt(f"{path} is a pickle, which is never executed; expected NumPy's npy or npz")
+            if start != b"\x93NUMPY" and start[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):
+                raise DataError(f"{path} begins with {start.hex()}; expected NumPy's npy or npz")
+            file.seek(0)
+            loaded = np.load(file)
+            arrays = {"arr_0": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            return {key: array for key, array in arrays.items() if isinstance(array, np.ndarray)}
+    except (Corrupt, DataError):
+        raise
+    except Exception as error:  # on damaged bytes NumPy's readers raise nearly every type
+        if "Object arrays" in str(error):
+            raise Corrupt(f"{path} holds Python objects, which are never loaded; expected plain arrays") from error
+        raise DataError(f"{path} is damaged: {error or type(error).__name__}") from error
+
+
+class Idx(Format):
+    """An IDX file of unsigned bytes, gzipped or not, or a folder with the four names of MNIST."""
+
+    @staticmethod
+    def match(spec: str) -> int:
+        path = Path(spec)
+        below = any(_is_idx(file) and "images" in file.name for file in _listing(path))
+        return 2 if below or (_is_idx(path) and path.is_file()) else 0
+
+    @staticmethod
+    def read(spec: str, split: Split, background: str) -> Source:
+        path = Path(spec)
+        if not path.is_dir():
+            whole(split, spec)
+            labels = path.with_name(re.sub(r"images([-.])idx[34]", r"labels\1idx1", path.name))
+            return _pair(path, labels if labels != path and labels.exists() else None)
+        prefix = "train" if split == "train" else "t10k"
+        files = {kind: _one(path, prefix, kind) for kind in ("images", "labels")}
+        if files["images"] is None:
+            raise DataError(f"{path} has no file {prefix}-images-idx3-ubyte or .gz; expected the four names of MNIST")
+        return _pair(files["images"], files["labels"])
+
+
+def _listing(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else []
+
+
+def _is_idx(path: Path) -> bool:
+    return re.search(r"idx\d-ubyte(\.gz)?$", path.name) is not None
+
+
+def _one(folder: Path, prefix: str, kind: str) -> Path | None:
+    found = [f for f in _listing(folder) if _is_idx(f) and f.name.startswith(f"{prefix}-{kind}")]
+    return found[0] if found else None
+
+
+def _pair(images: Path, labels: Path | None) -> ArraySource:
+    return array_source(read_idx(images), None if labels is None else read_idx(labels), str(images))
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array of an IDX file of unsigned bytes: magic 00 00 08 n, n big-endian 32-bit lengths, the values."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return _read_idx(file, path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _read_idx(file: io.BufferedIOBase, path: Path) -> np.ndarray:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:3] != b"\x00\x00\x08" or not 1 <= magic[3] <= 4:
+        raise DataError(f"{path} begins with {magic.hex()}; expected 0000080n, an IDX file of unsigned bytes")
+    lengths = file.read(4 * magic[3])
+    if len(lengths) < 4 * magic[3]:
+        raise DataError(f"{path} ends within its header; it is damaged")
+    shape = np.frombuffer(lengths, ">u4").tolist()
+    size = math.prod(shape)
+    values = file.read(size + 1) if size <= MAX_BYTES else b""
+    if len(values) != size:
+        raise DataError(f"{path} does not hold the {size} bytes of its shape {shape}; it is damaged")
+    return np.frombuffer(bytearray(values), np.uint8).reshape(shape)

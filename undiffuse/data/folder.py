@@ -1,0 +1,143 @@
+"""Pictures as files: a folder, a zip of one, or a single picture.
+
+Everything below is read, sorted by name; hidden files and files without the ending of a picture are passed over. The
+folders below the common one are the classes, or `train` and `test` with the classes inside them.
+"""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from undiffuse.data import picture
+from undiffuse.data.arrays import whole
+from undiffuse.data.source import Format, Item, Source, Split
+from undiffuse.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures(Source):
+    """Encoded pictures by name, decoded when asked for; sizes and channels may differ."""
+
+    names: tuple[str, ...]
+    load: Callable[[str], bytes]
+    labels: tuple[int, ...] | None
+    classes: tuple[str, ...] | None
+    background: picture.Colour
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            image = picture.decode(self._bytes(index), self.background)
+        except DataError as error:
+            raise DataError(f"{self.name(index)}: {error}") from error
+        label = None if self.labels is None else self.labels[index]
+        return Item(torch.tensor(image).permute(2, 0, 1), label)
+
+    def name(self, index: int) -> str:
+        # A file name need not be UTF-8, but what is printed must be.
+        return os.fsencode(self.names[index]).decode("utf-8", "backslashreplace")
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for index, name in enumerate(self.names):
+            digest.update(hashlib.sha256(os.fsencode(name)).digest())
+            digest.update(hashlib.sha256(self._bytes(index)).digest())
+        return digest.hexdigest()
+
+    def _bytes(self, index: int) -> bytes:
+        try:
+            return self.load(self.names[index])
+        except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+            raise DataError(getattr(error, "strerror", None) or str(error)) from error
+
+
+class Folder(Format):
+    """A folder of pictures, at any depth, or one picture."""
+
+    @staticmethod
+    def match(spec: str) -> int:
+        path = Path(spec)
+        return 1 if path.is_dir() or (path.is_file() and path.suffix.lower() in picture.suffixes()) else 0
+
+    @staticmethod
+    def read(spec: str, split: Split, background: str) -> Source:
+        path = Path(spec)
+        if path.is_file():
+            whole(split, spec)
+            return Pictures((path.name,), lambda name: path.read_bytes(), None, None, picture.colour(background))
+        return _pictures(spec, _walk(path), lambda name: (path / name).read_bytes(), split, background)
+
+
+class Zip(Format):
+    """A zip of a folder of pictures."""
+
+    @staticmethod
+    def match(spec: str) -> int:
+        return 2 if Path(spec).suffix.lower() == ".zip" and Path(spec).is_file() else 0
+
+    @staticmethod
+    def read(spec: str, split: Split, background: str) -> Source:
+        try:
+            archive = zipfile.ZipFile(spec)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{spec} cannot be read as a zip: {error}") from error
+
+        def load(name: str) -> bytes:
+            if archive.getinfo(name).file_size > picture.MAX_BYTES:
+                raise DataError(f"unpacks to more than {picture.MAX_BYTES} bytes")
+            return archive.read(name)
+
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        return _pictures(spec, names, load, split, background)
+
+
+def _walk(root: Path) -> list[str]:
+    """Every file below, links followed; each real folder once, so a loop of links ends."""
+    seen: set[str] = set()
+    names = []
+    for folder, below, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        below[:] = sorted(name for name in below if os.path.realpath(os.path.join(folder, name)) not in seen)
+        names += [PurePosixPath(Path(folder, name).relative_to(root)).as_posix() for name in files]
+    return names
+
+
+def _pictures(spec: str, names: list[str], load: Callable[[str], bytes], split: Split, background: str) -> Pictures:
+    known = picture.suffixes()
+    visible = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+    found = sorted(name for name in visible if PurePosixPath(name).suffix.lower() in known)
+    if not found:
+        raise DataError(
+            f"{spec} has no images: {len(names)} files, none with the ending of a picture (.png, .jpg, .webp …). "
+            "Give the folder that holds them"
+        )
+    parts = _below_common([tuple(name.split("/")[:-1]) for name in found])
+    if {"train", "test"} <= {folders[0] for folders in parts if folders}:
+        classes = _classes([folders[1:] for folders in parts])
+        chosen = [i for i, folders in enumerate(parts) if folders[:1] == (split,)]
+        found, parts = [found[i] for i in chosen], [parts[i][1:] for i in chosen]
+    else:
+        whole(split, spec)
+        classes = _classes(parts)
+    labels = None if classes is None else tuple(classes.index(folders[0]) for folders in parts)
+    return Pictures(tuple(found), load, labels, classes, picture.colour(background))
+
+
+def _below_common(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    depth = 0
+    while len({path[: depth + 1] for path in folders}) == 1 and len(folders[0]) > depth:
+        depth += 1
+    return [path[depth:] for path in folders]
+
+
+def _classes(folders: list[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The first folder of each picture, if every picture is in one and there are two or more."""
+    names = {path[:1] for path in folders}
+    return tuple(sorted(name for (name,) in names)) if () not in names and len(names) > 1 else None

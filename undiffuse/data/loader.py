@@ -1,0 +1,54 @@
+"""Batches as a pure function of the step: no state, so nothing to save and nothing to restore on resume."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from undiffuse.data.order import order
+from undiffuse.data.source import ArraySource, Source
+from undiffuse.errors import UsageError
+from undiffuse.key import Key
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of the global batch of one step."""
+
+    image: UInt8[Tensor, "b c h w"]
+    label: Int[Tensor, "b"] | None
+    index: Int[Tensor, "b"]  # in the source
+    rows: Int[Tensor, "b"]  # in the global batch
+
+
+@dataclass(frozen=True, eq=False)
+class Loader:
+    """Shuffled batches of `size` images, with horizontal flips if asked; every epoch sees each image once."""
+
+    source: Source
+    size: int
+    seed: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"a batch of {self.size} images is not possible; give at least 1")
+
+    def batch(self, step: int, rows: Int[Tensor, "b"] | None = None) -> Batch:
+        """The batch of that step, or only the given rows of it: each row is what it is in the whole batch."""
+        rows = torch.arange(self.size) if rows is None else rows
+        index = order(self.seed, len(self.source), step * self.size + rows)
+        image, label = self._gather(index)
+        if self.flip:
+            flipped = Key(self.seed).fold("flip", step).rows(rows).integers(2).bool()
+            image = torch.where(flipped[:, None, None, None], image.flip(-1), image)
+        return Batch(image, label, index, rows)
+
+    def _gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
+        if isinstance(self.source, ArraySource):
+            labels = self.source.labels
+            return self.source.images[index], None if labels is None else labels[index]
+        items = [self.source[i] for i in index.tolist()]
+        labels = None if items[0].label is None else torch.tensor([item.label for item in items])
+        return torch.stack([item.image for item in items]), labels

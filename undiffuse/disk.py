@@ -1,0 +1,154 @@
+"""Bytes to disk so that no name ever stands for half of them: write beside, sync, rename, sync the folder."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from undiffuse.errors import Corrupt, StorageError
+
+CHUNK = 2**24  # bytes in one write
+SMALL = 2**20  # bytes of JSON that are read; a longer text could take seconds, and much memory, to refuse
+
+
+def hook(change: str, path: Path, detail: Path | memoryview | None = None) -> None:
+    """Called before each change to the disk; `detail` is the target of a rename or the bytes of a write.
+
+    Does nothing: this is where a test puts its fault. All changes are made by the next five functions, but for the
+    two of the lock file.
+    """
+
+
+def make_folder(path: Path) -> None:
+    """With its parents, each of them durable."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        hook("mkdir", path)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def create(path: Path, data: bytes | bytearray) -> None:
+    """A new file, durable but for its name; FileExistsError if there is one."""
+    hook("create", path)
+    with open(path, "xb", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            hook("write", path, rest[:CHUNK])
+            rest = rest[file.write(rest[:CHUNK]) :]
+        hook("sync", path)
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable. On Windows there is no such call; NTFS journals them."""
+    hook("sync", path)
+    if sys.platform != "win32":
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that has nothing to sync of a folder
+                raise
+        finally:
+            os.close(folder)
+
+
+def rename(path: Path, target: Path) -> None:
+    hook("rename", path, target)
+    path.replace(target)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; a link goes, what it points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        for child in sorted(path.iterdir()):
+            remove(child)
+        hook("rmdir", path)
+        path.rmdir()
+    else:
+        hook("unlink", path)
+        path.unlink()
+
+
+def beside(path: Path, kind: str) -> Path:
+    """A name in the same folder that no other process chooses: `.tmp-0123456789ab-name`."""
+    return path.with_name(f".{kind}-{os.urandom(6).hex()}-{path.name}")
+
+
+@contextmanager
+def writing(path: Path, size: int, temporary: Path | None = None) -> Iterator[None]:
+    """Turns an OSError into a StorageError that says how much was needed; on any failure `temporary` is removed."""
+    try:
+        yield
+    except BaseException as error:
+        if temporary is not None and os.path.lexists(temporary):
+            with suppress(OSError):  # the disk fails twice: the first failure is raised, and the next lock sweeps
+                remove(temporary)
+        if isinstance(error, OSError):
+            raise _storage_error(path, error.strerror or str(error), size) from error
+        raise
+
+
+def _storage_error(path: Path, why: str, size: int) -> StorageError:
+    try:
+        free = f"{shutil.disk_usage(path.parent).free / 1e6:,.3f} MB"
+    except OSError:
+        free = "an unknown amount"
+    return StorageError(
+        f"{path} cannot be written: {why}; {size / 1e6:,.3f} MB needed, {free} free. "
+        "Free space or give another folder, then run the same again; nothing older was touched"
+    )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """An open file; an OSError becomes Corrupt, so that what a disk cannot give is passed over like what it garbled."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise Corrupt(f"{path} cannot be read: {error.strerror}; restore it from a copy") from error
+
+
+def write_atomic(path: Path, data: bytes | bytearray) -> None:
+    """Makes or replaces a file, and its folder if there is none. Raises StorageError."""
+    temporary = beside(path, "tmp")
+    with writing(path, len(data), temporary):
+        make_folder(path.parent)
+        create(temporary, data)
+        rename(temporary, path)
+        sync_folder(path.parent)
+
+
+def to_json(value: Any) -> bytes:
+    data = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    assert len(data) <= SMALL, f"{len(data)} bytes of JSON would not be read back"
+    return data
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of a JSON value that holds no NaN and no infinity."""
+    write_atomic(path, to_json(value))
+
+
+def from_json(path: Path, data: bytes) -> Any:
+    """The value of bytes that were read from `path`. Raises Corrupt."""
+    if len(data) > SMALL:
+        raise Corrupt(f"{path} is longer than the {SMALL} bytes that are read of a JSON file; restore it from a copy")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{path} is damaged: it is not JSON; restore it from a copy") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file of at most 1 MiB. Raises Corrupt for any other file, a missing one included."""
+    with reading(path) as file:
+        data = file.read(SMALL + 1)
+    return from_json(path, data)

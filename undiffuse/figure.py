@@ -1,0 +1,140 @@
+"""Pictures of results: grids of images, PNG bytes, and line plots as SVG text."""
+
+import io
+import math
+from collections.abc import Sequence
+from html import escape
+
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from undiffuse.errors import UsageError
+
+WIDTH, HEIGHT = 640, 360
+LEFT, RIGHT, TOP, BOTTOM = 72, 16, 34, 50  # margins around the axes
+COLOURS = ("#3b6fd8", "#d9622b", "#2f9468", "#8a54c4")
+
+Number = float | int  # said in full, because the tests' type checker does not take an int for a float
+Numbers = Sequence[Number]
+Series = tuple[str, Numbers, Numbers]  # name ("" leaves it out of the legend), x, y
+
+
+def picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:
+    """Grey for one channel; of more than three the first three, as RGB."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image[:3].permute(1, 2, 0).numpy())
+
+
+def grid(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: int = 1) -> Image.Image:
+    """The images row by row with a pixel of white between, as near to square as can be; each pixel `scale` wide."""
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    sheet = torch.full((c, rows * (h + 1) + 1, columns * (w + 1) + 1), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (h + 1) + 1, i % columns * (w + 1) + 1
+        sheet[:, top : top + h, left : left + w] = image
+    whole = picture(sheet)
+    return whole.resize((whole.width * scale, whole.height * scale), Image.Resampling.NEAREST)
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def line_plot(series: Sequence[Series], x: str, y: str, title: str, log_x: bool = False, log_y: bool = False) -> str:
+    """An SVG of one or more lines; a page around it may recolour the classes `line-1`, `name-1`, ….
+
+    Points that are not finite, or not positive on a logarithmic axis, are left out; UsageError if none remains.
+    """
+    drawn = [(name, _points(xs, ys, log_x, log_y)) for name, xs, ys in series]
+    points = [point for _, line in drawn for point in line]
+    if not points:
+        raise UsageError(f'plot "{title}" has no point that can be drawn; give finite numbers, positive on a log axis')
+    across = _Axis([p[0] for p in points], log_x, LEFT, WIDTH - RIGHT)
+    up = _Axis([p[1] for p in points], log_y, HEIGHT - BOTTOM, TOP)
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12" fill="currentColor">',
+        _text(LEFT, 18, title, 'font-size="14" font-weight="600"'),
+        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x, 'text-anchor="middle"'),
+        _text(16, middle, y, f'text-anchor="middle" transform="rotate(-90 16 {middle:g})"'),
+    ]
+    for value in across.ticks:
+        at = across.place(value)
+        parts.append(_rule(at, TOP, at, HEIGHT - BOTTOM))
+        parts.append(_text(at, HEIGHT - BOTTOM + 18, f"{value:g}", 'text-anchor="middle"'))
+    for value in up.ticks:
+        at = up.place(value)
+        parts.append(_rule(LEFT, at, WIDTH - RIGHT, at))
+        parts.append(_text(LEFT - 8, at + 4, f"{value:g}", 'text-anchor="end"'))
+    legend = WIDTH - RIGHT
+    for i, (name, line) in reversed(list(enumerate(drawn))):
+        colour = COLOURS[i % len(COLOURS)]
+        path = " ".join(f"{across.place(a):.1f},{up.place(b):.1f}" for a, b in line)
+        style = f'class="line-{i + 1}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"'
+        parts.append(f'<polyline points="{path}" {style}/>')
+        if name:
+            style = f'class="name-{i + 1}" fill="{colour}" text-anchor="end" font-weight="600"'
+            parts.append(_text(legend, 18, name, style))
+            legend -= 8 * len(name) + 14
+    return "\n".join([*parts, "</svg>\n"])
+
+
+class _Axis:
+    """From values to places on the page, with round numbers to mark."""
+
+    def __init__(self, values: Numbers, log: bool, start: Number, end: Number):
+        self.log, self.start, self.end = log, start, end
+        low, high = min(values), max(values)
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        self.ticks = _log_ticks(low, high) if log else _ticks(low, high)
+        self.low, self.high = (self._scale(v) for v in (min(low, self.ticks[0]), max(high, self.ticks[-1])))
+
+    def _scale(self, value: Number) -> float:
+        return math.log10(value) if self.log else value
+
+    def place(self, value: Number) -> float:
+        share = (self._scale(value) - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+
+def _points(xs: Numbers, ys: Numbers, log_x: bool, log_y: bool) -> list[tuple[float, float]]:
+    points = [(float(a), float(b)) for a, b in zip(xs, ys, strict=True)]
+    logs = (log_x, log_y)
+    return [p for p in points if all(math.isfinite(v) and (v > 0 or not log) for v, log in zip(p, logs, strict=True))]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to nine multiples of 1, 2 or 5 times a power of ten, the outer ones at or beyond the values."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, every so many over a wide range; with 2 and 5 between over a narrow one."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    if last - first > 2:
+        every = math.ceil((last - first) / 8)
+        return [10.0**i for i in range(last, first - 1, -every)][::-1]
+    marks = [m * 10.0**i for i in range(first, last + 1) for m in (1, 2, 5)]
+    inner = [m for m in marks if low * 0.999 <= m <= high * 1.001]
+    return inner if len(inner) > 1 else [10.0**first, 10.0**last]
+
+
+def _text(x: Number, y: Number, text: str, style: str) -> str:
+    return f'<text x="{x:g}" y="{y:g}" {style}>{escape(text)}</text>'
+
+
+def _rule(x1: Number, y1: Number, x2: Number, y2: Number) -> str:
+    return (
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="currentColor" stroke-opacity="0.14"/>'
+    )

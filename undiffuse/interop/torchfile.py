@@ -1,0 +1,49 @@
+"""Named tensors from a stranger's file: safetensors, or torch's pickle, which is read behind a flag and never executed.
+
+`weights_only=True` builds tensors and plain containers, and refuses any other name that the stream asks for.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from undiffuse.errors import Corrupt, UsageError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def read_tensors(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of the file, on the CPU.
+
+    Raises UsageError for a missing file; Corrupt for a damaged one, one that holds anything else than named tensors,
+    and a `.bin`, `.ckpt`, `.pt` or `.pth` unless `allow_pickle`.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is missing; give a .safetensors file")
+    if path.suffix in PICKLES:
+        return _read_pickle(path, allow_pickle)
+    try:
+        return load_file(path)
+    # The last three are what torch makes of the types and shapes that safetensors lets through.
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
+        raise Corrupt(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if not allow_pickle:
+        raise Corrupt(
+            f"{path} is a pickle, which can run code when it is read; give a safetensors file, or use --allow-pickle "
+            "(in Python allow_pickle=True) to read the tensors in it and nothing else"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise Corrupt(f"{path} is damaged, or asks for more than tensors, which is not granted") from error
+    if not (isinstance(state, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items())):
+        raise Corrupt(f"{path} holds something else than named tensors; give a bare state dict")
+    return dict(state)

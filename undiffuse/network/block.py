@@ -1,0 +1,100 @@
+"""The parts of the paper's U-Net, initialised as the authors' TF code does.
+
+Every weight is Glorot-uniform over fan_avg; the last layer of each residual branch has scale 1e-10 ("zero"), which is
+a gain of 1e-5. GroupNorm has eps 1e-6 and 32 groups, which is not torch's default.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUPS, EPS = 32, 1e-6
+NEAR_ZERO = 1e-5
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """As many groups as 32, or fewer where a narrow network has too few channels."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=EPS)
+
+
+def initialised(layer: nn.Module, gain: float = 1.0) -> nn.Module:
+    nn.init.xavier_uniform_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0) -> nn.Module:
+    return initialised(nn.Conv2d(inputs, outputs, size, padding=size // 2), gain)
+
+
+def linear(inputs: int, outputs: int) -> nn.Module:
+    return initialised(nn.Linear(inputs, outputs))
+
+
+def sinusoid(time: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b c"]:
+    """All sines, then all cosines, of frequencies from exactly 1 down to exactly 1e-4; an odd channel is zero."""
+    half = channels // 2
+    frequency = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000) / max(1, half - 1)))
+    angle = time.float()[:, None] * frequency  # (b, half)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, channels % 2))
+
+
+class ResBlock(nn.Module):
+    """norm, swish, conv, + time, norm, swish, dropout, conv; the shortcut is 1×1 where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float):
+        super().__init__()
+        self.norm1 = norm(inputs)
+        self.conv1 = conv(inputs, outputs)
+        self.temb_proj = linear(embedding, outputs)
+        self.norm2 = norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv(outputs, outputs, gain=NEAR_ZERO)
+        self.nin_shortcut = conv(inputs, outputs, size=1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b d h w"]:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.temb_proj(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """One head over all positions, with a residual connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v = (conv(channels, channels, size=1) for _ in range(3))
+        self.proj_out = conv(channels, channels, size=1, gain=NEAR_ZERO)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (b, 1, hw, c)
+        h = F.scaled_dot_product_attention(q, k, v)  # the scale is c^(−1/2)
+        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Stride 2 with TF's SAME padding: one row at the bottom, one column at the right."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = initialised(nn.Conv2d(channels, channels, 3, stride=2))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Each pixel repeated 2×2, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

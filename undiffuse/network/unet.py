@@ -1,0 +1,137 @@
+"""The U-Net of DDPM, to the weight: 35,746,307 parameters for CIFAR-10 and 113,673,219 for 256².
+
+Module names are those of the authors' variables (`down.0.block.1.conv1`), so that their checkpoints need no table.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from undiffuse.config import Count, Fraction
+from undiffuse.errors import UsageError
+from undiffuse.network.base import Network
+from undiffuse.network.block import NEAR_ZERO, Attention, Downsample, ResBlock, Upsample, conv, linear, norm, sinusoid
+
+
+@dataclass(frozen=True)
+class UNet(Network):
+    """`attention` lists the levels that have it, 0 being the first; the middle always does.
+
+    `patch` folds squares of that side into channels first, which makes every level cheaper (the authors' `block_size`,
+    but in torch's order of channels).
+    """
+
+    channels: Count = 128
+    multipliers: tuple[Count, ...] = (1, 2, 2, 2)
+    blocks: Count = 2
+    attention: tuple[int, ...] = (1,)
+    dropout: Fraction = 0.0
+    patch: Count = 1
+    time: Literal["index", "logsnr", "sigma"] = "index"
+
+    def __post_init__(self) -> None:
+        if not self.multipliers:
+            raise UsageError("network unet: multipliers is empty; give one a level, for example [1, 2, 2]")
+        levels = range(len(self.multipliers))
+        if not set(self.attention) <= set(levels):
+            raise UsageError(
+                f"network unet: attention {list(self.attention)} names a level that is not there; "
+                f"{len(self.multipliers)} multipliers make levels {list(levels)}"
+            )
+
+    def build(self, image_channels: int, output_channels: int, classes: int | None = None) -> "UNetModule":
+        return UNetModule(self, image_channels, output_channels, classes)
+
+    def stride(self) -> int:
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, on the way down or up, and what leads from it to the next."""
+
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        embedding: int,
+        dropout: float,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ):
+        super().__init__()
+        self.block = nn.ModuleList([ResBlock(inputs, outputs, embedding, dropout) for inputs, outputs in widths])
+        self.attn = nn.ModuleList([Attention(outputs) for _, outputs in widths] if attention else [])
+        self.downsample = Downsample(widths[-1][1]) if downsample else None
+        self.upsample = Upsample(widths[-1][1]) if upsample else None
+
+    def run(self, i: int, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b d h w"]:
+        h = self.block[i](h, embedding)
+        return self.attn[i](h) if len(self.attn) else h
+
+
+class UNetModule(nn.Module):
+    """(x, time, cond) -> output."""
+
+    def __init__(self, spec: UNet, image_channels: int, output_channels: int, classes: int | None):
+        super().__init__()
+        self.channels, self.blocks, self.patch = spec.channels, spec.blocks, spec.patch
+        embedding, last = 4 * spec.channels, len(spec.multipliers) - 1
+        width = [spec.channels * multiplier for multiplier in spec.multipliers]
+
+        self.temb = nn.ModuleDict(
+            {"dense": nn.ModuleList([linear(spec.channels, embedding), linear(embedding, embedding)])}
+        )
+        self.label = nn.Embedding(classes + 1, embedding) if classes else None  # the last row is "no class"
+        self.conv_in = conv(image_channels * spec.patch**2, spec.channels)
+
+        self.down, self.up, self.mid = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
+        skips, current = [spec.channels], spec.channels
+        for level in range(last + 1):
+            widths = [(current if i == 0 else width[level], width[level]) for i in range(spec.blocks)]
+            current = width[level]
+            self.down.append(Level(widths, embedding, spec.dropout, level in spec.attention, downsample=level < last))
+            skips += [current] * (spec.blocks + (level < last))
+
+        self.mid["block_1"] = ResBlock(current, current, embedding, spec.dropout)
+        self.mid["attn_1"] = Attention(current)
+        self.mid["block_2"] = ResBlock(current, current, embedding, spec.dropout)
+
+        for level in range(last, -1, -1):
+            widths = []
+            for _ in range(spec.blocks + 1):
+                widths.append((current + skips.pop(), width[level]))
+                current = width[level]
+            self.up.insert(0, Level(widths, embedding, spec.dropout, level in spec.attention, upsample=level > 0))
+
+        self.norm_out = norm(current)
+        self.conv_out = conv(current, output_channels * spec.patch**2, gain=NEAR_ZERO)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b"], cond: Int[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b out h w"]:
+        first, second = self.temb["dense"]
+        embedding = second(F.silu(first(sinusoid(time, self.channels))))  # (b, 4 channels)
+        if self.label is not None:
+            none = torch.full_like(time, self.label.num_embeddings - 1, dtype=torch.int64)
+            embedding = embedding + self.label(none if cond is None else cond)
+
+        skips = [self.conv_in(F.pixel_unshuffle(x, self.patch))]
+        for level in self.down:
+            for i in range(self.blocks):
+                skips.append(level.run(i, skips[-1], embedding))
+            if level.downsample is not None:
+                skips.append(level.downsample(skips[-1]))
+
+        h = self.mid["block_1"](skips[-1], embedding)
+        h = self.mid["block_2"](self.mid["attn_1"](h), embedding)
+
+        for level in reversed(self.up):
+            for i in range(self.blocks + 1):
+                h = level.run(i, torch.cat([h, skips.pop()], dim=1), embedding)
+            if level.upsample is not None:
+                h = level.upsample(h)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
