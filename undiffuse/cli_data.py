@@ -85,9 +85,10 @@ def build(
     size: Annotated[int, typer.Option("--size", help="The side of the pictures")] = 32,
     as_json: JsonOpt = False,
 ) -> None:
-    """Build the emoji set from `npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d openmoji`.
+    """Build a data set from packages that you fetch: emoji, from any of four npm packages.
 
-    Example: `undiffuse data build emoji *.tgz --out emoji-32`
+    Example: `npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d openmoji`,
+    then `undiffuse data build emoji *.tgz --out emoji-32`
     """
     from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""Commands about files rather than pictures: look into a model, verify a run, import, export, and what this machine is."""
+"""Commands about files rather than pictures: inspect, verify, import, export; and about the machine."""
 
 import json
 from pathlib import Path
@@ -135,7 +135,7 @@ def doctor(as_json: JsonOpt = False) -> None:
 
     import torch
 
-    import undiffuse
+    from undiffuse import __version__
     from undiffuse.data.named import FashionMnist
     from undiffuse.data.source import open_raw
     from undiffuse.errors import DataError
@@ -145,7 +145,7 @@ def doctor(as_json: JsonOpt = False) -> None:
     except DataError as error:
         fashion = str(error)
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = {"undiffuse": undiffuse.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {"undiffuse": __version__, "python": platform.python_version(), "torch": torch.__version__}
     found |= {name: version(name) for name in ("numpy", "pillow", "safetensors")}
     show(
         found | {"threads": torch.get_num_threads(), "cuda": ", ".join(cuda) or "none", "fashion_mnist": fashion},

@@ -7,8 +7,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from undiffuse.errors import Corrupt, StorageError
 
@@ -107,7 +108,7 @@ def _storage_error(path: Path, why: str, size: int) -> StorageError:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[BinaryIO]:
+def reading(path: Path) -> Iterator[BufferedReader]:
     """An open file; an OSError becomes Corrupt, so that what a disk cannot give is passed over like what it garbled."""
     try:
         with open(path, "rb") as file:
@@ -127,28 +128,33 @@ def write_atomic(path: Path, data: bytes | bytearray) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    data = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    """Indented text. Infinity and NaN, which JSON lacks but a config may hold, are spelt so, and come back."""
+    data = json.dumps(value, indent=1).encode() + b"\n"
     assert len(data) <= SMALL, f"{len(data)} bytes of JSON would not be read back"
     return data
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of a JSON value that holds no NaN and no infinity."""
+    """`write_atomic` of `to_json`. Raises StorageError."""
     write_atomic(path, to_json(value))
 
 
 def from_json(path: Path, data: bytes) -> Any:
     """The value of bytes that were read from `path`. Raises Corrupt."""
-    if len(data) > SMALL:
-        raise Corrupt(f"{path} is longer than the {SMALL} bytes that are read of a JSON file; restore it from a copy")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"{path} is damaged: it is not JSON; restore it from a copy") from error
 
 
+def read_small(path: Path) -> bytes:
+    """A file of at most 1 MiB. Raises Corrupt for any other, a missing one included."""
+    with reading(path) as file:
+        if os.fstat(file.fileno()).st_size > SMALL:
+            raise Corrupt(f"{path} is longer than the {SMALL} bytes that such a file may have; restore it from a copy")
+        return file.read()
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file of at most 1 MiB. Raises Corrupt for any other file, a missing one included."""
-    with reading(path) as file:
-        data = file.read(SMALL + 1)
-    return from_json(path, data)
+    return from_json(path, read_small(path))

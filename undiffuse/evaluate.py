@@ -34,7 +34,7 @@ class Nll:
 def nll(
     model: Model, source: Source, query: Nll, out: Path | None = None, tick: Callable[[int], None] | None = None
 ) -> Terms:
-    """The terms of the bound on the first images of a source. With `out`, finished batches are kept there and reused."""
+    """The terms of the bound on the first images of a source. Finished batches are kept in `out`."""
     if query.images is not None and query.images < 1:
         raise UsageError(f"{query.images} images were asked for; give 1 or more, or leave it out for all")
     count = min(len(source), query.images or len(source))

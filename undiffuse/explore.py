@@ -58,7 +58,7 @@ def shared(
 ) -> tuple[UInt8[Tensor, "at n c h w"], Float[Tensor, "at"]]:
     """n samples for each t of `at` that have x_t in common, and those times on the model's grid (Fig. 7).
 
-    One chain runs down from the noise; where it passes t, n independent continuations leave it.
+    One chain runs from the noise to an image; where it passes t, n independent continuations leave it.
     """
     _check_count("samples", n)
     if not at:
@@ -71,9 +71,7 @@ def shared(
             latents[float(t[0])] = x.cpu()
 
     key = Key(seed).fold("shared")
-    # The trunk goes one step beyond the last branch, because the callback sees x_t on its way down from t.
-    end = int((times >= min(branches)).sum()) + 1
-    model.chain(key.rows(1), times[:end], model.sampler(), callback=keep)
+    model.chain(key.rows(1), times, model.sampler(), callback=keep)
     rows = []
     for t in branches:
         keys = key.fold("continue", round(t / model.process.t_min)).rows(n)
@@ -85,7 +83,7 @@ def shared(
 def interpolate(
     model: Model,
     a: UInt8[Tensor, "c h w"],
-    b: UInt8[Tensor, "c h w"],
+    b: UInt8[Tensor, "_ _ _"],
     at: Sequence[float] = (0.5,),
     lambdas: Sequence[float] = tuple(i / 10 for i in range(11)),
     seed: int = 0,
@@ -106,7 +104,7 @@ def interpolate(
     eps = key.fold("eps").rows(2).normal(*model.image_shape)
     mix = torch.tensor(lambdas, dtype=torch.float32).reshape(-1, 1, 1, 1)
     rows = []
-    for t in (_on_grid(model.process, t, low=0) for t in at):
+    for t in (_on_grid(model.process, t, low=0.0) for t in at):
         x_t, other = model.process.marginal(x_0, eps, torch.full((2,), t, dtype=F64))
         times = _with(model.times(steps), t)
         start, keys = (1 - mix) * x_t + mix * other, key.fold("chain").rows(len(lambdas))
@@ -144,7 +142,7 @@ def neighbours(
         images = _flat(torch.stack([source[i].image for i in numbers]), crop)  # (m, d)
         squared = queries.square().sum(1, keepdim=True) - 2 * queries @ images.T + images.square().sum(1)
         candidates = torch.cat([index, torch.tensor(numbers).expand(len(samples), -1)], 1)
-        best, order = torch.cat([best, squared], 1).sort(1, stable=True)
+        best, order = torch.cat([best, squared], 1).sort(dim=1, stable=True)
         best, index = best[:, :k], candidates.gather(1, order[:, :k])
     return Neighbours(index, (best / queries.shape[1]).sqrt())
 

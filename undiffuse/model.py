@@ -34,7 +34,7 @@ def to_uint8(x: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """`denoiser` holds the averaged weights, in evaluation mode, with x̂_0 clipped; `meta` tells where they come from."""
+    """`denoiser` holds the averaged weights, in evaluation mode, x̂_0 clipped; `meta` tells where they come from."""
 
     config: ModelConfig
     denoiser: Denoiser

@@ -90,7 +90,7 @@ def write_weights(path: Path, tensors: Tensors, meta: Mapping[str, Any]) -> None
 
     Raises StorageError.
     """
-    header = json.dumps({"sha256": "0" * 64, "format": FORMAT, "meta": meta}, allow_nan=False)
+    header = json.dumps({"sha256": "0" * 64, "format": FORMAT, "meta": meta})
     data = bytearray(_encode(tensors, {"undiffuse": header}))
     place = WEIGHTS.match(data, 8)
     assert place, "safetensors no longer writes its metadata first"
@@ -180,7 +180,7 @@ class Run:
                 self._take(file, path)
                 self._sweep()
             self._held.append(file)
-            if hasattr(os, "register_at_fork"):  # a worker would go on holding the lock of a parent that was killed
+            if sys.platform != "win32":  # a worker would go on holding the lock of a parent that was killed
                 os.register_at_fork(after_in_child=self._let_go)
             try:
                 yield self
@@ -253,8 +253,7 @@ class Run:
     def _entries(self, step: int) -> dict[str, Any]:
         """The files of a checkpoint and what its manifest says of each."""
         path = self.folder(step) / MANIFEST
-        with reading(path) as file:
-            data = file.read(SMALL + 1)
+        data = disk.read_small(path)
         if _seal(data[: -len(_seal(b""))]) != data:
             raise _damaged(path, data[:9], "its sha256 is not the one that it carries")
         manifest = from_json(path, data)

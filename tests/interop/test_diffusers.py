@@ -53,7 +53,7 @@ SCHEDULER = {
     "variance_type": "fixed_large",
 }
 INDEX = {"_class_name": "DDPMPipeline"}
-CONFIG = ModelConfig((3, 8, 8), Linear(), Eps(), FixedLarge(), UNet(32, (1, 2), 1, (1,)))
+CONFIG = ModelConfig((3, 8, 8), Linear(), Eps(), FixedLarge(), UNet(32, (1, 2), 1, (1,), groups=32))
 LEFT_OUT = object()
 WEIGHTS = "diffusion_pytorch_model"
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -150,6 +150,11 @@ def test_both_generations_of_names_give_the_same_tensors(tmp_path, weights):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_number_of_groups_is_kept(tmp_path, weights):
+    config = read_config(write(tmp_path, weights, changed(UNET, "norm_num_groups", 16)))
+    assert config.network == UNet(32, (1, 2), 1, (1,), groups=16)
+
+
 @pytest.mark.parametrize("head", [64, None])
 def test_one_head_may_be_named_by_its_width(tmp_path, weights, head):
     assert read_config(write(tmp_path, weights, changed(UNET, "attention_head_dim", head))) == CONFIG
@@ -165,7 +170,7 @@ def test_one_head_may_be_named_by_its_width(tmp_path, weights, head):
         ("attention_head_dim", LEFT_OUT, '"attention_head_dim" is 8; supported: null, 64'),
         ("attn_norm_num_groups", 16, '"attn_norm_num_groups" is 16; supported: null, 32'),
         ("block_out_channels", [32, 48], r'"block_out_channels" is \[32, 48\]; supported: multiples'),
-        ("block_out_channels", [16, 32], r'"block_out_channels" is \[16, 32\]; supported: .* multiple of 32'),
+        ("block_out_channels", [16, 32], r'"block_out_channels" is \[16, 32\]; .* multiple of "norm_num_groups", 32'),
         ("block_out_channels", [], r'"block_out_channels" is \[\]; supported'),
         ("block_out_channels", "32", '"block_out_channels" input should be a valid'),
         ("center_input_sample", True, '"center_input_sample" is true; supported: false'),
@@ -183,7 +188,7 @@ def test_one_head_may_be_named_by_its_width(tmp_path, weights, head):
         ("mid_block_scale_factor", 1.414, '"mid_block_scale_factor" is 1.414; supported: 1.0'),
         ("mid_block_type", None, '"mid_block_type" is null; supported: "UNetMidBlock2D"'),
         ("norm_eps", 1e-5, '"norm_eps" is 1e-05; supported: 1e-06'),
-        ("norm_num_groups", 16, '"norm_num_groups" is 16; supported: 32'),
+        ("norm_num_groups", 20, '"block_out_channels" is .* multiple of "norm_num_groups", 20'),
         ("num_class_embeds", 10, '"num_class_embeds" is 10; supported: null'),
         ("out_channels", 6, '"out_channels" is 6; supported: 3'),
         ("resnet_time_scale_shift", "scale_shift", '"resnet_time_scale_shift" is "scale_shift"; supported: "default"'),
@@ -298,8 +303,8 @@ def test_damaged_and_missing_files(tmp_path, weights, file, content, error, mess
     "config",
     [
         CONFIG,
-        ModelConfig((1, 8, 16), Cosine(100), V(), LearnedRange(), UNet(32, (1, 1), 2, (), dropout=0.1)),
-        ModelConfig((3, 4, 4), Quad(50, 0.001, 0.5), X0(), FixedSmall(), UNet(32, (1,), 1, (0,))),
+        ModelConfig((1, 8, 16), Cosine(100), V(), LearnedRange(), UNet(20, (1, 2), 2, (), dropout=0.1, groups=10)),
+        ModelConfig((3, 4, 4), Quad(50, 0.001, 0.5), X0(), FixedSmall(), UNet(32, (1,), 1, (0,), groups=32)),
     ],
 )
 def test_a_round_trip_keeps_every_bit(tmp_path, config):
@@ -340,7 +345,7 @@ def test_diffusers_loads_and_runs_what_is_exported(tmp_path, image):
         ({"network": UNet(32, (1, 1), 1, (), patch=2)}, "cannot be this network: patch = 2 and not 1"),
         ({"network": UNet(32, (1, 1), 1, (), time="logsnr")}, 'network: time = "logsnr" and not "index"'),
         ({"network": UNet(32, (2, 1), 1, ())}, r"network: multipliers \[2, 1\] do not begin with 1"),
-        ({"network": UNet(16, (1, 2), 1, ())}, "network: channels = 16 is no multiple of 32"),
+        ({"network": UNet(9, (1, 2), 1, ())}, "network: channels = 9 is no multiple of 2 groups"),
         ({"classes": 10}, "network: it was trained with classes"),
         ({"process": Const()}, 'diffusers has no process "const"; supported: linear, quad, cosine'),
         ({"process": Cosine(offset=0.01)}, "cosine schedule has offset 0.008 and beta_max 0.999; this model"),

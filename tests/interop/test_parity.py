@@ -29,6 +29,7 @@ LARGE = {
     "up": "Up AttnUp Up Up Up Up",
     "widths": [128, 128, 256, 256, 512, 512],
 }
+TABLES = {"cifar10": CIFAR10, "256": LARGE}
 # The 256² network on smaller images: its attention then has 4×4 positions, and 2×2 in the middle.
 SIDES = {"cifar10": 32, "256": 64}
 
@@ -101,10 +102,10 @@ def read(path: Path) -> tuple[torch.nn.Module, ModelConfig]:
     return network.eval(), config
 
 
-@pytest.fixture(scope="module", params=[("cifar10", CIFAR10), ("256", LARGE)], ids=lambda param: param[0])
+@pytest.fixture(scope="module", params=["cifar10", pytest.param("256", marks=pytest.mark.slow)])
 def pair(request, tmp_path_factory) -> Pair:
     """diffusers' network with redrawn weights, saved by diffusers and imported by us."""
-    name, table = request.param
+    name, table = request.param, TABLES[request.param]
     side = SIDES[name]
     theirs = their_network(**table, side=side)
     x = Key(0).fold("x").rows(2).normal(3, side, side)
@@ -172,17 +173,17 @@ def their_chain(path: Path, keys: Keys, shape: tuple[int, ...], monkeypatch) -> 
 @pytest.mark.slow
 def test_a_thousand_steps_with_either_variance(tmp_path, monkeypatch):
     """diffusers' β and ᾱ are overwritten in float64: its float32 ones are wrong by 5e-4 where t is small."""
-    keys, ours, theirs = Key(1).rows(2), [], []
+    keys, ours, theirs = Key(1).rows(1), [], []
     for variance in (FixedSmall(), FixedLarge()):
-        config = ModelConfig((3, 8, 8), Linear(), Eps(), variance, UNet(32, (1,), 1, (0,)))
+        config = ModelConfig((3, 8, 8), Linear(), Eps(), variance, UNet(32, (1,), 1, ()))
         denoiser = config.build(clip=True).eval()
-        x = Key(0).fold("x").rows(2).normal(*config.image)
-        redraw(denoiser.network, lambda network=denoiser.network, x=x: network(x, torch.tensor([37.0, 999.0])))
+        x, index = Key(0).normal(1, *config.image), torch.tensor([500.0])
+        redraw(denoiser.network, lambda network=denoiser.network, x=x, index=index: network(x, index))
         folder = tmp_path / type(variance).__name__
         write_folder(folder, denoiser.network.state_dict(), {"model": plain(config)})
         theirs.append(their_chain(folder, keys, config.image, monkeypatch))
         ours.append(sample(Ancestral(variance), denoiser, config.process, keys, config.image, config.process.grid()))
-    assert (ours[0].abs() < 1).float().mean() > 0.1  # the images are not all at the ends, where clipping hides a lot
+    assert (ours[0].abs() < 1).float().mean() > 0.5  # not all at the ends, where clipping hides differences
     for i in (0, 1):
-        assert (ours[i] - theirs[i]).abs().max() <= 1e-4
-        assert (ours[i] - theirs[1 - i]).abs().max() > 0.1
+        assert (ours[i] - theirs[i]).abs().max() <= 1e-5
+        assert (ours[i] - theirs[1 - i]).abs().max() > 1e-2

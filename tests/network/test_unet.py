@@ -168,6 +168,15 @@ def test_norm_has_the_authors_groups_and_eps(channels, groups):
     torch.testing.assert_close(layer(x), expected.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels, groups", [(6, 1), (16, 4), (64, 16), (128, 32), (192, 32)])
+def test_a_narrow_network_has_groups_of_four_channels(channels, groups):
+    """A group of one channel would subtract what the time embedding adds to it."""
+    network = build(UNet(channels=channels, multipliers=(1, 2), blocks=1, attention=(0,)))
+    found = {module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)}
+    assert found == {groups}
+    assert UNet(channels=channels, groups=2).norm_groups() == 2
+
+
 def test_downsampling_pads_at_the_bottom_and_the_right():
     """out[i, j] = Σ w[a, b] x[2i + a, 2j + b]: an impulse at (r, c) shows where TF's SAME puts it."""
     layer = redrawn(Downsample(1))
@@ -245,7 +254,7 @@ def flat_unet(w: dict[str, torch.Tensor], spec: UNet, x: torch.Tensor, time: tor
         return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def group_norm(name: str, h: torch.Tensor) -> torch.Tensor:
-        groups = math.gcd(32, h.shape[1])
+        groups = math.gcd(spec.norm_groups(), h.shape[1])
         return F.group_norm(h, groups, w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
 
     def res(name: str, h: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,9 @@ def victim(tmp_path):
 @pytest.fixture
 def weights(tmp_path):
     path = tmp_path / "a.safetensors"
-    write_weights(path, {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2).half()}, {"name": "ü", "n": [1, 2]})
+    write_weights(
+        path, {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2).half()}, {"name": "ü", "n": [1, float("inf")]}
+    )
     return path
 
 
@@ -118,7 +120,7 @@ def test_a_pickle_in_a_checkpoint(run, victim, kind):
 def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
     """Its first two bytes are 80 02, as those of a pickle of protocol 2."""
     path = tmp_path / "a.safetensors"
-    for length in range(400):
+    for length in range(0, 800, 8):
         write_weights(path, {"w": torch.ones(2)}, {"text": "x" * length})
         if path.read_bytes()[:2] == b"\x80\x02":
             break
@@ -133,7 +135,7 @@ def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
 
 def test_one_file_holds_weights_and_meta(weights):
     found, meta = read_weights(weights)
-    assert meta == {"name": "ü", "n": [1, 2]}
+    assert meta == {"name": "ü", "n": [1, float("inf")]}
     assert torch.equal(found["w"], torch.arange(6.0).reshape(2, 3))
     assert torch.equal(found["b"], torch.ones(2).half())
     before = weights.read_bytes()

@@ -21,7 +21,7 @@ from undiffuse.config import Count, Fraction, parse, plain
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.torchfile import read_tensors
 from undiffuse.network.base import NETWORKS
-from undiffuse.network.block import EPS, GROUPS
+from undiffuse.network.block import EPS
 from undiffuse.network.unet import UNet
 from undiffuse.process import PROCESSES, Cosine
 
@@ -103,8 +103,6 @@ NETWORK: dict[str, tuple[Any, ...]] = {
     "downsample_type": ("conv",),
     "upsample_type": ("conv",),
     "act_fn": ("silu", "swish"),
-    "norm_num_groups": (GROUPS,),
-    "attn_norm_num_groups": (None, GROUPS),
     "norm_eps": (EPS,),
     "resnet_time_scale_shift": ("default",),
     "add_attention": (True,),
@@ -240,11 +238,13 @@ def _require(
 def _our_network(unet: UNet2DModel, file: Path) -> UNet:
     """Of the fields that vary, each combination that diffusers could build and ours could not is refused."""
     widths, levels = unet.block_out_channels, len(unet.block_out_channels)
-    if not widths or any(width % widths[0] for width in widths) or widths[0] % GROUPS:
+    groups = unet.norm_num_groups
+    if not widths or any(width % widths[0] for width in widths) or widths[0] % groups:
         raise UsageError(
             f'{file}: "block_out_channels" is {list(widths)}; '
-            f"supported: multiples of the first, which is itself a multiple of {GROUPS}"
+            f'supported: multiples of the first, which is itself a multiple of "norm_num_groups", {groups}'
         )
+    _require(file, unet, {"attn_norm_num_groups": (None, groups)})
     down = [{"DownBlock2D": False, "AttnDownBlock2D": True}.get(kind) for kind in unet.down_block_types]
     up = [{"UpBlock2D": False, "AttnUpBlock2D": True}.get(kind) for kind in reversed(unet.up_block_types)]
     if None in down or down != up or len(down) != levels:
@@ -258,7 +258,7 @@ def _our_network(unet: UNet2DModel, file: Path) -> UNet:
     heads = (None, *attended) if len(attended) == 1 else (None,)
     _require(file, unet, {"attention_head_dim": heads, "time_embedding_dim": (None, 4 * widths[0])})
     multipliers = tuple(width // widths[0] for width in widths)
-    return UNet(widths[0], multipliers, unet.layers_per_block, attention, unet.dropout)
+    return UNet(widths[0], multipliers, unet.layers_per_block, attention, unet.dropout, groups=groups)
 
 
 def _sides(unet: UNet2DModel, file: Path) -> tuple[int, int]:
@@ -328,7 +328,9 @@ def _their_network(model: Mapping[str, Any]) -> UNet2DModel:
             f"patch = {network.patch} and not 1": network.patch != 1,
             f'time = "{network.time}" and not "index"': network.time != "index",
             f"multipliers {list(network.multipliers)} do not begin with 1": network.multipliers[0] != 1,
-            f"channels = {network.channels} is no multiple of {GROUPS}": network.channels % GROUPS != 0,
+            f"channels = {network.channels} is no multiple of {network.norm_groups()} groups": (
+                network.channels % network.norm_groups() != 0
+            ),
         }
     refused = [reason for reason, holds in reasons.items() if holds]
     if refused or not isinstance(network, UNet):
@@ -344,6 +346,7 @@ def _their_network(model: Mapping[str, Any]) -> UNet2DModel:
         layers_per_block=network.blocks,
         dropout=network.dropout,
         attention_head_dim=None,
+        norm_num_groups=network.norm_groups(),
         **{name: values[0] for name, values in NETWORK.items()},
     )
 

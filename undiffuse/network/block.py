@@ -15,9 +15,9 @@ GROUPS, EPS = 32, 1e-6
 NEAR_ZERO = 1e-5
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """As many groups as 32, or fewer where a narrow network has too few channels."""
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=EPS)
+def norm(channels: int, groups: int = GROUPS) -> nn.GroupNorm:
+    """That many groups, or as many as divide both it and the channels."""
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=EPS)
 
 
 def initialised(layer: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -45,12 +45,12 @@ def sinusoid(time: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b c"]:
 class ResBlock(nn.Module):
     """norm, swish, conv, + time, norm, swish, dropout, conv; the shortcut is 1×1 where the width changes."""
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float):
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, groups: int = GROUPS):
         super().__init__()
-        self.norm1 = norm(inputs)
+        self.norm1 = norm(inputs, groups)
         self.conv1 = conv(inputs, outputs)
         self.temb_proj = linear(embedding, outputs)
-        self.norm2 = norm(outputs)
+        self.norm2 = norm(outputs, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(outputs, outputs, gain=NEAR_ZERO)
         self.nin_shortcut = conv(inputs, outputs, size=1) if inputs != outputs else nn.Identity()
@@ -65,9 +65,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """One head over all positions, with a residual connection."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = GROUPS):
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = norm(channels, groups)
         self.q, self.k, self.v = (conv(channels, channels, size=1) for _ in range(3))
         self.proj_out = conv(channels, channels, size=1, gain=NEAR_ZERO)
 

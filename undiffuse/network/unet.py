@@ -14,14 +14,26 @@ from torch.nn import functional as F
 from undiffuse.config import Count, Fraction
 from undiffuse.errors import UsageError
 from undiffuse.network.base import Network
-from undiffuse.network.block import NEAR_ZERO, Attention, Downsample, ResBlock, Upsample, conv, linear, norm, sinusoid
+from undiffuse.network.block import (
+    GROUPS,
+    NEAR_ZERO,
+    Attention,
+    Downsample,
+    ResBlock,
+    Upsample,
+    conv,
+    linear,
+    norm,
+    sinusoid,
+)
 
 
 @dataclass(frozen=True)
 class UNet(Network):
     """`attention` lists the levels that have it, 0 being the first; the middle always does.
 
-    `patch` folds squares of that side into channels first, which makes every level cheaper (the authors' `block_size`,
+    `groups` are those of the norms: 32, or a quarter of `channels` where that is less, because a group of one channel
+    would take away what the time embedding adds. `patch` folds squares of that side into channels first, which makes every level cheaper (the authors' `block_size`,
     but in torch's order of channels).
     """
 
@@ -31,6 +43,7 @@ class UNet(Network):
     attention: tuple[int, ...] = (1,)
     dropout: Fraction = 0.0
     patch: Count = 1
+    groups: Count | None = None
     time: Literal["index", "logsnr", "sigma"] = "index"
 
     def __post_init__(self) -> None:
@@ -46,6 +59,9 @@ class UNet(Network):
     def build(self, image_channels: int, output_channels: int, classes: int | None = None) -> "UNetModule":
         return UNetModule(self, image_channels, output_channels, classes)
 
+    def norm_groups(self) -> int:
+        return self.groups or min(GROUPS, max(1, self.channels // 4))
+
     def stride(self) -> int:
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
@@ -59,12 +75,15 @@ class Level(nn.Module):
         embedding: int,
         dropout: float,
         attention: bool,
+        groups: int,
         downsample: bool = False,
         upsample: bool = False,
     ):
         super().__init__()
-        self.block = nn.ModuleList([ResBlock(inputs, outputs, embedding, dropout) for inputs, outputs in widths])
-        self.attn = nn.ModuleList([Attention(outputs) for _, outputs in widths] if attention else [])
+        self.block = nn.ModuleList(
+            [ResBlock(inputs, outputs, embedding, dropout, groups) for inputs, outputs in widths]
+        )
+        self.attn = nn.ModuleList([Attention(outputs, groups) for _, outputs in widths] if attention else [])
         self.downsample = Downsample(widths[-1][1]) if downsample else None
         self.upsample = Upsample(widths[-1][1]) if upsample else None
 
@@ -79,7 +98,7 @@ class UNetModule(nn.Module):
     def __init__(self, spec: UNet, image_channels: int, output_channels: int, classes: int | None):
         super().__init__()
         self.channels, self.blocks, self.patch = spec.channels, spec.blocks, spec.patch
-        embedding, last = 4 * spec.channels, len(spec.multipliers) - 1
+        embedding, last, groups = 4 * spec.channels, len(spec.multipliers) - 1, spec.norm_groups()
         width = [spec.channels * multiplier for multiplier in spec.multipliers]
 
         self.temb = nn.ModuleDict(
@@ -93,21 +112,23 @@ class UNetModule(nn.Module):
         for level in range(last + 1):
             widths = [(current if i == 0 else width[level], width[level]) for i in range(spec.blocks)]
             current = width[level]
-            self.down.append(Level(widths, embedding, spec.dropout, level in spec.attention, downsample=level < last))
+            attention = level in spec.attention
+            self.down.append(Level(widths, embedding, spec.dropout, attention, groups, downsample=level < last))
             skips += [current] * (spec.blocks + (level < last))
 
-        self.mid["block_1"] = ResBlock(current, current, embedding, spec.dropout)
-        self.mid["attn_1"] = Attention(current)
-        self.mid["block_2"] = ResBlock(current, current, embedding, spec.dropout)
+        self.mid["block_1"] = ResBlock(current, current, embedding, spec.dropout, groups)
+        self.mid["attn_1"] = Attention(current, groups)
+        self.mid["block_2"] = ResBlock(current, current, embedding, spec.dropout, groups)
 
         for level in range(last, -1, -1):
             widths = []
             for _ in range(spec.blocks + 1):
                 widths.append((current + skips.pop(), width[level]))
                 current = width[level]
-            self.up.insert(0, Level(widths, embedding, spec.dropout, level in spec.attention, upsample=level > 0))
+            attention = level in spec.attention
+            self.up.insert(0, Level(widths, embedding, spec.dropout, attention, groups, upsample=level > 0))
 
-        self.norm_out = norm(current)
+        self.norm_out = norm(current, groups)
         self.conv_out = conv(current, output_channels * spec.patch**2, gain=NEAR_ZERO)
 
     def forward(

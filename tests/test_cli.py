@@ -1,0 +1,240 @@
+"""The commands as a user meets them: what they print, what they write, and one line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from undiffuse import cli, store
+from undiffuse.config import to_toml
+from undiffuse.model import load
+from undiffuse.train import train
+
+SETTINGS = [
+    "process.steps=12", "process.beta_end=0.5", "network.channels=8", "network.multipliers=[1, 1]", "network.blocks=1",
+    "network.attention=[]", "train.steps=3", "train.batch=4", "train.warmup=1", "train.save_every=2",
+    "train.sample_every=3", "train.log_every=1", "train.held_out=4", "train.lr=1e-2", "train.ema=0.5",
+]  # fmt: skip
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command line; gives its exit code, standard output and standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["undiffuse", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A run on the digits, three steps old."""
+    from undiffuse.data.source import open_source
+    from undiffuse.recipe import load_recipe
+
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    recipe = load_recipe("cifar10", [*SETTINGS, "data.size=8", "data.channels=1"])
+    train(recipe, open_source("digits"), out, say=lambda text: None, show_progress=False)
+    return out
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("undiffuse: ")]
+    assert len(lines) == 1 and "Traceback" not in err
+    return lines[0]
+
+
+def test_train_then_resume_then_sample(call, tmp_path):
+    command = ["train", "digits", "-p", "cifar10", "-o", tmp_path / "run", "--json"]
+    command += [word for setting in [*SETTINGS, "data.size=8", "data.channels=1"] for word in ("--set", setting)]
+    code, out, err = call(*command, "--steps", "2")
+    assert code == 0, err
+    assert json.loads(out)["step"] == 2
+    code, out, err = call(*command)
+    assert code == 0 and json.loads(out) | {"run": "", "next": ""} == {
+        "run": "", "next": "", "step": 3, "images_seen": 12, "parameters": load(tmp_path / "run").parameters()
+    }  # fmt: skip
+    code, out, _ = call("sample", tmp_path / "run", "-n", 3, "--out", tmp_path / "s", "--npz", tmp_path / "s.npz", "--json")
+    assert code == 0
+    pictures = sorted((tmp_path / "s").glob("*.png"))
+    assert len(pictures) == 4  # three and the grid
+    array = np.load(tmp_path / "s.npz")["arr_0"]
+    assert array.shape == (3, 8, 8, 1) and array.dtype == np.uint8
+    single = next(path for path in pictures if path.name != "grid.png")
+    assert np.array_equal(np.asarray(Image.open(single)), array[0, :, :, 0])
+
+
+def test_a_sample_depends_on_its_seed_and_number_alone(run_folder):
+    model = load(run_folder)
+    whole = model.sample(5, seed=3)
+    assert torch.equal(whole, model.sample(5, seed=3))
+    assert not torch.equal(whole, model.sample(5, seed=4))
+    parts = model.sample(5, seed=3, batch=2)  # convolutions may differ in the last bit from batch to batch
+    assert (whole.int() - parts.int()).abs().max() <= 1
+    assert model.sample(2, steps=4, solver="ddim").shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("command", ["progressive", "shared", "interpolate", "neighbours"])
+def test_pictures_of_the_paper(call, run_folder, tmp_path, command):
+    picture = tmp_path / "out.png"
+    words: list[object] = [command, run_folder]
+    if command == "interpolate":
+        for name, value in (("a.png", 30), ("b.jpg", 200)):
+            Image.new("RGB", (20, 31), (value, value, 90)).save(tmp_path / name)
+        words += [tmp_path / "a.png", tmp_path / "b.jpg", "--t", "0.5", "--t", "1", "--count", 3]
+    if command == "neighbours":
+        words += ["digits", "-n", 2, "-k", 3]
+    if command in ("progressive", "shared"):
+        words += ["-n", 2]
+    code, out, err = call(*words, "--out", picture, "--json")
+    assert code == 0, err
+    assert json.loads(out)["picture"] == str(picture)
+    assert np.asarray(Image.open(picture)).std() > 5
+
+
+def test_nll_writes_its_terms_and_goes_on(call, run_folder, tmp_path):
+    out = tmp_path / "nll"
+    words = ["nll", run_folder, "digits", "-n", 6, "--batch", 3, "--rate-distortion", "--out", out, "--json"]
+    code, text, err = call(*words)
+    assert code == 0, err
+    first = json.loads(text)
+    assert first["images"] == 6 and len(first["rate_distortion"]) == 10
+    assert first["prior"] + first["rate"] + first["decoder"] == pytest.approx(first["bits_per_dim"])
+    table = (out / "rate-distortion.tsv").read_text().splitlines()
+    assert table[0] == "step\trate\trmse" and len(table) == 13
+    assert len((out / "terms.tsv").read_text().splitlines()) == 13
+    assert "<svg" in (out / "rate-distortion.svg").read_text()
+    part = out / "part-00000003.npz"
+    stamp, part_0 = part.stat().st_mtime_ns, out / "part-00000000.npz"
+    part_0.unlink()  # as if the run had been killed: only that batch is measured again
+    code, text, _ = call(*words)
+    assert code == 0 and json.loads(text) == first and part.stat().st_mtime_ns == stamp and part_0.exists()
+    code, _, err = call(*[3 if word == 6 else word for word in words], "--seed", 1)
+    assert code == 2 and "holds another measurement (other seed)" in one_line(err)
+    code, text, _ = call("nll", run_folder, "digits", "--draws", 3, "-n", 20, "--json")
+    assert code == 0 and json.loads(text)["standard_error"] > 0
+
+
+def test_export_and_import_keep_the_model(call, run_folder, tmp_path):
+    assert call("export", run_folder, tmp_path / "one.safetensors", "--to", "file")[0] == 0
+    assert torch.equal(load(tmp_path / "one.safetensors").sample(2), load(run_folder).sample(2))
+    code, _, err = call("export", run_folder, tmp_path / "one.safetensors", "--to", "file")
+    assert code == 2 and "exists; give the name of a new file" in one_line(err)
+    assert call("export", run_folder, tmp_path / "folder", "--to", "diffusers")[0] == 0
+    code, _, err = call("import", tmp_path / "folder", tmp_path / "imported")
+    assert code == 0, err
+    assert torch.equal(load(tmp_path / "imported").sample(2), load(run_folder).sample(2))
+
+
+def test_inspect_verify_presets_doctor(call, run_folder):
+    assert 'name = "eps"' in call("inspect", run_folder)[1]
+    assert "channels = 128" in call("inspect", "cifar10")[1]
+    assert json.loads(call("verify", run_folder, "--json")[1]) == {"good": 2, "damaged": "none"}
+    presets = json.loads(call("presets", "--json")[1])
+    assert presets["cifar10"]["expected"]["fid_train"] == 3.17
+    assert json.loads(call("doctor", "--json")[1])["torch"] == torch.__version__
+
+
+def test_data_inspect_and_check(call, tmp_path):
+    for i in range(3):
+        (tmp_path / "cats").mkdir(exist_ok=True)
+        Image.new("RGB", (10 + i, 9), (i * 80, 10, 10)).save(tmp_path / "cats" / f"{i}.png")
+    code, out, err = call("data", "inspect", tmp_path, "--sheet", tmp_path.parent / "sheet.png", "--json")
+    assert code == 0, err
+    assert json.loads(out)["images"] == 3 and json.loads(out)["sizes"] == {"10x9": 1, "11x9": 1, "12x9": 1}
+    assert (tmp_path.parent / "sheet.png").exists()
+    assert call("data", "check", tmp_path)[:2] == (0, "all good\n")
+    (tmp_path / "cats" / "broken.png").write_bytes((tmp_path / "cats" / "0.png").read_bytes()[:-30])
+    code, out, _ = call("data", "check", tmp_path)
+    assert code == 2 and "broken.png" in out and out.endswith("1 bad\n")
+
+
+BAD = [
+    (["sample", "RUN", "-n", "0", "--out", "x"], 2, "n = 0 images were asked for; give 1 or more"),
+    (["sample", "RUN", "-n", "3", "--steps", "13", "--out", "x"], 2, "steps = 13 is not possible; this model takes 1 to 12"),
+    (["sample", "RUN"], 2, "nowhere to write; give --out FOLDER for PNGs, or --npz FILE"),
+    (["sample", "RUN", "--solver", "dimm", "--out", "x"], 2, 'sampler "dimm" is not known. Did you mean "ddim"?'),
+    (["sample", "RUN", "--out", "x", "--device", "cuda:77"], 2, 'device "cuda:77" cannot be used here'),
+    (["sample", "RUN", "--out", "x", "--stepz", "3"], 2, "--stepz"),
+    (["sample", "RUN", "-n", "many", "--out", "x"], 2, "Invalid value for '-n'"),
+    (["sample", "no-such-model", "--out", "x"], 2, 'model "no-such-model" is not known'),
+    (["sampel"], 2, "Did you mean 'sample'?"),
+    (["train", "digits", "-p", "cifar11", "--out", "x"], 2, 'preset "cifar11" is not known. Did you mean "cifar10"?'),
+    (["train", "digits", "--out", "x"], 2, "no preset was given; choose one with --preset. Known: "),
+    (["train", "no-such-folder", "-p", "cifar10", "--out", "x"], 2, "neither a path nor a named set"),
+    (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "process.name=cosin"], 2, 'Did you mean "cosine"?'),
+    (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.btach=3"], 2, 'Did you mean "batch"?'),
+    (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.batch=0"], 2, '"train.batch" '),
+    (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.batch"], 2, "is not of the form a.b=c"),
+    (["train", "EMPTY", "-p", "cifar10", "--out", "x"], 2, "EMPTY"),
+    (["train", "MIXED", "-p", "fashion-mnist", "--out", "x"], 2, "images differ in size"),
+    (["train", "TRUNCATED", "-p", "cifar10", "--out", "x"], 2, "1 of 2 images cannot be read: "),
+    (["train", "digits", "-p", "fashion-mnist", "--size", "6", "--out", "x"], 2, "strides divide by 4; use --size 8"),
+    (["nll", "RUN", "digits", "-n", "0"], 2, "0 images were asked for; give 1 or more"),
+    (["nll", "RUN", "digits", "--draws", "99"], 2, "99 draws an image are not possible; give 1 to 12"),
+    (["interpolate", "RUN", "none.png", "none.png", "--out", "x.png"], 2, "none.png cannot be read: No such file"),
+    (["sample", "PICKLE", "--out", "x"], 5, "pickle"),
+    (["sample", "DAMAGED", "--out", "x"], 5, "sha256"),
+    (["verify", "EMPTY"], 2, "has no checkpoints; give the --out folder of a training run"),
+    (["data", "inspect", "EMPTY"], 2, "EMPTY"),
+    (["data", "build", "emojis", "x.tgz", "--out", "x"], 2, 'Did you mean "emoji"?'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, code, message", BAD, ids=[" ".join(words) for words, *_ in BAD])
+def test_bad_input_gets_one_line(call, run_folder, tmp_path, monkeypatch, words, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    for name, sizes in (("MIXED", (8, 12)), ("TRUNCATED", (8, 8))):
+        (tmp_path / name).mkdir()
+        for i, size in enumerate(sizes):
+            noise = np.random.default_rng(i).integers(0, 255, (size, size, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{i}.png")
+    last = tmp_path / "TRUNCATED" / "1.png"
+    last.write_bytes(last.read_bytes()[:100])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "PICKLE")
+    store.write_weights(tmp_path / "DAMAGED", {"w": torch.zeros(64)}, {})
+    data = bytearray((tmp_path / "DAMAGED").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "DAMAGED").write_bytes(data)
+    before = sorted(tmp_path.rglob("*"))
+    got, out, err = call(*[run_folder if word == "RUN" else word for word in words])
+    assert (got, out) == (code, "")
+    assert message in one_line(err)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+def test_a_run_in_use_is_refused(call, run_folder, tmp_path):
+    with store.Run(tmp_path / "run").lock():
+        script = f"import sys; from undiffuse import cli; sys.argv = {['undiffuse', 'train', 'digits', '-p', 'cifar10', *[w for s in [*SETTINGS, 'data.size=8', 'data.channels=1'] for w in ('--set', s)], '--out', str(tmp_path / 'run')]!r}; cli.main()"  # noqa: E501
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 7
+    assert f"is in use by process {os.getpid()}" in one_line(done.stderr)
+
+
+def test_help_of_every_command_has_an_example(call):
+    _, text, _ = call("--help")
+    commands = ["train", "sample", "progressive", "shared", "interpolate", "neighbours", "nll", "inspect", "verify",
+                "import", "export", "doctor"]  # fmt: skip
+    for command in commands:
+        assert command in text
+        assert "undiffuse " + command in call(command, "--help")[1]
+
+
+def test_a_recipe_file_is_a_preset(call, tmp_path):
+    from undiffuse.recipe import load_recipe
+
+    (tmp_path / "mine.toml").write_text(to_toml(load_recipe("cifar10", [*SETTINGS, "data.size=8", "data.channels=1"])))
+    code, out, err = call("train", "digits", "-p", tmp_path / "mine.toml", "-o", tmp_path / "run", "--steps", 1, "--json")
+    assert code == 0 and json.loads(out)["step"] == 1, err
