@@ -65,7 +65,9 @@ def test_train_then_resume_then_sample(call, tmp_path):
     assert code == 0 and json.loads(out) | {"run": "", "next": ""} == {
         "run": "", "next": "", "step": 3, "images_seen": 12, "parameters": load(tmp_path / "run").parameters()
     }  # fmt: skip
-    code, out, _ = call("sample", tmp_path / "run", "-n", 3, "--out", tmp_path / "s", "--npz", tmp_path / "s.npz", "--json")
+    code, out, _ = call(
+        "sample", tmp_path / "run", "-n", 3, "--out", tmp_path / "s", "--npz", tmp_path / "s.npz", "--json"
+    )
     assert code == 0
     pictures = sorted((tmp_path / "s").glob("*.png"))
     assert len(pictures) == 4  # three and the grid
@@ -218,7 +220,9 @@ def test_bad_input_gets_one_line(call, run_folder, tmp_path, monkeypatch, words,
 def test_a_run_in_use_is_refused(call, run_folder, tmp_path):
     with store.Run(tmp_path / "run").lock():
         script = f"import sys; from undiffuse import cli; sys.argv = {['undiffuse', 'train', 'digits', '-p', 'cifar10', *[w for s in [*SETTINGS, 'data.size=8', 'data.channels=1'] for w in ('--set', s)], '--out', str(tmp_path / 'run')]!r}; cli.main()"  # noqa: E501
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
     assert done.returncode == 7
     assert f"is in use by process {os.getpid()}" in one_line(done.stderr)
 
@@ -236,5 +240,7 @@ def test_a_recipe_file_is_a_preset(call, tmp_path):
     from undiffuse.recipe import load_recipe
 
     (tmp_path / "mine.toml").write_text(to_toml(load_recipe("cifar10", [*SETTINGS, "data.size=8", "data.channels=1"])))
-    code, out, err = call("train", "digits", "-p", tmp_path / "mine.toml", "-o", tmp_path / "run", "--steps", 1, "--json")
+    code, out, err = call(
+        "train", "digits", "-p", tmp_path / "mine.toml", "-o", tmp_path / "run", "--steps", 1, "--json"
+    )
     assert code == 0 and json.loads(out)["step"] == 1, err

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -168,9 +169,10 @@ def test_a_terminal_gets_a_bar_on_stderr_alone(clock, capsys, monkeypatch):
             clock.now += 2
             bar.advance(4)
             print("the caller's")
-        terminal.flush()
-        shown = os.read(main, 100_000).decode()
-    os.close(main)
+    shown = ""
+    with open(main, encoding="utf-8") as screen, suppress(OSError):  # its end, once the terminal is closed
+        while text := screen.readline():
+            shown += text
     assert "sampling [x] 4/8 (50 %), 2/s, 2 s left" in shown and "━" in shown
     assert capsys.readouterr().out == "the caller's\n"
 

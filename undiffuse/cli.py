@@ -184,7 +184,7 @@ def progressive(
     model: ModelArg,
     out: OutOpt,
     n: Annotated[int, typer.Option("-n", help="How many images")] = 8,
-    slots: Annotated[int, typer.Option("--slots", help="How many pictures along the chain")] = 20,
+    slots: Annotated[int | None, typer.Option("--slots", help="Pictures along the chain; 20 unless given")] = None,
     steps: StepsOpt = None,
     seed: SeedOpt = 0,
     device: DeviceOpt = "cpu",
@@ -197,8 +197,9 @@ def progressive(
     from undiffuse import explore
 
     loaded = open_model(model, device)
-    with ticking(len(loaded.times(steps)) - 1, "progressive", as_json) as tick:
-        images, times = explore.progressive(loaded, n, seed, steps, slots, progress=tick)
+    total = len(loaded.times(steps)) - 1
+    with ticking(total, "progressive", as_json) as tick:
+        images, times = explore.progressive(loaded, n, seed, steps, slots or min(20, total), progress=tick)
     explore.write_grid(images, out)
     show({"picture": out, "t": [float(t) for t in times]}, as_json)
 

@@ -86,29 +86,26 @@ class Evil:
 
 
 HOSTILE = {
-    "call": lambda path: pickle.dumps({b"data": Evil(path), b"labels": [0]}, protocol=3),
-    "name": lambda path: b"\x80\x03cos\nsystem\n.",
-    "other numpy": lambda path: b"\x80\x03cnumpy\nload\n.",
-    "dotted": lambda path: b"\x80\x04\x8c\x05numpy\x8c\x0bndarray.sum\x93.",
-    "persistent": lambda path: b"\x80\x03Pabc\n.",
-    "extension": lambda path: b"\x80\x03\x82\x01.",
+    "call": (lambda path: pickle.dumps({b"data": Evil(path), b"labels": [0]}, protocol=3), "names .*open, .* refused"),
+    "name": (lambda path: b"\x80\x03cos\nsystem\n.", "names os.system, which is refused; expected only NumPy arrays$"),
+    "other numpy": (lambda path: b"\x80\x03cnumpy\nload\n.", "names numpy.load, which is refused"),
+    "dotted": (
+        lambda path: b"\x80\x04\x8c\x05numpy\x8c\x0bndarray.sum\x93.",
+        "names numpy.ndarray.sum, which is refused",
+    ),
+    "persistent": (lambda path: b"\x80\x03Pabc\n.", "not CIFAR-10's Python version, or damaged"),
+    "extension": (lambda path: b"\x80\x03\x82\x01.", "not CIFAR-10's Python version, or damaged"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_nothing_is_executed(tmp_path, case):
+    write, message = HOSTILE[case]
     path = unpacked(tmp_path / "cifar", *WRITERS["python, saved anew"])
-    (path / "data_batch_3").write_bytes(HOSTILE[case](tmp_path / "harm"))
-    with pytest.raises(Corrupt, match=r"cifar: data_batch_3: (the pickle names .+, which is refused|not CIFAR-10)"):
+    (path / "data_batch_3").write_bytes(write(tmp_path / "harm"))
+    with pytest.raises(Corrupt, match=f"cifar: data_batch_3: .*{message}"):
         open_source(path)
     assert not (tmp_path / "harm").exists()
-
-
-def test_the_refused_name_is_told(tmp_path):
-    path = unpacked(tmp_path / "cifar", *WRITERS["python, saved anew"])
-    (path / "data_batch_1").write_bytes(HOSTILE["name"](path))
-    with pytest.raises(Corrupt, match="the pickle names os.system, which is refused; expected only NumPy arrays$"):
-        open_source(path)
 
 
 def test_every_truncation_of_the_pickle_is_an_error(tmp_path):

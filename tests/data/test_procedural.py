@@ -75,7 +75,7 @@ def test_samples_have_the_moments_of_the_law(law):
     assert abs(float(pairs.mean()) - correlation * variance) < 5 * float(pairs.std()) / math.sqrt(count)
 
 
-@pytest.mark.parametrize("mean, std", [(0.0, 0.2), (0.9, 0.3), (-0.999, 0.004), (0.3, 1e-4), (0.5, 3.0)])
+@pytest.mark.parametrize("mean, std", [(0.0, 0.2), (0.9, 0.3), (-0.9, 0.3), (-0.999, 0.004), (0.3, 1e-4), (0.5, 3.0)])
 def test_level_probabilities(mean, std):
     p = procedural.level_probabilities(mean, std)
     assert float(p.sum()) == pytest.approx(1, abs=1e-14)

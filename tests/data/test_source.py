@@ -115,6 +115,8 @@ def test_bad_options(tmp_path):
         open_source(tmp_path, size=9000)
     with pytest.raises(UsageError, match=r"channels 2 is not possible; give 1 \(grey\) or 3 \(RGB\)"):
         open_source(tmp_path, channels=2)
+    with pytest.raises(UsageError, match='split "tests" is not known; expected train or test'):
+        open_source(tmp_path, split="tests")
     with pytest.raises(UsageError, match='background "wite" is not a colour'):
         open_source(tmp_path, background="wite")
 

@@ -10,7 +10,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from undiffuse.data.source import Source, Split, open_raw
+from undiffuse.data.source import Source, open_raw
 from undiffuse.errors import DataError
 
 CELLS = 8  # the contact sheet has this many rows and columns
@@ -75,7 +75,7 @@ def inspect(source: Source) -> Summary:
     )
 
 
-def check(spec: str | Path, split: Split = "train") -> list[Bad]:
+def check(spec: str | Path, split: str = "train") -> list[Bad]:
     """Decodes every image of a path or a named set, and lists those that fail."""
     source, bad = open_raw(spec, split), []
     for index in range(len(source)):

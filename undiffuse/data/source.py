@@ -106,7 +106,7 @@ class Format(ABC):
 FORMATS = Table("data format", Format, "undiffuse.data")
 
 
-def open_raw(spec: str | Path, split: Split = "train", background: str = "white") -> Source:
+def open_raw(spec: str | Path, split: str = "train", background: str = "white") -> Source:
     """The images of a path or of a named set, each as it is: sizes and channel counts may differ."""
     text = str(spec)
     if split not in ("train", "test"):
@@ -136,7 +136,7 @@ def open_source(
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     background: str = "white",
-    split: Split = "train",
+    split: str = "train",
     skip_bad: bool = False,
 ) -> ArraySource:
     """The images of a path or of a named set, all of one shape, in memory.

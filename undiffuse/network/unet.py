@@ -33,8 +33,8 @@ class UNet(Network):
     """`attention` lists the levels that have it, 0 being the first; the middle always does.
 
     `groups` are those of the norms: 32, or a quarter of `channels` where that is less, because a group of one channel
-    would take away what the time embedding adds. `patch` folds squares of that side into channels first, which makes every level cheaper (the authors' `block_size`,
-    but in torch's order of channels).
+    would take away what the time embedding adds. `patch` folds squares of that side into channels first, which makes
+    every level cheaper (the authors' `block_size`, but in torch's order of channels).
     """
 
     channels: Count = 128

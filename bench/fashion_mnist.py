@@ -1,0 +1,160 @@
+"""Measures the shipped Fashion-MNIST model: bits/dim, rate-distortion, samples; writes the JSON beside this script,
+the pictures of docs/images and the tables of docs/benchmarks.md.
+
+    python bench/fashion_mnist.py --whole 500 --draws 4 --run RUN
+
+`--run` names the training run of the model; its log is thinned to one line per 100 steps and kept beside the JSON. Each
+measurement is resumable: run the same command again after an interruption.
+"""
+
+import argparse
+import json
+import platform
+import re
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import undiffuse
+from undiffuse import evaluate, explore, log, model, store
+from undiffuse.data.source import open_source
+from undiffuse.figure import grid, line_plot, png
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+
+
+def machine() -> dict[str, object]:
+    """What ran it."""
+    names = {
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    }
+    return {
+        "processor": ", ".join(sorted(names)),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "undiffuse": undiffuse.__version__,
+    }
+
+
+def measure(loaded: model.Model, whole: int, draws: int, cache: Path) -> dict[str, object]:
+    """bits/dim on both splits: the whole chain on the first `whole` images, stratified t on all of them."""
+    result: dict[str, object] = {}
+    for split in ("test", "train"):
+        source = open_source("fashion-mnist", channels=1, split=split)
+        for name, query in {
+            "whole_chain": evaluate.Nll(images=whole, batch=100),
+            "stratified": evaluate.Nll(draws=draws, batch=1000),
+        }.items():
+            started, what = time.monotonic(), f"{split} {name}"
+            with log.progress(evaluate.evaluations(loaded, source, query), what, True) as bar:
+                terms = evaluate.nll(loaded, source, query, cache / f"{split}-{name}", bar.advance)
+            entry = {**terms.summary(), "evaluations_per_image": terms.bits.shape[1]}
+            entry["seconds"] = round(time.monotonic() - started, 1)
+            if name == "whole_chain" and split == "test":
+                result["rate_distortion"] = evaluate.table(terms)
+                svg = (cache / f"{split}-{name}" / "rate-distortion.svg").read_bytes()
+                store.write_atomic(IMAGES / "fashion-mnist-rate-distortion.svg", svg)
+            result[f"{split}_{name}"] = entry
+    return result
+
+
+def pictures(loaded: model.Model) -> dict[str, object]:
+    """The sample grid of the README (all steps), and progressive generation."""
+    started = time.monotonic()
+    with log.progress(len(loaded.times()) - 1, "samples", True) as bar:
+        samples = loaded.sample(64, seed=0, progress=bar.advance)
+    seconds = round(time.monotonic() - started, 1)
+    store.write_atomic(IMAGES / "fashion-mnist-samples.png", png(grid(samples, columns=16, scale=2)))
+    steps, _ = explore.progressive(loaded, 6, slots=16)
+    explore.write_grid(steps, IMAGES / "fashion-mnist-progressive.png")
+    return {"images": 64, "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
+
+
+def keep_log(run: Path) -> dict[str, object]:
+    """The thinned log of the training run, its curve, and what it cost."""
+    rows = log.read_rows(run / "log.jsonl")
+    losses = [row for row in rows if "loss" in row]
+    kept = [row for row in rows if "held_out" in row or row["step"] % 100 == 0]
+    store.write_atomic(HERE / "fashion_mnist.log.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+    held = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
+    svg = line_plot([("held out", *map(list, zip(*held, strict=True)))], x="step", y="loss", title="Held-out loss")
+    store.write_atomic(IMAGES / "fashion-mnist-loss.svg", svg.encode())
+    last = held[-1][0]
+    before = min(held, key=lambda pair: abs(pair[0] - 0.8 * last))
+    images = [b["images"] - a["images"] for a, b in zip([{"images": 0}, *losses], losses, strict=False)]
+    seconds = sum(n / row["images_per_second"] for n, row in zip(images, losses, strict=True))
+    return {
+        "steps": last,
+        "images_seen": losses[-1]["images"],
+        "seconds": round(seconds),
+        "held_out_loss": held[-1][1],
+        "held_out_loss_at_four_fifths": before[1],
+        "fall_over_the_last_fifth": round(1 - held[-1][1] / before[1], 5),
+    }
+
+
+def table(result: dict) -> str:
+    """The generated block of docs/benchmarks.md."""
+    lines = [
+        "| split | how | images | bits/dim | ± s.e. | prior | rate | decoder |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in ("test_whole_chain", "train_whole_chain", "test_stratified", "train_stratified"):
+        e = result["bits_per_dim"][key]
+        how = "all terms" if "whole" in key else f"{e['evaluations_per_image']} stratified terms"
+        lines.append(
+            f"| {key.split('_')[0]} | {how} | {e['images']:,} | {e['bits_per_dim']:.3f} | {e['standard_error']:.3f} "
+            f"| {e['prior']:.5f} | {e['rate']:.3f} | {e['decoder']:.3f} |"
+        )
+    lines += ["", "| reverse step | rate (bits/dim) | RMSE [0, 255] |", "|---|---|---|"]
+    for row in result["bits_per_dim"]["rate_distortion"]:
+        lines.append(f"| {row['step']} | {row['rate']:.5f} | {row['rmse']:.3f} |")
+    t = result["training"]
+    lines += [
+        "",
+        f"Training: {t['steps']:,} steps, {t['images_seen']:,} images seen, {t['seconds']:,} s; held-out loss "
+        f"{t['held_out_loss']:.5f}, which fell by {100 * t['fall_over_the_last_fifth']:.2f} % over the last fifth.",
+        f"Sampling 64 images in {result['samples']['steps']} steps: {result['samples']['seconds']} s.",
+        f"Machine: {result['machine']['processor']}, {result['machine']['threads']} threads, torch "
+        f"{result['machine']['torch']}, Python {result['machine']['python']}; {result['date']}. "
+        f"Made by `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whole", type=int, default=500, help="images of each split measured with every term")
+    parser.add_argument("--draws", type=int, default=4, help="stratified terms an image, on the whole splits")
+    parser.add_argument("--run", type=Path, help="the training run, for its log; kept from the last time unless given")
+    parser.add_argument("--cache", type=Path, default=Path("runs/fashion-mnist-nll"), help="where terms are kept")
+    given = parser.parse_args()
+    target = HERE / "fashion_mnist.json"
+    before = json.loads(target.read_text()) if target.exists() else {}
+    loaded = undiffuse.load("fashion-mnist")
+    result = {
+        "command": f"python bench/fashion_mnist.py --whole {given.whole} --draws {given.draws}",
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "model": {"parameters": loaded.parameters(), "train_command": "undiffuse train fashion-mnist -p fashion-mnist"},
+        "seed": 0,
+        "training": keep_log(given.run) if given.run else before.get("training"),
+        "samples": pictures(loaded),
+        "bits_per_dim": measure(loaded, given.whole, given.draws, given.cache),
+    }
+    store.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+    page = ROOT / "docs" / "benchmarks.md"
+    block = f"<!-- fashion-mnist:begin -->\n{table(result)}\n<!-- fashion-mnist:end -->"
+    text = re.sub(
+        r"<!-- fashion-mnist:begin -->.*<!-- fashion-mnist:end -->", lambda _: block, page.read_text(), flags=re.S
+    )
+    store.write_atomic(page, text.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""Every sampler on Gaussian data, where the exact denoiser is linear, each step's law is known and so is the truth."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from undiffuse.denoiser import FixedLarge, FixedSmall, Learned, Mu, Prediction
+from undiffuse.errors import UsageError
+from undiffuse.key import Key, Keys
+from undiffuse.process import PROCESSES, Edm, Jsd, Linear, Process, Straight
+from undiffuse.sampler.ancestral import Ancestral
+from undiffuse.sampler.base import SAMPLERS, Sampler, renoise, sample
+from undiffuse.sampler.ddim import DDIM
+from undiffuse.sampler.heun import Heun
+
+F64 = torch.float64
+MEAN, STD = 0.3, 0.4  # of the data
+
+TABLES = {"const", "cosine", "jsd", "linear", "quad", "warmup10", "warmup50"}
+SMOOTH = {"continuous-cosine", "edm", "sigmoid", "straight"}
+CASES = {
+    "ancestral": Ancestral(),
+    "ancestral small": Ancestral(FixedSmall()),
+    "ddim": DDIM(),
+    "ddim eta=0.5": DDIM(eta=0.5),
+    "ddim eta=1": DDIM(eta=1.0),
+    "heun": Heun(),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+every_process = pytest.mark.parametrize("process", sorted(TABLES | SMOOTH))
+
+
+def test_the_names():
+    assert set(PROCESSES.classes) == TABLES | SMOOTH
+    assert (
+        {SAMPLERS.name_of(sampler) for sampler in CASES.values()}
+        == set(SAMPLERS.classes)
+        == {"ancestral", "ddim", "heun"}
+    )
+    assert {name: cls.order for name, cls in SAMPLERS.classes.items()} == {"ancestral": 1, "ddim": 1, "heun": 2}
+
+
+# --- Gaussian data, N(MEAN, STD²) a value ---
+
+
+def column(value: torch.Tensor) -> torch.Tensor:
+    return value.reshape(-1, 1)
+
+
+def exact(process: Process):
+    """E[x_0 | x_t], which is linear in x_t."""
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        alpha, sigma = column(process.alpha(t)).to(x), column(process.sigma(t)).to(x)
+        x_0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+        return Prediction(x_0, x_0)
+
+    return denoise
+
+
+def truth(process: Process, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of x_t."""
+    return process.alpha(t) * MEAN, (process.alpha(t).square() * STD**2 + process.sigma(t).square()).sqrt()
+
+
+def linear_step(sampler: Sampler, process: Process, t: torch.Tensor, s: torch.Tensor) -> tuple[float, float, float]:
+    """(a, b, c) of the step x -> a x + b + c z, read off three calls of it, two with one noise and one with another."""
+    keys = [Key(0).fold("z", i).rows(1) for i in range(2)]
+    t, s = t.reshape(1), s.reshape(1)
+
+    def step(x: float, keys: Keys) -> float:
+        start = torch.full((1, 1), x, dtype=F64)
+        return sampler.step(exact(process), process, start, t, s, sampler.init(start), keys)[0].item()
+
+    z = [float(key.normal(1)) for key in keys]
+    at_0 = [step(0.0, key) for key in keys]
+    c = (at_0[0] - at_0[1]) / (z[0] - z[1])
+    return step(1.0, keys[0]) - at_0[0], at_0[0] - c * z[0], c
+
+
+def law(sampler: Sampler, process: Process, times: torch.Tensor, mean: float, std: float) -> tuple[float, float]:
+    """The exact mean and standard deviation at the end of the chain."""
+    for t, s in pairwise(times):
+        a, b, c = linear_step(sampler, process, t, s)
+        mean, std = a * mean + b, math.hypot(a * std, c)
+    return mean, std
+
+
+def logsnr_grid(steps: int, low: float = -4.0, high: float = 6.0) -> torch.Tensor:
+    return torch.linspace(low, high, steps + 1, dtype=F64)
+
+
+# --- one step, and the chain of them ---
+
+
+@every_process
+@pytest.mark.parametrize(
+    "t, s", [(1.0, 0.999), (0.9, 0.5), (0.5, 0.499), (0.3, 0.001), (0.2, 0.0), (0.001, 0.0), (1.0, 0.0)]
+)
+def test_a_step_has_the_law_of_the_posterior_at_the_predicted_x_0(process, t, s):
+    """Ancestral: a x + b is the posterior's mean, c its σ; DDIM's is Eq. 12 with σ = η β̃^½; no noise at s = 0."""
+    process = PROCESSES.classes[process]()
+    t, s = torch.tensor(t, dtype=F64), torch.tensor(s, dtype=F64)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ((process.alpha(u), process.sigma(u)) for u in (t, s))
+    slope = alpha_t * STD**2 / (alpha_t**2 * STD**2 + sigma_t**2)  # of x̂_0 in x_t
+    offset = (1 - slope * alpha_t) * MEAN
+    b, c = process.posterior_coefficients(t, s)
+    small, large = process.small_variance(t, s), process.large_variance(t, s)
+    noisy = float(s > 0)
+    for case, variance in {"ancestral": large, "ancestral small": small}.items():
+        expected = [b + c * slope, c * offset, noisy * variance.sqrt()]
+        assert linear_step(CASES[case], process, t, s) == pytest.approx(
+            [float(v) for v in expected], rel=1e-6, abs=1e-9
+        )
+    for case, eta in {"ddim": 0.0, "ddim eta=0.5": 0.5, "ddim eta=1": 1.0}.items():
+        direction = (sigma_s**2 - eta**2 * small).clamp(min=0).sqrt() / sigma_t
+        rest = alpha_s - direction * alpha_t
+        expected = [direction + rest * slope, rest * offset, noisy * eta * small.sqrt()]
+        assert linear_step(CASES[case], process, t, s) == pytest.approx(
+            [float(v) for v in expected], rel=1e-6, abs=1e-9
+        )
+
+
+def test_heun_is_the_trapezium_rule():
+    """In the frame alpha = 1: x + (sigma_s − sigma_t)(d_t + d_s)/2 with d = (x − x̂_0)/sigma (EDM, Algorithm 1)."""
+    process, t, s = Edm(), torch.tensor(0.1, dtype=F64), torch.tensor(0.06, dtype=F64)
+    high, low = 8.0, 4.8
+
+    def d(x: float, sigma: float) -> float:
+        return (x - (MEAN + STD**2 / (STD**2 + sigma**2) * (x - MEAN))) / sigma
+
+    def heun(x: float) -> float:
+        euler = x + (low - high) * d(x, high)
+        return x + (low - high) * (d(x, high) + d(euler, low)) / 2
+
+    expected = [heun(1) - heun(0), heun(0), 0]
+    assert linear_step(Heun(), process, t, s) == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+@every_case
+def test_samples_follow_the_law_of_the_discretised_chain(case):
+    """Twenty thousand values in ten steps: mean and variance within four standard errors of the exact ones."""
+    sampler, process = CASES[case], Linear()
+    times, width, rows = process.grid(10), 400, 50
+    x = sample(sampler, exact(process), process, Key(1).rows(rows), (width,), times).double()
+    mean, std = law(sampler, process, times, 0.0, 1.0)
+    count = width * rows
+    assert abs(std / STD - 1) > 1e-3  # so that it is not the truth of the data that is being met
+    assert float(x.mean()) == pytest.approx(mean, abs=4 * std / math.sqrt(count))
+    assert float(x.var()) == pytest.approx(std**2, rel=4 * math.sqrt(2 / count))
+
+
+@every_process
+def test_all_steps_of_a_table_come_near_the_data(process):
+    """The whole ancestral chain on the exact denoiser gives the data's mean and spread, whatever the process."""
+    name, process = process, PROCESSES.classes[process]()
+    times = (
+        process.grid()
+        if name in TABLES
+        else process.time(torch.cat([logsnr_grid(300, -9, 9), torch.tensor([math.inf])]))
+    )
+    start = truth(process, times[0])
+    mean, std = law(Ancestral(FixedSmall()), process, times, *(float(value) for value in start))
+    assert mean == pytest.approx(MEAN, rel=1e-3)
+    assert std == pytest.approx(STD, rel=0.03)
+
+
+# --- order of convergence ---
+
+
+def errors(sampler: Sampler, process: Process, grids: list[torch.Tensor]) -> list[float]:
+    """How far the standard deviation at the end of each grid is from the truth, started from the truth."""
+    found = []
+    for times in grids:
+        (mean, std), (mean_end, std_end) = truth(process, times[0]), truth(process, times[-1])
+        mean, std = law(sampler, process, times, float(mean), float(std))
+        assert mean == pytest.approx(float(mean_end), rel=1e-9)
+        found.append(abs(std / float(std_end) - 1))
+    return found
+
+
+@pytest.mark.parametrize("grid", ["uniform in t", "uniform in logsnr"])
+@pytest.mark.parametrize("process", sorted(SMOOTH))
+@pytest.mark.parametrize("case", ["ancestral", "ancestral small", "ddim", "heun"])
+def test_the_order_of_convergence_is_the_declared_one(case, process, grid):
+    sampler, process = CASES[case], PROCESSES.classes[process]()
+    counts = (40, 80, 160)
+    if grid == "uniform in t":
+        edges = process.time(torch.tensor([-4.0, 4.0], dtype=F64))
+        grids = [torch.linspace(*edges.tolist(), count + 1, dtype=F64) for count in counts]
+    else:
+        grids = [process.time(logsnr_grid(count, -4.0, 4.0)) for count in counts]
+    error = errors(sampler, process, grids)
+    measured = [math.log2(coarse / fine) for coarse, fine in pairwise(error)]
+    assert measured[-1] == pytest.approx(sampler.order, abs=0.15), (measured, error)
+    assert abs(measured[1] - sampler.order) < abs(measured[0] - sampler.order) + 0.02
+
+
+def test_heun_needs_fewer_evaluations_than_ddim():
+    """Twenty evaluations each, on the grid of EDM's kind."""
+    process = Straight()
+    error = {
+        sampler: errors(sampler, process, [process.time(logsnr_grid(steps))])[0]
+        for sampler, steps in [(DDIM(), 20), (Heun(), 10)]
+    }
+    assert error[Heun()] < error[DDIM()] / 3
+
+
+# --- the same samples in every frame ---
+
+
+@every_case
+def test_the_same_logsnr_grid_gives_the_same_samples_in_every_frame(case):
+    """x/alpha is what is integrated: start alike, and all frames agree at each step and at the end."""
+    sampler, keys, noise = (
+        CASES[case],
+        Key(2).rows(4),
+        torch.randn(4, 6, dtype=F64, generator=torch.Generator().manual_seed(0)),
+    )
+    logsnr = logsnr_grid(12, -6.0, 6.0)
+    found = {}
+    for name in sorted(PROCESSES.classes):
+        process, seen = PROCESSES.classes[name](), []
+        times = torch.cat([process.time(logsnr), torch.zeros(1, dtype=F64)])
+        start = process.marginal(torch.full((4, 6), MEAN, dtype=F64), noise, times[:1].expand(4))
+
+        def watch(remaining, x, t, process=process, seen=seen):
+            seen.append(x / column(process.alpha(t)))
+
+        seen.append(sample(sampler, exact(process), process, keys, (6,), times, watch, start))
+        found[name] = torch.stack(seen)
+    assert {PROCESSES.classes[name].frame for name in found} == {
+        "variance preserving",
+        "variance exploding",
+        "straight",
+    }
+    for name in found:
+        torch.testing.assert_close(
+            found[name], found["straight"], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# --- the two names of one thing ---
+
+
+@every_process
+def test_ddim_with_eta_1_is_the_ancestral_step_with_the_small_variance(process):
+    process = PROCESSES.classes[process]()
+    times, keys = process.grid(9), Key(3).rows(5)
+    start = process.prior_std * keys.fold("start").normal(7).double()
+    both = [
+        sample(CASES[c], exact(process), process, keys, (7,), times, None, start)
+        for c in ("ddim eta=1", "ancestral small")
+    ]
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-7)
+    for t, s in pairwise(times):
+        laws = [linear_step(CASES[case], process, t, s) for case in ("ddim eta=1", "ancestral small")]
+        assert laws[0] == pytest.approx(laws[1], rel=1e-6, abs=1e-12)
+
+
+# --- sample ---
+
+
+def clipped(process: Process):
+    """A denoiser with clipping, crude enough for it to matter, by single values."""
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        x_0 = (x / column(process.sigma(t)).to(x)).clamp(-1, 1)
+        return Prediction(x_0, x_0)
+
+    return denoise
+
+
+@every_case
+@pytest.mark.parametrize("process", [Linear(), Jsd(), Straight(), Edm()], ids=lambda process: type(process).__name__)
+def test_the_last_step_returns_the_clipped_x_0(case, process):
+    times, said = process.grid(6), []
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        assert (t >= process.t_min).all()  # a network is never called below it
+        said.append(clipped(process)(x, t).x_0)
+        return Prediction(said[-1], said[-1])
+
+    x = sample(CASES[case], denoise, process, Key(4).rows(3), (50,), times)
+    assert x.dtype == torch.float32 and x.isfinite().all()
+    assert torch.equal(x, said[-1])
+    assert float(x.abs().max()) == 1
+    alone = sample(CASES[case], denoise, process, Key(4).rows(3), (50,), times[[0, -1]])
+    assert torch.equal(alone, said[-1])
+
+
+@every_case
+def test_a_chain_entered_half_way_sees_the_same_noise(case):
+    process, keys, seen = Linear(), Key(5).rows(3), {}
+    times = process.grid(8)
+    whole = sample(CASES[case], clipped(process), process, keys, (4,), times, lambda n, x, t: seen.update({n: (x, t)}))
+    assert list(seen) == [8, 7, 6, 5, 4, 3, 2, 1]
+    for remaining, (x, t) in seen.items():
+        assert torch.equal(t, times[8 - remaining].expand(3))
+        rest = sample(CASES[case], clipped(process), process, keys, (4,), times[8 - remaining :], start=x)
+        assert torch.equal(rest, whole)
+
+
+@every_case
+def test_noise_does_not_depend_on_the_batch(case):
+    process = Linear()
+    times, keys = process.grid(5), Key(6).rows(7)
+    whole = sample(CASES[case], clipped(process), process, keys, (2, 3), times)
+    parts = [sample(CASES[case], clipped(process), process, keys[i : i + 2], (2, 3), times) for i in range(0, 7, 2)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert len({row.numpy().tobytes() for row in whole}) == 7
+    other = sample(CASES[case], clipped(process), process, Key(7).rows(7), (2, 3), times)
+    assert not torch.equal(other, whole)
+
+
+@pytest.mark.parametrize("process", [Linear(), Edm()], ids=lambda process: type(process).__name__)
+def test_the_chain_starts_from_the_prior(process):
+    seen = []
+    sample(DDIM(), clipped(process), process, Key(8).rows(50), (400,), process.grid(1), lambda n, x, t: seen.append(x))
+    assert float(seen[0].std()) == pytest.approx(process.prior_std, rel=0.02)
+    assert float(seen[0].mean()) == pytest.approx(0, abs=0.03 * process.prior_std)
+
+
+@pytest.mark.parametrize("s", [0.5, 0.999, 1.0])
+@pytest.mark.parametrize("t", [0.0, 0.001, 0.4999])
+@every_process
+def test_renoising_has_the_right_marginal(process, t, s):
+    """A draw of q(x_s | x_t) on one of q(x_t | x_0) is one of q(x_s | x_0)."""
+    process, keys = PROCESSES.classes[process](), Key(9).rows(1)
+    t, s = torch.tensor([t], dtype=F64), torch.tensor([s], dtype=F64)
+    z = keys.normal(1).double()
+
+    def move(x: float) -> torch.Tensor:
+        return renoise(process, torch.full((1, 1), x, dtype=F64), t, s, keys).reshape(1)
+
+    ratio = move(1.0) - move(0.0)
+    std = move(0.0) / z.reshape(1)
+    close = torch.testing.assert_close
+    close(ratio * process.alpha(t), process.alpha(s), rtol=1e-12, atol=1e-15)
+    close((ratio * process.sigma(t)).square() + std.square(), process.sigma(s).square(), rtol=1e-12, atol=0)
+
+
+@every_case
+def test_a_grid_that_rises_noises_again(case):
+    """Down, up, down (RePaint): on the exact denoiser the law at the end is that of the same steps one by one."""
+    sampler, process = CASES[case], Linear()
+    times = torch.tensor([1.0, 0.6, 0.3, 0.7, 0.2, 0.0], dtype=F64)
+    x = sample(sampler, exact(process), process, Key(10).rows(50), (400,), times).double()
+    mean, std = law(sampler, process, times[:3], 0.0, 1.0)
+    low, high = times[2], times[3]
+    ratio = float(process.alpha(high) / process.alpha(low))
+    added = float(process.sigma(high) ** 2 - (ratio * process.sigma(low)) ** 2)
+    mean, std = law(sampler, process, times[3:], ratio * mean, math.sqrt((ratio * std) ** 2 + added))
+    assert float(x.mean()) == pytest.approx(mean, abs=4 * std / math.sqrt(20_000))
+    assert float(x.var()) == pytest.approx(std**2, rel=4 * math.sqrt(2 / 20_000))
+
+
+# --- what is refused on a strided chain ---
+
+
+def test_a_learned_variance_and_mu_need_all_steps():
+    process, keys = Linear(steps=10, beta_end=0.3), Key(11).rows(2)
+
+    def learned(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        return Prediction(x.clamp(-1, 1), x, torch.full_like(x, -3.0))
+
+    def mu(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        return Prediction(x.clamp(-1, 1), x, mean=0.9 * x)
+
+    assert isinstance(Mu().check(process), type(None))
+    for sampler, denoise, message in [
+        (Ancestral(Learned()), learned, "learned log-variance belongs to steps of 1/T"),
+        (Ancestral(FixedLarge()), mu, "mu prediction holds for steps of 1/T only"),
+    ]:
+        assert sample(sampler, denoise, process, keys, (3,), process.grid()).isfinite().all()
+        with pytest.raises(UsageError, match=message):
+            sample(sampler, denoise, process, keys, (3,), process.grid(5))
+
+
+def test_the_last_step_of_mu_is_the_network_s_own_mean():
+    process, keys = Linear(steps=10, beta_end=0.3), Key(12).rows(2)
+
+    def mu(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        return Prediction(torch.zeros_like(x), x, mean=torch.full_like(x, 3.0))
+
+    assert (sample(Ancestral(), mu, process, keys, (3,), process.grid()) == 3).all()
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5])
+def test_eta_is_within_0_and_1(eta):
+    with pytest.raises(UsageError, match='sampler ddim: "eta" input should be .* than or equal to'):
+        SAMPLERS.build({"name": "ddim", "eta": eta})
