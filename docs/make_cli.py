@@ -48,7 +48,7 @@ def parameters(command: typer.core.TyperCommand, context: typer.Context) -> Iter
 
 
 def section(name: str, command: typer.core.TyperCommand) -> str:
-    context = typer.Context(command, info_name=name)
+    context = typer.Context(command, info_name=name, terminal_width=120, max_content_width=120)
     usage = command.get_usage(context).removeprefix("Usage: ").replace("{", "").replace("}", "")
     table = "\n".join(["| | |", "|---|---|", *parameters(command, context)])
     return f"## {name}\n\n```\n{usage}\n```\n\n{(command.help or '').strip()}\n\n{table}\n"

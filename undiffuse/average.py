@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Ema:
@@ -20,4 +21,4 @@ class Ema:
     def update(self, parameters: Iterable[nn.Parameter], step: int) -> None:
         """`step` counts the updates made before this one."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.ramp else self.decay
-        torch._foreach_lerp_(self.shadow, [parameter.detach() for parameter in parameters], 1 - decay)
+        get_ema_multi_avg_fn(decay)(self.shadow, [parameter.detach() for parameter in parameters], None)

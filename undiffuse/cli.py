@@ -284,9 +284,9 @@ def neighbours(
     with ticking(len(loaded.times(steps)) - 1, "sampling", as_json) as tick:
         samples = loaded.sample(n, steps, solver, seed, progress=tick)
     near = explore.neighbours(samples, source, k)
-    rows = torch.stack([torch.cat([s[None], source.images[i]]) for s, i in zip(samples, near.index, strict=True)])
+    rows = torch.stack([torch.cat([s[None], source.images[i]]) for s, i in zip(samples, near.indices, strict=True)])
     explore.write_grid(rows, out)
-    show({"picture": out, "rmse_of_nearest": near.distance[:, 0].tolist(), "index": near.index.tolist()}, as_json)
+    show({"picture": out, "rmse_of_nearest": near.distance[:, 0].tolist(), "index": near.indices.tolist()}, as_json)
 
 
 @app.command()

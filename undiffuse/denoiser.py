@@ -236,7 +236,8 @@ class Denoiser(nn.Module):
     ):
         super().__init__()
         self.network, self.process, self.parameterisation, self.variance = network, process, parameterisation, variance
-        self.time, self.clip = time, clip
+        self.time: Literal["index", "logsnr", "sigma"] = time
+        self.clip = clip
 
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Int[Tensor, "b"] | None = None

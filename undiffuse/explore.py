@@ -115,7 +115,7 @@ def interpolate(
 class Neighbours(NamedTuple):
     """The nearest first; distances are root-mean-square differences of values in [0, 255]."""
 
-    index: Int[Tensor, "n k"]
+    indices: Int[Tensor, "n k"]
     distance: Float[Tensor, "n k"]
 
 
@@ -142,7 +142,7 @@ def neighbours(
         images = _flat(torch.stack([source[i].image for i in numbers]), crop)  # (m, d)
         squared = queries.square().sum(1, keepdim=True) - 2 * queries @ images.T + images.square().sum(1)
         candidates = torch.cat([index, torch.tensor(numbers).expand(len(samples), -1)], 1)
-        best, order = torch.cat([best, squared], 1).sort(dim=1, stable=True)
+        best, order = torch.sort(torch.cat([best, squared], 1), dim=1, stable=True)
         best, index = best[:, :k], candidates.gather(1, order[:, :k])
     return Neighbours(index, (best / queries.shape[1]).sqrt())
 

@@ -5,6 +5,7 @@ a gain of 1e-5. GroupNorm has eps 1e-6 and 32 groups, which is not torch's defau
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,23 +15,26 @@ from torch.nn import functional as F
 GROUPS, EPS = 32, 1e-6
 NEAR_ZERO = 1e-5
 
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
 
 def norm(channels: int, groups: int = GROUPS) -> nn.GroupNorm:
     """That many groups, or as many as divide both it and the channels."""
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=EPS)
 
 
-def initialised(layer: nn.Module, gain: float = 1.0) -> nn.Module:
+def initialised(layer: Layer, gain: float = 1.0) -> Layer:
     nn.init.xavier_uniform_(layer.weight, gain)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0) -> nn.Module:
+def conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0) -> nn.Conv2d:
     return initialised(nn.Conv2d(inputs, outputs, size, padding=size // 2), gain)
 
 
-def linear(inputs: int, outputs: int) -> nn.Module:
+def linear(inputs: int, outputs: int) -> nn.Linear:
     return initialised(nn.Linear(inputs, outputs))
 
 

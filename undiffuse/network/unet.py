@@ -66,6 +66,19 @@ class UNet(Network):
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
 
+class TimeEmbedding(nn.Module):
+    """The sinusoid through two layers; each residual block applies the next swish itself."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.dense = nn.ModuleList([linear(channels, 4 * channels), linear(4 * channels, 4 * channels)])
+
+    def forward(self, time: Float[Tensor, "b"]) -> Float[Tensor, "b e"]:
+        first, second = self.dense
+        return second(F.silu(first(sinusoid(time, self.channels))))
+
+
 class Level(nn.Module):
     """The blocks of one resolution, on the way down or up, and what leads from it to the next."""
 
@@ -97,13 +110,11 @@ class UNetModule(nn.Module):
 
     def __init__(self, spec: UNet, image_channels: int, output_channels: int, classes: int | None):
         super().__init__()
-        self.channels, self.blocks, self.patch = spec.channels, spec.blocks, spec.patch
+        self.blocks, self.patch = spec.blocks, spec.patch
         embedding, last, groups = 4 * spec.channels, len(spec.multipliers) - 1, spec.norm_groups()
         width = [spec.channels * multiplier for multiplier in spec.multipliers]
 
-        self.temb = nn.ModuleDict(
-            {"dense": nn.ModuleList([linear(spec.channels, embedding), linear(embedding, embedding)])}
-        )
+        self.temb = TimeEmbedding(spec.channels)
         self.label = nn.Embedding(classes + 1, embedding) if classes else None  # the last row is "no class"
         self.conv_in = conv(image_channels * spec.patch**2, spec.channels)
 
@@ -134,14 +145,14 @@ class UNetModule(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b"], cond: Int[Tensor, "b"] | None = None
     ) -> Float[Tensor, "b out h w"]:
-        first, second = self.temb["dense"]
-        embedding = second(F.silu(first(sinusoid(time, self.channels))))  # (b, 4 channels)
+        embedding = self.temb(time)  # (b, 4 channels)
         if self.label is not None:
             none = torch.full_like(time, self.label.num_embeddings - 1, dtype=torch.int64)
             embedding = embedding + self.label(none if cond is None else cond)
 
         skips = [self.conv_in(F.pixel_unshuffle(x, self.patch))]
         for level in self.down:
+            assert isinstance(level, Level)
             for i in range(self.blocks):
                 skips.append(level.run(i, skips[-1], embedding))
             if level.downsample is not None:
@@ -151,6 +162,7 @@ class UNetModule(nn.Module):
         h = self.mid["block_2"](self.mid["attn_1"](h), embedding)
 
         for level in reversed(self.up):
+            assert isinstance(level, Level)
             for i in range(self.blocks + 1):
                 h = level.run(i, torch.cat([h, skips.pop()], dim=1), embedding)
             if level.upsample is not None:
