@@ -27,9 +27,8 @@ check: .venv/dev.stamp  ## format, lint, types and the fast tests (90 seconds)
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q -m "not slow and not data"
 
-docs: .venv/base.stamp  ## docs/cli.md, from the help of each command
-	@mkdir -p docs
-	$(BIN)/python -m typer undiffuse.cli utils docs --name undiffuse --title "The command line" --output docs/cli.md
+docs: .venv/base.stamp  ## docs/cli.md, from the commands themselves
+	$(BIN)/python docs/make_cli.py
 
 .venv/base.stamp: WHAT := .
 .venv/test.stamp: WHAT := .[test]

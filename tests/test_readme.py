@@ -66,7 +66,7 @@ def look_up(line: str) -> None:
     extra = re.fullmatch(r"pip install \.(?:\[([\w,]+)\])?", line)
     assert extra, f"not a command that this test knows: {line}"
     known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    assert set(filter(None, (extra[1] or "").split(","))) <= known.keys()
+    assert set(filter(None, (extra[1] or "").split(","))) <= known.keys(), f"no extra for: {line}"
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ BAD = {
     "undiffuse sample no-such-model --out x": "ended with 2",
     "undiffuse presets --out x": "ended with 2",
     "make tset": "no target for: make tset",
-    "pip install .[tset]": "",
+    "pip install .[tset]": "no extra for",
     "pip install torch": "not a command that this test knows",
     "rm -rf photos": "not a command that this test knows",
 }

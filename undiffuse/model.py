@@ -145,7 +145,7 @@ def from_weights(
 
 def shipped() -> dict[str, Path]:
     """The models inside the package, by name."""
-    folder = Path(str(resources.files("undiffuse.assets")))
+    folder = Path(str(resources.files("undiffuse") / "assets"))
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 

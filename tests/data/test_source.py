@@ -55,7 +55,10 @@ def test_mixed_sizes_name_two_files_and_what_to_do(tmp_path):
 def test_mixed_channels_name_two_files_and_what_to_do(tmp_path):
     save(tmp_path / "a.png", channels=3)
     save(tmp_path / "b.png", channels=1)
-    message = "images differ in channels: a.png has 3, b.png has 1. Give --channels 1 for grey or --channels 3 for RGB"
+    message = (
+        "images differ in channels: a.png has 3, b.png has 1. "
+        "Give --set data.channels=1 for grey or --set data.channels=3 for RGB"
+    )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         open_source(tmp_path)
 

@@ -169,7 +169,7 @@ def _unreadable(bad: list[str], total: int) -> DataError:
     more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
     return DataError(
         f"{len(bad)} of {total} images cannot be read: {', '.join(bad[:LISTED])}{more}. Remove or repair them, "
-        "or leave them out with skip_bad"
+        "or leave them out with --skip-bad"
     )
 
 
@@ -218,6 +218,6 @@ def _mixed(first: str, one: tuple[int, ...], second: str, two: tuple[int, ...]) 
             f"images differ in size: {sizes} (width x height). Give one, for example --size {min(one[1:])}"
         )
     return DataError(
-        f"images differ in channels: {first} has {one[0]}, {second} has {two[0]}. Give --channels 1 for grey or "
-        "--channels 3 for RGB"
+        f"images differ in channels: {first} has {one[0]}, {second} has {two[0]}. Give "
+        "--set data.channels=1 for grey or --set data.channels=3 for RGB"
     )
