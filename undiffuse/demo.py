@@ -76,9 +76,9 @@ def digits(out: Path, size: Size) -> Section:
     )  # fmt: skip
     text = (
         f"A small U-Net of {model.parameters():,} parameters, trained from nothing on {len(source):,} digits of 8×8 "
-        f"pixels for {size.digits_steps:,} steps of 128; then {size.digits} samples in {size.digits_chain} of 1,000 steps. "
-        f"A classifier that is right on {100 * verdict.accuracy:.1f} % of the {len(held)} held-out digits looks "
-        "at them."
+        f"pixels for {size.digits_steps:,} steps of 128. Abbreviated: {size.digits} samples, {size.digits_chain} of the "
+        f"1,000 steps. A classifier that is right on {100 * verdict.accuracy:.1f} % of the {len(held)} held-out digits "
+        "looks at them."
     )
     facts = (
         ("training time", trained),
