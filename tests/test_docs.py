@@ -174,6 +174,7 @@ def test_the_sampler_is_of_the_order_that_it_declares(mine):
 SMALL = ["train.steps=2", "train.batch=4", "train.warmup=1", "train.save_every=2", "train.sample_every=2"]
 
 
+@pytest.mark.slow
 def test_all_of_them_train_a_model_together(mine, tmp_path):
     names = [f"{kind}.name={name}" for kind, (_, name) in CLASSES.items() if kind != "sampler"]
     fields = ["process.steps=6", "process.beta_end=0.5", "network.channels=4", "data.size=8", "data.channels=1"]
@@ -193,6 +194,7 @@ def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_name_works_on_the_command_line(mine, tmp_path):
     settings = [f"process.name={CLASSES['process'][1]}", "process.beta_end=0.03", "process.steps=4", "data.size=8"]
     settings += ["data.channels=1", "network.channels=8", "network.blocks=1", *SMALL]
@@ -213,6 +215,7 @@ def extended(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_procedural_set(extended):
     code = """
 from undiffuse.data.source import open_source
@@ -228,6 +231,7 @@ print(len(waves), waves.image_shape, int(values.min()) < 9, int(values.max()) > 
     assert done.stdout == "1024 (1, 16, 16) True True True\n", done.stderr
 
 
+@pytest.mark.slow
 def test_the_data_format(extended):
     (extended / "cells-3x2x1.raw").write_bytes(bytes(range(12)))
     (extended / "short-3x2x1.raw").write_bytes(bytes(13))
