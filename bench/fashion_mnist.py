@@ -123,6 +123,7 @@ def table(result: dict) -> str:
         f"Machine: {result['machine']['processor']}, {result['machine']['threads']} threads, torch "
         f"{result['machine']['torch']}, Python {result['machine']['python']}; {result['date']}. "
         f"Made by `{result['command']}`.",
+        *(["", result["note"]] if result["note"] else []),
     ]
     return "\n".join(lines)
 
@@ -133,6 +134,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=4, help="stratified terms an image, on the whole splits")
     parser.add_argument("--run", type=Path, help="the training run, for its log; kept from the last time unless given")
     parser.add_argument("--cache", type=Path, default=Path("runs/fashion-mnist-nll"), help="where terms are kept")
+    parser.add_argument(
+        "--note", help="anything a reader of the figures must know; kept from the last time unless given"
+    )
     given = parser.parse_args()
     target = HERE / "fashion_mnist.json"
     before = json.loads(target.read_text()) if target.exists() else {}
@@ -143,6 +147,7 @@ def main() -> None:
         "machine": machine(),
         "model": {"parameters": loaded.parameters(), "train_command": "undiffuse train fashion-mnist -p fashion-mnist"},
         "seed": 0,
+        "note": given.note or before.get("note", ""),
         "training": keep_log(given.run) if given.run else before.get("training"),
         "samples": pictures(loaded),
         "bits_per_dim": measure(loaded, given.whole, given.draws, given.cache),

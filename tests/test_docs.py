@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from undiffuse import model, store, train
+from undiffuse.data.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
 from undiffuse.denoiser import PARAMETERISATIONS, VARIANCES, X0, Denoiser, FixedLarge, FixedSmall, Prediction
 from undiffuse.errors import UsageError
@@ -218,6 +219,7 @@ def extended(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_procedural_set(extended):
     code = """
+from undiffuse.data.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
 from undiffuse.key import Key
 from undiffuse.data.procedural import PROCEDURAL
@@ -236,6 +238,7 @@ def test_the_data_format(extended):
     (extended / "cells-3x2x1.raw").write_bytes(bytes(range(12)))
     (extended / "short-3x2x1.raw").write_bytes(bytes(13))
     code = """
+from undiffuse.data.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
 print(open_source("cells-3x2x1.raw").images.tolist())
 open_source("short-3x2x1.raw")
@@ -311,6 +314,13 @@ def test_the_picture_of_the_layers_is_the_table_that_is_tested():
         for name in names:
             path = ROOT / "undiffuse" / name.strip("()").replace(".", "/")
             assert bool(list(path.parent.glob(f"{path.name}.py"))) == ("(" not in name), name
+
+
+def test_architecture_counts_what_there_is():
+    tables = [PROCESSES, PARAMETERISATIONS, VARIANCES, NETWORKS, OBJECTIVES, SAMPLERS, PROCEDURAL]
+    text = (DOCS / "architecture.md").read_text("utf-8")
+    counted = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.MULTILINE))
+    assert counted == {table.base.__name__: str(len(table.classes)) for table in tables}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

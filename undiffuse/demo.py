@@ -38,7 +38,7 @@ class Scale:
     """How much of everything. The report says what is abbreviated."""
 
     training_steps: int | None = None  # None: as many as the preset says
-    classifier_steps: int = 700
+    classifier_steps: int = 1500
     digits: int = 200
     digit_chain: int = 200
     samples: int = 64
@@ -176,7 +176,7 @@ def classifier(data: ArraySource, steps: int, tick: Callable[[int], None]) -> nn
             batch, now = loader.batch(step), key.fold("step", step)
             down, right = now.fold("shift").rows(2).integers(3).tolist()
             x = F.pad(to_float(batch.image), (1, 1, 1, 1), value=-1.0)[:, :, down : down + 8, right : right + 8]
-            x = x + 0.2 * now.fold("noise").rows(len(x)).normal(1, 8, 8)
+            x = x + 0.1 * now.fold("noise").rows(len(x)).normal(1, 8, 8)
             adam.zero_grad()
             assert batch.label is not None
             F.cross_entropy(network(x), batch.label).backward()
@@ -271,7 +271,7 @@ def _samples(out: Path, model: Model, scale: Scale) -> Section:
     return Section(
         "Clothes, from the shipped model",
         f"A U-Net of {model.parameters():,} weights for Fashion-MNIST{seen}.",
-        figures=(_keep(out, "samples.png", grid(images, scale=2), caption),),
+        figures=(_keep(out, "samples.png", grid(images, scale=3), caption),),
     )
 
 
@@ -286,7 +286,7 @@ def _progressive(out: Path, model: Model, scale: Scale) -> Section:
             _keep(
                 out,
                 "progressive.png",
-                grid(images.flatten(0, 1), scale.slots, 2),
+                grid(images.flatten(0, 1), scale.slots, 3),
                 "One image a row; above each column the time t, from noise (1) to data (0).",
                 columns=tuple(f"{t:.2f}" for t in times.tolist()),
             ),
@@ -307,7 +307,7 @@ def _interpolation(out: Path, model: Model, held_out: ArraySource, scale: Scale)
             _keep(
                 out,
                 "interpolation.png",
-                grid(images.flatten(0, 1), scale.mixtures, 2),
+                grid(images.flatten(0, 1), scale.mixtures, 3),
                 "Above each column the share λ of the second image.",
                 columns=tuple(f"{value:.2g}" for value in lambdas),
                 rows=tuple(f"t = {t:g}" for t in scale.at),

@@ -46,7 +46,8 @@ svg { display: block; width: 100%; height: auto; max-width: 42rem }
 .table { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } caption { text-align: left; font-size: .88rem }
 th, td { text-align: right; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--edge); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 600; font-size: .85rem }
+th:first-child, td:first-child { text-align: left; white-space: normal }
+th { color: var(--soft); font-weight: 600; font-size: .85rem }
 tr:last-child td { border-bottom: 0 }
 footer { margin-top: 3rem; font-size: .85rem }
 """
