@@ -87,7 +87,7 @@ def run_demo(out: Path, quick: bool = False, model: Model | None = None, say: Sa
         _progressive(out, model, scale),
         _interpolation(out, model, held_out, scale),
         _bits(out, model, held_out, scale),
-        _abbreviated(model, scale),
+        _abbreviated(out, model, scale),
     ]
     took = log.duration(time.monotonic() - started)
     lead = (
@@ -309,7 +309,7 @@ def _interpolation(out: Path, model: Model, held_out: ArraySource, scale: Scale)
                 "interpolation.png",
                 grid(images.flatten(0, 1), scale.mixtures, 3),
                 "Above each column the share λ of the second image.",
-                columns=tuple(f"{value:.2g}" for value in lambdas),
+                columns=tuple(f"{value:.3g}" for value in lambdas),
                 rows=tuple(f"t = {t:g}" for t in scale.at),
             ),
         ),
@@ -356,17 +356,30 @@ def _bits(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Secti
     )
 
 
-def _abbreviated(model: Model, scale: Scale) -> Section:
+def _abbreviated(out: Path, model: Model, scale: Scale) -> Section:
     whole = model.process.steps
     rows = (
-        ("digits", f"{scale.digit_chain} steps a sample", "`undiffuse sample` without --steps"),
-        ("samples, progressive, interpolation", f"{scale.chain} of {whole} steps", "the same commands without --steps"),
-        ("bits/dim", f"{scale.bits_images} images, {scale.draws} of {whole} terms each", "nll on the test set"),
-        ("rate-distortion", f"{scale.curve_images} images", "nll --rate-distortion -n 500"),
+        ("digits", f"{scale.digit_chain} steps a sample", f"`undiffuse sample {out / 'digits'} -n 200 --out digits`"),
+        ("samples", f"{scale.chain} of {whole} steps", "`undiffuse sample fashion-mnist -n 64 --out samples`"),
+        (
+            "progressive generation, interpolation",
+            f"{scale.chain} of {whole} steps",
+            "`undiffuse progressive` and `undiffuse interpolate`, without --steps",
+        ),
+        (
+            "bits/dim",
+            f"{scale.bits_images} images, {scale.draws} of {whole} terms each",
+            "`undiffuse nll fashion-mnist fashion-mnist -n 500`",
+        ),
+        (
+            "rate-distortion",
+            f"{scale.curve_images} images",
+            "`undiffuse nll fashion-mnist fashion-mnist -n 500 --rate-distortion`",
+        ),
     )
     return Section(
         "What is abbreviated here",
-        "Everything above is computed by the same code as the full figures, on less. The full numbers are in "
-        "`docs/benchmarks.md`.",
+        "Everything above is computed as the full figures are, but of less. The full numbers, with the runs behind "
+        "them, are in `docs/benchmarks.md`; the 10,000 test images come with Debian's package `dataset-fashion-mnist`.",
         tables=(Table(("figure", "here", "in full"), rows),),
     )

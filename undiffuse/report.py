@@ -68,7 +68,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Every cell is text, as it is to be read."""
+    """Every cell is text, as it is to be read, `code` in backticks."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -143,7 +143,7 @@ def _labels(side: str, labels: tuple[str, ...]) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
+    body = "".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
     caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
     return f'<div class="table"><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
