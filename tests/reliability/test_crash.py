@@ -277,13 +277,14 @@ def test_the_power_loss_test_can_fail(tmp_path, monkeypatch, small_writes, no_sy
 def test_a_file_that_may_not_grow(tmp_path):
     """Row 4 without root: the limit on the size of a file stands for a disk that fills in mid-write."""
     run = Run(tmp_path / "run")
+    large = torch.zeros(2**18)  # here and not in the child: a fork has none of torch's threads, and would wait for them
     with run.lock():
         save(run, 1, 2)
 
     def body():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
         with run.lock():
-            run.save(3, {"model": {"w": torch.zeros(2**18)}}, {"step": 3})
+            run.save(3, {"model": {"w": large}}, {"step": 3})
 
     assert os.WEXITSTATUS(fork(body)) == StorageError.exit_code == 4
     assert leftovers(run) == [] and run.latest() == 2
