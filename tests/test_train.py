@@ -147,6 +147,15 @@ def test_fine_tuning_begins_with_the_other_weights(tmp_path, data):
         run(wide, data, tmp_path / "third", init=first)
 
 
+def test_what_cannot_be_sampled_can_be_trained(tmp_path, data, capsys):
+    process = {"process": {"name": "jsd", "steps": 20}}
+    model = train.train(parse(Recipe, {**SMALL, **process}, "test"), data, tmp_path, show_progress=False)
+    assert model.meta["step"] == 6 and not (tmp_path / "samples").exists()
+    assert "no preview at step 6: eps" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="x0 or v"):
+        model.sample(1)
+
+
 def test_changed_settings_are_refused_with_a_diff(tmp_path, data):
     run(recipe(), data, tmp_path, budget=train.Budget(steps=2))
     with pytest.raises(UsageError, match=r"other settings \(train.lr: 0.01 -> 0.02\); give the old ones"):

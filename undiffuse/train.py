@@ -313,8 +313,13 @@ def held_out_images(source: Source | None, count: int) -> Tensor | None:
 
 
 def save_grid(trainer: Trainer, path: Path) -> None:
-    """64 samples of the averaged weights in 50 steps, always from the same noise."""
+    """64 samples of the averaged weights in 50 steps, from the same noise each time; none if they cannot be drawn."""
     model = trainer.model()
+    try:
+        model.config.parameterisation.check(model.process)
+    except UsageError as error:  # training it is allowed, and the reason is told to whoever asks for a sample
+        log.warn(f"no preview at step {trainer.step}: {error}")
+        return
     x = model.chain(Key(0).fold("preview").rows(64), model.times(min(50, model.process.steps or 50)), DDIM())
     store.write_atomic(path, png(grid(to_uint8(x))))
 
