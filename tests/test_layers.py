@@ -20,12 +20,12 @@ PACKAGE = ROOT / "undiffuse"
 
 # A module imports from rows above its own, and from its own package. The first match counts.
 LAYERS = (
-    ("errors", "key", "config", "dist", "disk", "log"),
+    ("errors", "key", "config", "dist", "watch", "disk", "log"),
     ("process", "gaussian", "store", "codec.container", "codec.coder", "data.order"),
     ("denoiser", "network.*", "data.*", "metric.*"),
     ("likelihood", "objective", "sampler.*", "guide"),
     ("codec.*", "average", "figure", "interop.*"),
-    ("recipe", "model", "train", "evaluate", "explore", "distill"),
+    ("recipe", "model", "trainer", "train", "evaluate", "explore", "distill"),
     ("report", "demo", "cli_*", "cli"),
 )
 LEFT_TO_RIGHT = (0, 5, 6)  # in these rows also from the left

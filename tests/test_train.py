@@ -18,7 +18,8 @@ from undiffuse.data.source import ArraySource, open_source
 from undiffuse.errors import DataError, NotFiniteError, Preempted, UsageError
 from undiffuse.model import load
 from undiffuse.objective import Loss, Objective
-from undiffuse.recipe import Recipe
+from undiffuse.recipe import Recipe, learning_rate
+from undiffuse.trainer import Trainer
 
 SMALL = {
     "data": {"flip": True},
@@ -77,7 +78,7 @@ def test_micro_batches_add_up_to_the_batch(data):
     gradients = []
     for size in (8, 3):
         chosen = recipe(network={"dropout": 0.0}, train={"micro_batch": size, "clip_norm": 1e9})
-        trainer = train.Trainer(chosen, chosen.model((1, 8, 8)), data)
+        trainer = Trainer(chosen, chosen.model((1, 8, 8)), data)
         trainer.update(6)
         gradients.append(torch.cat([weight.grad.flatten() for weight in trainer.weights]))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
@@ -85,15 +86,15 @@ def test_micro_batches_add_up_to_the_batch(data):
 
 def test_warm_up_starts_at_zero_and_cosine_ends_there(data):
     config = recipe(train={"lr": 2e-4, "warmup": 5000}).train
-    rates = [train.learning_rate(config, step, 800_000) for step in (0, 1, 2500, 5000, 700_000)]
+    rates = [learning_rate(config, step, 800_000) for step in (0, 1, 2500, 5000, 700_000)]
     assert rates == pytest.approx([0, 4e-8, 1e-4, 2e-4, 2e-4], rel=1e-12)
     cosine = replace(config, decay="cosine")
-    rates = [train.learning_rate(cosine, step, 10_000) for step in (2500, 5000, 7500, 10_000)]
+    rates = [learning_rate(cosine, step, 10_000) for step in (2500, 5000, 7500, 10_000)]
     assert rates == pytest.approx([1e-4, 2e-4, 1e-4, 0], abs=1e-12)
 
 
 def test_the_first_update_has_rate_zero_and_the_average_follows(tmp_path, data):
-    trainer = train.Trainer(recipe(), recipe().model((1, 8, 8)), data)
+    trainer = Trainer(recipe(), recipe().model((1, 8, 8)), data)
     before = [weight.detach().clone() for weight in trainer.weights]
     assert trainer.update(6)["lr"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.weights, strict=True))
@@ -107,7 +108,7 @@ def test_the_first_update_has_rate_zero_and_the_average_follows(tmp_path, data):
 def test_the_gradient_that_is_clipped_is_that_of_the_batch(data):
     """One clip of the mean gradient, not one per micro-batch: with a tiny bound its norm is exactly the bound."""
     chosen = recipe(train={"clip_norm": 1e-3, "micro_batch": 2})
-    trainer = train.Trainer(chosen, chosen.model((1, 8, 8)), data)
+    trainer = Trainer(chosen, chosen.model((1, 8, 8)), data)
     trainer.update(6)
     norm = torch.linalg.vector_norm(torch.stack([weight.grad.norm() for weight in trainer.weights]))
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
@@ -186,7 +187,7 @@ class Breaks(Objective):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(data, monkeypatch):
     chosen = replace(recipe(), objective=Breaks())
-    trainer = train.Trainer(chosen, chosen.model((1, 8, 8)), data)
+    trainer = Trainer(chosen, chosen.model((1, 8, 8)), data)
     trainer.update(6)
     trainer.update(6)
     before = {name: t.clone() for part in trainer.tensors().values() for name, t in part.items()}

@@ -26,9 +26,11 @@ from undiffuse.errors import UsageError, nearest, unknown
 T = TypeVar("T")
 
 Count = Annotated[int, Ge(1)]
+Number = Annotated[int, Ge(0)]
 NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 

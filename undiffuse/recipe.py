@@ -1,12 +1,13 @@
 """Everything that decides a training run, as data: what a preset holds, what `config.toml` in a run folder says."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from undiffuse.config import Count, Fraction, Positive, override, parse, read_toml
+from undiffuse.config import Count, Decay, Fraction, Number, Positive, override, parse, read_toml
 from undiffuse.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Eps, FixedLarge, Parameterisation, Variance
 from undiffuse.errors import DataError, unknown
 from undiffuse.network.base import NETWORKS, Network
@@ -56,26 +57,52 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Adam with warm-up, clipping by the global norm and an EMA, as in DDPM."""
+    """Adam with warm-up, clipping by the global norm and an EMA, as in DDPM; then how it is run and looked at.
+
+    `batch` is what one update sees, over all processes and micro-batches. `micro_batch` None is the share of a process;
+    "auto" halves it, before step 0 only, until it fits into memory. `exact_shards` divides the batch into so many
+    parts, whose gradients are summed in one order, so that any number of processes that divides it gives the same bits.
+    `recompute` keeps no activations inside the blocks: less memory, a third more time. `precision` "auto" is bf16
+    where the processor has it natively.
+    """
 
     steps: Count = 800_000
     batch: Count = 128
-    micro_batch: Count | None = None
     lr: Positive = 2e-4
-    warmup: int = 5000
+    warmup: Number = 5000
     decay: Literal["constant", "cosine"] = "constant"
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     clip_norm: Positive = 1.0
     ema: Fraction = 0.9999
     ema_ramp: bool = False
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Literal["auto", "float32", "bf16"] = "auto"
     drop_label: Fraction = 0.1
+    seed: int = 0
+
+    micro_batch: Count | Literal["auto"] | None = None
+    exact_shards: Count | None = None
+    recompute: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
     save_every: Count = 5000
     sample_every: Count = 5000
     log_every: Count = 50
     held_out_every: Count = 2000
-    held_out: int = 1024
-    seed: int = 0
+    held_out: Number = 1024
+
+
+# What may differ when a run is resumed: when to stop, and how often to look. All else decides the numbers.
+FREE = frozenset({"steps", "save_every", "sample_every", "log_every", "held_out_every", "held_out"})
+
+
+def learning_rate(config: TrainConfig, step: int, last: int) -> float:
+    """Linear warm-up from 0, as the authors: the first update has rate 0. Then constant, or a half cosine to 0."""
+    warm = min(step / config.warmup, 1.0) if config.warmup else 1.0
+    if config.decay == "constant":
+        return config.lr * warm
+    progress = max(0.0, (step - config.warmup) / max(1, last - config.warmup))
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 @dataclass(frozen=True)

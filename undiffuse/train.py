@@ -1,31 +1,28 @@
-"""The training loop, flat. Everything random is keyed by the step, so the same command again goes on as if unbroken."""
+"""The loop, flat: budgets, checkpoints, previews, what ends a run. The same command again goes on as if unbroken."""
 
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from undiffuse import log, store
-from undiffuse.average import Ema
+from undiffuse import dist, log, store
 from undiffuse.config import plain, to_toml
-from undiffuse.data.loader import Loader
 from undiffuse.data.source import Source, open_source
-from undiffuse.denoiser import Denoiser
-from undiffuse.errors import DataError, MemoryExhausted, NotFiniteError, Preempted, UsageError
+from undiffuse.errors import Corrupt, DataError, Error, MemoryExhausted, NotFiniteError, Preempted, Stalled, UsageError
 from undiffuse.figure import grid, png
 from undiffuse.key import Key
-from undiffuse.model import Model, from_weights, to_float, to_uint8
-from undiffuse.recipe import FORMAT, ModelConfig, Recipe, TrainConfig
+from undiffuse.model import Model, to_uint8
+from undiffuse.recipe import FORMAT, FREE, Recipe, TrainConfig
 from undiffuse.sampler.ddim import DDIM
+from undiffuse.trainer import Trainer
+from undiffuse.watch import Asked, Flag, Watchdog, listening
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -36,174 +33,15 @@ class Budget:
     images: int | None = None
     minutes: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "images", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"a budget of {value} {name} is not possible; give more than 0, or leave it out")
+
     def last_step(self, config: TrainConfig) -> int:
         steps = config.steps if self.steps is None else self.steps
         return steps if self.images is None else min(steps, -(-self.images // config.batch))
-
-
-class Flag:
-    """Set by a signal; looked at once a step. A second signal ends the process at once."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def __call__(self, number: int, frame: object) -> None:
-        if self.name is not None:
-            raise SystemExit(128 + number)
-        self.name = signal.Signals(number).name
-
-
-@contextmanager
-def listening() -> Iterator[Flag]:
-    """A flag that the signals raise, while inside; in a thread other than the main one there are none."""
-    flag, before = Flag(), {}
-    for name in SIGNALS:
-        number = getattr(signal, name, None)
-        try:
-            before[number] = signal.signal(number, flag) if number is not None else None
-        except ValueError:  # not the main thread
-            break
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            if number is not None:
-                signal.signal(number, handler)
-
-
-def learning_rate(config: TrainConfig, step: int, last: int) -> float:
-    """Linear warm-up from 0, as the authors: the first update has rate 0. Then constant, or a half cosine to 0."""
-    warm = min(step / config.warmup, 1.0) if config.warmup else 1.0
-    if config.decay == "constant":
-        return config.lr * warm
-    progress = max(0.0, (step - config.warmup) / max(1, last - config.warmup))
-    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-class Trainer:
-    """The state of a run: weights, their average, the optimiser's moments and the number of steps done."""
-
-    def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str = "cpu"):
-        self.recipe, self.config, self.device = recipe, config, torch.device(device)
-        self.key = Key(recipe.train.seed).fold("train")
-        torch.manual_seed(self.key.fold("init").integer())
-        self.denoiser: Denoiser = config.build(clip=False).to(self.device)
-        recipe.objective.check(self.denoiser)
-        self.names = [name for name, _ in self.denoiser.network.named_parameters()]
-        self.weights = list(self.denoiser.network.parameters())
-        self.ema = Ema(self.weights, recipe.train.ema, recipe.train.ema_ramp)
-        self.adam = torch.optim.Adam(self.weights, lr=1.0, betas=recipe.train.betas, eps=1e-8, fused=True)
-        self.loader = Loader(data, recipe.train.batch, recipe.train.seed, recipe.data.flip)
-        self.step = 0
-
-    def update(self, last: int) -> dict[str, float]:
-        """One step. A loss or gradient that is not finite stops it before anything has changed."""
-        train, step = self.recipe.train, self.step
-        batch = self.loader.batch(step)
-        size = train.micro_batch or train.batch
-        self.adam.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for first in range(0, train.batch, size):
-            part = slice(first, first + size)
-            torch.manual_seed(self.key.fold("dropout", step, first).integer())
-            loss = self._loss(batch.image[part], None if batch.label is None else batch.label[part], first, step)
-            (loss.sum() / train.batch).backward()
-            total += loss.detach().sum() / train.batch
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
-        if not torch.isfinite(total) or not torch.isfinite(norm):
-            raise NotFiniteError(
-                f"step {step}: the loss is {float(total)} and the gradient norm {float(norm)}, so the weights were not "
-                f"updated; examples {batch.index.tolist()[:8]} …. Resume with a lower --set train.lr, or "
-                "--set train.precision=float32"
-            )
-        rate = learning_rate(train, step, last)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
-        self.ema.update(self.weights, step)
-        self.step += 1
-        return {"loss": float(total), "grad_norm": float(norm), "lr": rate}
-
-    def _loss(self, image: Tensor, label: Tensor | None, first: int, step: int) -> Tensor:
-        """The loss of each example of a micro-batch that starts at row `first`."""
-        rows = torch.arange(first, first + len(image))
-        keys = self.key.fold("noise", step).rows(rows, self.device)
-        cond = self._labels(label, rows, step)
-        x_0 = to_float(image.to(self.device))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
-            return self.recipe.objective(self.denoiser, x_0, cond, keys).per_example
-
-    def _labels(self, label: Tensor | None, rows: Tensor, step: int) -> Tensor | None:
-        """The classes, a tenth of them replaced by "no class" so that guidance has something to guide from."""
-        if self.config.classes is None:
-            return None
-        if label is None:
-            raise UsageError("data.labels is on, but this data has no labels; use folders of classes, or turn it off")
-        drop = self.key.fold("drop label", step).rows(rows).uniform() < self.recipe.train.drop_label
-        return torch.where(drop, self.config.classes, label).to(self.device)
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        state = [self.adam.state[weight] for weight in self.weights]
-        moments = {
-            f"{moment}/{name}": entry[moment]
-            for name, entry in zip(self.names, state, strict=True)
-            for moment in ("exp_avg", "exp_avg_sq", "step")
-            if entry
-        }
-        weights = [weight.detach() for weight in self.weights]
-        return {
-            "model": dict(zip(self.names, weights, strict=True)),
-            "ema": dict(zip(self.names, self.ema.shadow, strict=True)),
-            "adam": moments,
-        }
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
-        for name, weight, shadow in zip(self.names, self.weights, self.ema.shadow, strict=True):
-            weight.copy_(tensors["model"][name])
-            shadow.copy_(tensors["ema"][name])
-            if f"step/{name}" in tensors["adam"]:
-                self.adam.state[weight] = {
-                    moment: tensors["adam"][f"{moment}/{name}"].to(self.device)
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                }
-        self.step = step
-
-    @torch.no_grad()
-    def start_from(self, model: Model) -> None:
-        """Fine-tuning: the weights of another model of this architecture."""
-        given = model.denoiser.network.state_dict()
-        fitted = from_weights(self.config, given, {}).denoiser.network.state_dict()
-        for name, weight, shadow in zip(self.names, self.weights, self.ema.shadow, strict=True):
-            weight.copy_(fitted[name])
-            shadow.copy_(fitted[name])
-
-    def model(self) -> Model:
-        """The averaged weights as a model, copied."""
-        averaged = dict(zip(self.names, (shadow.clone() for shadow in self.ema.shadow), strict=True))
-        return from_weights(self.config, averaged, self.meta(), self.device)
-
-    def meta(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "images": self.step * self.recipe.train.batch,
-            "model": plain(self.config),
-            "recipe": plain(self.recipe),
-            "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(self.device)},
-        }
-
-    @torch.no_grad()
-    def held_out_loss(self, images: Tensor) -> float:
-        """The objective on fixed images with fixed noise, by the averaged weights, in float32."""
-        denoiser = self.model().denoiser
-        denoiser.clip = False
-        total = 0.0
-        for first in range(0, len(images), 256):
-            x_0 = to_float(images[first : first + 256].to(self.device))
-            keys = Key(0).fold("held out").rows(torch.arange(first, first + len(x_0)), self.device)
-            total += float(self.recipe.objective(denoiser, x_0, None, keys).per_example.double().sum())
-        return total / len(images)
 
 
 def train(
@@ -214,89 +52,226 @@ def train(
     init: Model | None = None,
     budget: Budget = Budget(),
     device: str = "cpu",
-    say: Callable[[str], None] = print,
+    say: Say = print,
     show_progress: bool = True,
+    accept_data: bool = False,
 ) -> Model:
-    """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model."""
-    image = data[0].image
-    config = recipe.model((image.shape[0], image.shape[1], image.shape[2]), count_classes(data))
-    run, last = store.Run(out), budget.last_step(recipe.train)
-    trainer = Trainer(recipe, config, data, device)
-    with run.lock(), listening() as flag:
-        step = run.latest(warn=say)
-        if step is not None:
-            tensors, meta = run.load(step)
-            refuse_changes(meta, trainer.meta())
-            trainer.restore(tensors, step)
-            say(f"resuming {out} at step {step}")
-        elif init is not None:
-            trainer.start_from(init)
-        claim_data(out / "data.json", data)
-        store.write_atomic(out / "config.toml", to_toml(recipe).encode())
+    """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model.
+
+    Under `torchrun` every process calls this with the same arguments; process 0 alone writes and speaks.
+    """
+    with dist.joined(), listening() as flag, ExitStack() as stack:
+        first = dist.rank() == 0
+        say, warn = (say, log.warn) if first else (_silent, _silent)
+        run, saved = store.Run(out), None
+        trainer = _build(recipe, data, device, init, _settings(run))
+        dist.agree(data.fingerprint(), "data")
+        failure: Error | None = None
+        if first:
+            try:
+                stack.enter_context(run.lock())
+                saved = _begin(trainer, run, data, init, say, warn, accept_data)
+            except Error as error:
+                failure = error
+        if dist.decide(int(failure is not None)):
+            raise failure or Stalled("process 0 could not begin, and says why")
+        trainer.share_state()
+        trainer.fit_micro_batch(say)
+        last = budget.last_step(recipe.train)
+        if trainer.step == 0:
+            say(trainer.plan(last))
         try:
-            _loop(trainer, run, last, budget, flag, held_out, show_progress)
+            loop = _Loop(trainer, run, last, budget, flag, held_out, show_progress and first, saved)
+            loop.go()
         except torch.OutOfMemoryError as error:
             raise MemoryExhausted(
-                f"out of memory at step {trainer.step} with micro-batches of "
-                f"{recipe.train.micro_batch or recipe.train.batch}; set a smaller one, e.g. --set train.micro_batch=8"
+                f"out of memory at step {trainer.step} with micro-batches of {trainer.micro} ({trainer.plan(last)}). "
+                "The last checkpoint is good; fine-tune from it with --init and a smaller one, --set train.micro_batch="
+                f"{max(1, trainer.micro // 2)}, or with --set train.recompute=true"
             ) from error
         return trainer.model()
 
 
-def _loop(
-    trainer: Trainer, run: store.Run, last: int, budget: Budget, flag: Flag, held_out: Source | None, show: bool
-) -> None:
-    config, started = trainer.recipe.train, time.monotonic()
-    held = held_out_images(held_out, config.held_out)
-    window: list[dict[str, float]] = []
-    tick = started
-    with (
-        log.JsonLines(run.path / "log.jsonl", trainer.step) as lines,
-        log.progress(last, "training", show, done=trainer.step) as bar,
+def _silent(text: str) -> None: ...
+
+
+def _settings(run: store.Run) -> dict[str, Any] | None:
+    """The training section of the newest checkpoint whose metadata can be read; what it is worth is seen later."""
+    for step in reversed(run.steps()):
+        with suppress(Corrupt):
+            return run.load(step, only=())[1].get("recipe", {}).get("train", {})
+    return None
+
+
+def _build(recipe: Recipe, data: Source, device: str, init: Model | None, then: dict[str, Any] | None) -> Trainer:
+    """Everything that can be refused is, before anything is written."""
+    image = data[0].image
+    config = recipe.model((image.shape[0], image.shape[1], image.shape[2]), count_classes(data))
+    trainer = Trainer(resolved(recipe, then, device), config, data, dist.local_device(device))
+    if init is not None and then is None:
+        trainer.start_from(init)
+    return trainer
+
+
+def resolved(recipe: Recipe, then: dict[str, Any] | None, device: str) -> Recipe:
+    """`precision = "auto"` made definite: as the run began, or as this machine has it. So is micro_batch on resume."""
+    train = recipe.train
+    if train.precision == "auto":
+        here = native_bf16(torch.device(device)) if then is None else then.get("precision") == "bf16"
+        train = replace(train, precision="bf16" if dist.decide(int(here)) else "float32")
+    if train.micro_batch == "auto" and (found := dist.decide((then or {}).get("micro_batch", 0))):
+        train = replace(train, micro_batch=found)
+    return replace(recipe, train=train)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the processor itself multiplies bfloat16; emulation is slower than float32 and no more exact."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def _begin(
+    trainer: Trainer, run: store.Run, data: Source, init: Model | None, say: Say, warn: Say, accept_data: bool
+) -> dict[str, Any] | None:
+    """Under the lock: takes up what is there, or claims the folder. Returns the meta of the checkpoint resumed from."""
+    step, meta = run.latest(warn=warn), None
+    if step is not None:
+        tensors, meta = run.load(step)
+        if "recipe" not in meta or "adam" not in tensors:
+            raise UsageError(f"{run.path} is no training run; fine-tune it with --init {run.path} and another --out")
+        refuse_changes(meta, trainer.meta())
+        trainer.restore(tensors, step)
+        say(f"resuming {run.path} at step {step}")
+    claim_data(run.path / "data.json", data, accept_data)
+    store.write_atomic(run.path / "config.toml", f"# format {FORMAT}\n{to_toml(trainer.recipe)}".encode())
+    return meta
+
+
+class _Loop:
+    """One call of `train`: from the step that is there to the end of the budget."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: store.Run,
+        last: int,
+        budget: Budget,
+        flag: Flag,
+        held_out: Source | None,
+        show: bool,
+        resumed: dict[str, Any] | None,
     ):
-        while trainer.step < last:
-            window.append(trainer.update(last))
-            step = trainer.step
-            bar.advance(1, loss=window[-1]["loss"])
-            over = budget.minutes is not None and time.monotonic() - started >= 60 * budget.minutes
-            end = step == last or over or flag.name is not None
-            if step % config.log_every == 0 or end:
-                now = time.monotonic()
-                mean = {name: sum(entry[name] for entry in window) / len(window) for name in window[0]}
-                rate = len(window) * config.batch / (now - tick)
-                lines.write({"step": step, "images": step * config.batch, **mean, "images_per_second": rate})
-                window, tick = [], now
-            if held is not None and (step % config.held_out_every == 0 or end):
-                lines.write({"step": step, "held_out": trainer.held_out_loss(held)})
-            if step % config.save_every == 0 or end:
-                run.save(step, trainer.tensors(), trainer.meta())
-                run.retain(2)
-            if step % config.sample_every == 0 or end and flag.name is None:
-                save_grid(trainer, run.path / "samples" / f"step-{step:09d}.png")
-            if flag.name is not None:
-                raise Preempted(f"{flag.name}: stopped after step {step}, which is saved; the same command goes on")
-            if over:
-                break
+        self.trainer, self.run, self.last, self.budget, self.flag = trainer, run, last, budget, flag
+        self.config, self.first = trainer.recipe.train, dist.rank() == 0
+        self.held = held_out_images(held_out, self.config.held_out) if self.first else None
+        self.show, self.resumed = show, resumed
+        self.window: list[dict[str, float]] = []
+        self.started = self.tick = time.monotonic()
+
+    def go(self) -> None:
+        trainer, path = self.trainer, self.run.path
+        with (
+            log.JsonLines(path / "log.jsonl", trainer.step) if self.first else log.NoLines() as lines,
+            log.progress(self.last, "training", self.show, done=trainer.step) as bar,
+            Watchdog(path / f"stacks-{dist.rank()}.txt") as dog,
+        ):
+            if self.resumed is not None:
+                self._compare(lines)
+            while trainer.step < self.last:
+                try:
+                    self.window.append(trainer.update(self.last))
+                except NotFiniteError:
+                    self._save()
+                    raise
+                dog.beat()
+                asked, over = self._agreed()
+                ended = trainer.step == self.last or asked or over
+                self._log(lines, bar, ended)
+                if trainer.step % self.config.save_every == 0 or ended:
+                    self._save()
+                with suppress(Asked):
+                    self._look(lines, ended and not asked)
+                dog.beat()
+                if asked:
+                    name = self.flag.name or "a signal to another process"
+                    raise Preempted(
+                        f"{name}: stopped after step {trainer.step}, which is saved; the same command goes on"
+                    )
+                if over:
+                    break
+
+    def _agreed(self) -> tuple[bool, bool]:
+        """Whether any process was sent a signal, and whether process 0 has reached the end of the minutes."""
+        minutes = self.budget.minutes
+        over = minutes is not None and self.first and time.monotonic() - self.started >= 60 * minutes
+        asked = self.flag.name is not None
+        if dist.size() == 1:
+            return asked, over
+        votes = dist.total(torch.tensor([int(asked), int(over)]))
+        return bool(votes[0]), bool(votes[1])
+
+    def _log(self, lines: Any, bar: log.Progress, ended: bool) -> None:
+        step, last = self.trainer.step, self.window[-1]
+        bar.advance(1, loss=last["loss"], norm=last["grad_norm"], images_per_s=self._speed())
+        if step % self.config.log_every == 0 or ended:
+            names = dict.fromkeys(name for entry in self.window for name in entry)
+            values = {name: [entry[name] for entry in self.window if name in entry] for name in names}
+            mean = {name: sum(column) / len(column) for name, column in values.items()}
+            row = {"step": step, "images": step * self.config.batch, **mean, "images_per_second": self._speed()}
+            lines.write(row)
+            self.window, self.tick = [], time.monotonic()
+
+    def _speed(self) -> float:
+        return len(self.window) * self.config.batch / max(time.monotonic() - self.tick, 1e-9)
+
+    def _save(self) -> None:
+        if self.first:
+            self.run.save(self.trainer.step, self.trainer.tensors(), self.trainer.meta())
+            self.run.retain(2)
+
+    def _look(self, lines: Any, ended: bool) -> None:
+        """Held-out loss and previews, by process 0. A signal leaves them undone: they are no part of the state."""
+        trainer, step, check = self.trainer, self.trainer.step, self.flag.check
+        if not self.first:
+            return
+        if self.held is not None and (step % self.config.held_out_every == 0 or ended):
+            lines.write({"step": step, "held_out": trainer.held_out_loss(self.held, check)})
+        if step % self.config.sample_every == 0 or ended:
+            save_grids(trainer, self.run.path / "samples", check)
+
+    def _compare(self, lines: Any) -> None:
+        """Says what differs from where the run was begun, where equal bits are no longer promised."""
+        assert self.resumed is not None
+        before, now = self.resumed.get("environment", {}), self.trainer.environment()
+        differs = [
+            f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+        ]
+        if differs:
+            log.warn(f"resumed with other {', '.join(differs)}: the last bits will differ from an unbroken run")
+            lines.write({"step": self.trainer.step, "exact": False, "differs": differs})
 
 
-def claim_data(path: Path, data: Source) -> None:
-    """A run belongs to one data set: writes what it is, or refuses another."""
+def claim_data(path: Path, data: Source, accept: bool = False) -> None:
+    """A run belongs to one data set: writes what it is, or refuses another unless it is accepted."""
     now = {"format": FORMAT, "images": len(data), "fingerprint": data.fingerprint()}
     before = store.read_json(path) if path.exists() else now
-    if before["fingerprint"] != now["fingerprint"]:
+    if before["fingerprint"] != now["fingerprint"] and not accept:
         raise UsageError(
             f"the data has changed since this run began ({before['images']} images before, {now['images']} now); "
-            "give the same data, or another --out"
+            "give the same data, --accept-data to go on with this one, or another --out"
         )
     store.write_json(path, now)
 
 
-def held_out_split(data: str, recipe: Recipe) -> Source | None:
+def held_out_split(data: str, recipe: Recipe, skip_bad: bool = False) -> Source | None:
     """The test split of a data set in the recipe's shape, or None where it has none."""
     config = recipe.data
     try:
-        return open_source(data, config.size, config.channels, config.background, split="test")
-    except DataError:
+        return open_source(data, config.size, config.channels, config.background, split="test", skip_bad=skip_bad)
+    except DataError as error:
+        log.warn(f"no held-out loss: {error}")
         return None
 
 
@@ -312,21 +287,25 @@ def held_out_images(source: Source | None, count: int) -> Tensor | None:
     return torch.stack([source[i].image for i in range(min(count, len(source)))])
 
 
-def save_grid(trainer: Trainer, path: Path) -> None:
-    """64 samples of the averaged weights in 50 steps, from the same noise each time; none if they cannot be drawn."""
-    model = trainer.model()
-    try:
-        model.config.parameterisation.check(model.process)
-    except UsageError as error:  # training it is allowed, and the reason is told to whoever asks for a sample
-        log.warn(f"no preview at step {trainer.step}: {error}")
-        return
-    x = model.chain(Key(0).fold("preview").rows(64), model.times(min(50, model.process.steps or 50)), DDIM())
-    store.write_atomic(path, png(grid(to_uint8(x))))
+def save_grids(trainer: Trainer, folder: Path, check: Callable[[], None]) -> None:
+    """64 samples in 50 steps of the averaged weights, and of the weights as they are, from the same noise each time.
+
+    None if they cannot be drawn; `check` may raise between two steps, and then nothing is written.
+    """
+    for averaged, name in ((True, f"step-{trainer.step:09d}.png"), (False, f"step-{trainer.step:09d}-raw.png")):
+        model = trainer.model(averaged)
+        try:
+            model.config.parameterisation.check(model.process)
+        except UsageError as error:  # training it is allowed, and the reason is told to whoever asks for a sample
+            log.warn(f"no preview at step {trainer.step}: {error}")
+            return
+        times = model.times(min(50, model.process.steps or 50))
+        x = model.chain(Key(0).fold("preview").rows(64), times, DDIM(), progress=lambda n: check())
+        store.write_atomic(folder / name, png(grid(to_uint8(x))))
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """What decides the numbers must be what it was; how often to save or look may change."""
-    free = {"steps", "save_every", "sample_every", "log_every", "held_out_every", "held_out"}
 
     def flat(value: Any, path: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
@@ -335,13 +314,13 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
             }
         return {path: value}
 
-    before, after = flat(saved["recipe"]), flat(now["recipe"])
+    # A setting that is younger than the run had its default.
+    before, after = flat({"train": plain(TrainConfig())}) | flat(saved["recipe"]), flat(now["recipe"])
+    free = {f"train.{name}" for name in FREE}
     changed = [
         f"{name}: {before.get(name)} -> {after.get(name)}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-        and name.split(".")[0] not in ("about", "expected")
-        and not (name.startswith("train.") and name[6:] in free)
+        for name in sorted((before.keys() | after.keys()) - free)
+        if before.get(name) != after.get(name) and name.split(".")[0] not in ("about", "expected")
     ]
     if changed or saved["model"] != now["model"]:
         what = "; ".join(changed) or f"model: {saved['model']['image']} -> {now['model']['image']}"

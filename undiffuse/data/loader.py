@@ -1,6 +1,7 @@
 """Batches as a pure function of the step: no state, so nothing to save and nothing to restore on resume."""
 
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int, UInt8
@@ -52,3 +53,27 @@ class Loader:
         items = [self.source[i] for i in index.tolist()]
         labels = None if items[0].label is None else torch.tensor([item.label for item in items])
         return torch.stack([item.image for item in items]), labels
+
+
+class Prefetched:
+    """The given rows of the batch of a step, read by a thread while the step before is at work.
+
+    Steps may be asked for in any order: what was fetched ahead for another one is dropped.
+    """
+
+    def __init__(self, loader: Loader, rows: Int[Tensor, "b"], pinned: bool = False):
+        self.loader, self.rows, self.pinned = loader, rows, pinned
+        self._thread = ThreadPoolExecutor(1, "undiffuse-data")
+        self._ahead: dict[int, Future[Batch]] = {}
+
+    def at(self, step: int) -> Batch:
+        batch = self._ahead.pop(step) if step in self._ahead else self._start(step)
+        self._ahead = {step + 1: self._start(step + 1)}
+        return batch.result()
+
+    def _start(self, step: int) -> "Future[Batch]":
+        return self._thread.submit(self._read, step)
+
+    def _read(self, step: int) -> Batch:
+        batch = self.loader.batch(step, self.rows)
+        return replace(batch, image=batch.image.pin_memory()) if self.pinned else batch

@@ -1,7 +1,7 @@
 """What a network is: a frozen configuration that builds a module `(x, time, cond) -> output`."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -16,6 +16,7 @@ class Network(ABC):
     """
 
     time: Literal["index", "logsnr", "sigma"]
+    recomputed: ClassVar[tuple[type[nn.Module], ...]] = ()  # parts that train.recompute runs again in the backward pass
 
     @abstractmethod
     def build(self, image_channels: int, output_channels: int, classes: int | None = None) -> nn.Module:

@@ -4,7 +4,7 @@ Module names are those of the authors' variables (`down.0.block.1.conv1`), so th
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +45,7 @@ class UNet(Network):
     patch: Count = 1
     groups: Count | None = None
     time: Literal["index", "logsnr", "sigma"] = "index"
+    recomputed: ClassVar[tuple[type[nn.Module], ...]] = (ResBlock, Attention)
 
     def __post_init__(self) -> None:
         if not self.multipliers:

@@ -1,0 +1,112 @@
+"""The processes of one run: which of them this is, and sums over all. One process when alone.
+
+`torchrun`, or whatever sets RANK, WORLD_SIZE and MASTER_ADDR as it does, starts the same command several times;
+without them nothing here touches `torch.distributed`. Process 0 decides, writes and speaks, and tells the others.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as group
+from jaxtyping import Shaped
+from torch import Tensor
+
+from undiffuse.errors import Error, Stalled, UsageError
+
+PATIENCE = timedelta(minutes=10)  # how long a sum waits for a process that is alive but does not come
+
+
+def size() -> int:
+    return group.get_world_size() if group.is_initialized() else 1
+
+
+def rank() -> int:
+    return group.get_rank() if group.is_initialized() else 0
+
+
+def local_device(name: str) -> str:
+    """`cuda` becomes this process's own card on its machine; any other name stays."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, the processes that were started together can sum; a process started alone is not affected.
+
+    Raises Stalled when one of the others has ended or does not answer.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or group.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with lost():
+        group.init_process_group(backend, timeout=PATIENCE)
+    try:
+        with lost():
+            yield
+    finally:
+        group.destroy_process_group()
+
+
+@contextmanager
+def lost() -> Iterator[None]:
+    """Turns what a broken connection raises, also from inside DistributedDataParallel, into one line."""
+    try:
+        yield
+    except Error:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, group.DistError) and not any(word in text for word in ("gloo", "NCCL", "peer")):
+            raise
+        raise Stalled(
+            f"process {rank()} of {size()} lost another one ({text.splitlines()[0][:120]}); the last checkpoint is "
+            "good, and the same command goes on from it, with as many processes as you like"
+        ) from error
+
+
+def total(values: Shaped[Tensor, "*n"]) -> Shaped[Tensor, "*n"]:
+    """The sum over all processes, in place. Every process gets the same bits; which ones depends on their number."""
+    if size() > 1:
+        group.all_reduce(values)
+    return values
+
+
+def ordered_total(parts: Sequence[Shaped[Tensor, "*n"]]) -> Shaped[Tensor, "*n"]:
+    """The sum of the parts of process 0, then of those of process 1, and so on, added one after the other.
+
+    So it depends on the parts and their order alone, and not on how many processes hold them.
+    """
+    running = torch.zeros_like(parts[0])
+    if rank() > 0:
+        group.recv(running, rank() - 1)
+    for part in parts:
+        running += part
+    if rank() < size() - 1:
+        group.send(running, rank() + 1)
+    share([running], source=size() - 1)
+    return running
+
+
+def share(tensors: Iterable[Shaped[Tensor, "..."]], source: int = 0) -> None:
+    """Overwrites the tensors with those of one process."""
+    if size() > 1:
+        for tensor in tensors:
+            group.broadcast(tensor, source)
+
+
+def decide(number: int) -> int:
+    """What process 0 says, everywhere."""
+    value = torch.tensor(number)
+    share([value])
+    return int(value)
+
+
+def agree(digest: str, what: str) -> None:
+    """Raises UsageError in every process unless all hold the same hexadecimal digest."""
+    own = int(digest[:15], 16)
+    if int(total(torch.tensor(int(own != decide(own))))):
+        raise UsageError(f"the {size()} processes do not have the same {what}; give each the same files and options")

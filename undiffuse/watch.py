@@ -1,0 +1,107 @@
+"""Signals that ask a run to end, and a watchdog for one that neither ends nor moves."""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from undiffuse.errors import Stalled
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+TICK = 0.5  # seconds between two looks of the watchdog
+PATIENCE, MULTIPLE = 60.0, 10  # a step may take this many seconds, or this many times the median
+
+
+class Asked(Exception):
+    """A signal has come; raised only where work can be left without loss, and caught by the loop."""
+
+
+class Flag:
+    """Set by a signal; looked at once a step. A second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.name is not None:
+            os._exit(128 + number)
+        self.name = signal.Signals(number).name
+
+    def check(self, *_: object) -> None:
+        """For the inner loops of what may be left undone: previews and held-out losses."""
+        if self.name is not None:
+            raise Asked
+
+
+@contextmanager
+def listening() -> Iterator[Flag]:
+    """A flag that the signals raise, while inside; in a thread other than the main one there are none."""
+    flag, before = Flag(), {}
+    for name in SIGNALS:
+        number = getattr(signal, name, None)
+        try:
+            before[number] = signal.signal(number, flag) if number is not None else None
+        except ValueError:  # not the main thread
+            break
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            if number is not None:
+                signal.signal(number, handler)
+
+
+class Watchdog:
+    """Ends a process in which no step has ended for max(60 s, 10 × the median step), with the stacks of all threads.
+
+    A thread of its own counts the time in its own ticks, so that a process which was stopped as a whole, or a machine
+    that slept, is not taken for one that hangs. `beat()` marks the end of a step.
+    """
+
+    def __init__(self, stacks: Path, patience: float = PATIENCE, end: Callable[[int], None] = os._exit):
+        self.stacks, self.patience, self._end = stacks, patience, end
+        self._idle, self._last = 0.0, time.monotonic()
+        self._steps: deque[float] = deque(maxlen=101)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        self._steps.append(now - self._last)
+        self._idle, self._last = 0.0, now
+
+    def limit(self) -> float:
+        return max(self.patience, MULTIPLE * median(self._steps)) if self._steps else 10 * self.patience
+
+    def _run(self) -> None:
+        while not self._stop.wait(TICK):
+            self._idle += TICK
+            if self._idle > self.limit():
+                self._give_up()
+                return
+
+    def _give_up(self) -> None:
+        with open(self.stacks, "w") as file:
+            faulthandler.dump_traceback(file)
+        print(
+            f"no step has ended for {self._idle:.0f} s; where each thread stands is in {self.stacks}. The last "
+            "checkpoint is good, and the same command goes on from it",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._end(Stalled.exit_code)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
