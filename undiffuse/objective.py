@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -23,6 +24,19 @@ class Loss(NamedTuple):
     per_example: Float[Tensor, "b"]
     terms: dict[str, Float[Tensor, "b"]]
     t: Float[Tensor, "b"]
+
+
+def quartile_sums(loss: Float[Tensor, "b"], t: Float[Tensor, "b"]) -> Float[Tensor, "2 4"]:
+    """Sums of the loss, and counts, for t in [0, ¼), [¼, ½), [½, ¾) and [¾, 1]; these add up over parts of a batch."""
+    quarter = (4 * t).long().clamp(max=3).to(loss.device)
+    inside = quarter == torch.arange(4, device=loss.device)[:, None]  # 4 b
+    # Not a product with 0 and 1, so that a NaN stays in the quarter that it came from.
+    return torch.stack([torch.where(inside, loss.detach(), 0).sum(1), inside.sum(1).to(loss)])
+
+
+def by_quartile(sums: Float[Tensor, "2 4"]) -> dict[str, float]:
+    """The mean of each quarter that had examples, as `loss_q1` … `loss_q4`."""
+    return {f"loss_q{i}": total / count for i, (total, count) in enumerate(sums.T.tolist(), 1) if count}
 
 
 def uniform_time(process: Process, keys: Keys) -> Float[Tensor, "b"]:
