@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from undiffuse.config import Count, Fraction, Positive, override, parse, read_toml
+from undiffuse.config import Count, Fraction, Positive, Width, override, parse, read_toml
 from undiffuse.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Eps, FixedLarge, Parameterisation, Variance
 from undiffuse.errors import DataError, unknown
 from undiffuse.network.base import NETWORKS, Network
@@ -68,6 +68,8 @@ class TrainConfig:
     clip_norm: Positive = 1.0
     ema: Fraction = 0.9999
     ema_ramp: bool = False
+    ema_profiles: tuple[Width, ...] = ()
+    ema_snapshot_every: Count = 5000
     precision: Literal["float32", "bf16"] = "float32"
     drop_label: Fraction = 0.1
     save_every: Count = 5000
