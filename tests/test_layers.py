@@ -20,7 +20,7 @@ PACKAGE = ROOT / "undiffuse"
 
 # A module imports from rows above its own, and from its own package. The first match counts.
 LAYERS = (
-    ("errors", "key", "config", "dist", "disk", "log"),
+    ("errors", "key", "config", "dist", "disk", "log", "sink"),
     ("process", "gaussian", "store", "codec.container", "codec.coder", "data.order"),
     ("denoiser", "network.*", "data.*", "metric.*"),
     ("likelihood", "objective", "sampler.*", "guide"),
@@ -38,7 +38,7 @@ ONLY = {
 }
 BASE = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "typer", "rich", "tomli_w"}
 BASE |= {"pydantic", "pydantic_core", "annotated_types"}  # one distribution and the two that it is made of
-EXTRA = {"resvg_py"}  # inside functions only
+EXTRA = {"resvg_py", "wandb"}  # inside functions only
 PLATFORM = {"fcntl", "msvcrt", "termios", "resource", "pwd", "grp"}  # inside functions only
 
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

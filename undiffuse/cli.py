@@ -112,6 +112,7 @@ def train(
     init: Annotated[str | None, typer.Option("--init", help="Fine-tune: begin with this model's weights")] = None,
     settings: SetOpt = None,
     size: SizeOpt = None,
+    logs: Annotated[list[str] | None, typer.Option("--log", help="Also tensorboard or wandb; may be repeated")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
     device: DeviceOpt = "cpu",
     as_json: JsonOpt = False,
@@ -119,7 +120,8 @@ def train(
     """Train a model; the same command again goes on where it stopped.
 
     Examples: `undiffuse train photos/ --preset cifar10 --size 32 --out runs/photos`,
-    `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`
+    `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`,
+    `undiffuse train photos/ -p cifar10 --size 32 -o runs/photos --log tensorboard`
     """
     from undiffuse import train as engine
     from undiffuse.data.source import open_source
@@ -137,7 +139,7 @@ def train(
     held = engine.held_out_split(data, recipe)
     say = (lambda text: None) if as_json else (lambda text: typer.echo(text, err=True))
     say(f"{len(source):,} images of {'×'.join(map(str, source.image_shape))} from {data}; preset {preset}")
-    model = engine.train(recipe, source, out, held, begin, budget, device_, say, not as_json)
+    model = engine.train(recipe, source, out, held, begin, budget, device_, say, not as_json, logs or ())
     show({"run": out, "step": model.meta["step"], "images_seen": model.meta["images"], "parameters": model.parameters(),
             "next": f"undiffuse sample {out} -n 64 --out samples"}, as_json)  # fmt: skip
 

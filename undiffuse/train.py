@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undiffuse import log, store
-from undiffuse.average import Ema
+from undiffuse import log, sink, store
+from undiffuse.average import Ema, Profiles
 from undiffuse.config import plain, to_toml
 from undiffuse.data.loader import Loader
 from undiffuse.data.source import Source, open_source
@@ -92,6 +92,7 @@ class Trainer:
         self.names = [name for name, _ in self.denoiser.network.named_parameters()]
         self.weights = list(self.denoiser.network.parameters())
         self.ema = Ema(self.weights, recipe.train.ema, recipe.train.ema_ramp)
+        self.profiles = Profiles(self.weights, recipe.train.ema_profiles)
         self.adam = torch.optim.Adam(self.weights, lr=1.0, betas=recipe.train.betas, eps=1e-8, fused=True)
         self.loader = Loader(data, recipe.train.batch, recipe.train.seed, recipe.data.flip)
         self.step = 0
@@ -121,6 +122,7 @@ class Trainer:
             group["lr"] = rate
         self.adam.step()
         self.ema.update(self.weights, step)
+        self.profiles.update(self.weights, step)
         self.step += 1
         return {"loss": float(total), "grad_norm": float(norm), "lr": rate}
 
@@ -155,6 +157,7 @@ class Trainer:
             "model": dict(zip(self.names, weights, strict=True)),
             "ema": dict(zip(self.names, self.ema.shadow, strict=True)),
             "adam": moments,
+            **({"profiles": self.profiles.tensors(self.names)} if self.profiles.shadows else {}),
         }
 
     @torch.no_grad()
@@ -167,6 +170,7 @@ class Trainer:
                     moment: tensors["adam"][f"{moment}/{name}"].to(self.device)
                     for moment in ("step", "exp_avg", "exp_avg_sq")
                 }
+        self.profiles.restore(tensors.get("profiles", {}), self.names)
         self.step = step
 
     @torch.no_grad()
@@ -216,8 +220,13 @@ def train(
     device: str = "cpu",
     say: Callable[[str], None] = print,
     show_progress: bool = True,
+    logs: Sequence[str] = (),
 ) -> Model:
-    """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model."""
+    """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model.
+
+    `logs` names the sinks that are told besides `log.jsonl`: tensorboard, wandb.
+    """
+    sinks = sink.find(logs)
     image = data[0].image
     config = recipe.model((image.shape[0], image.shape[1], image.shape[2]), count_classes(data))
     run, last = store.Run(out), budget.last_step(recipe.train)
@@ -234,7 +243,7 @@ def train(
         claim_data(out / "data.json", data)
         store.write_atomic(out / "config.toml", to_toml(recipe).encode())
         try:
-            _loop(trainer, run, last, budget, flag, held_out, show_progress)
+            _loop(trainer, run, last, budget, flag, held_out, show_progress, sinks)
         except torch.OutOfMemoryError as error:
             raise MemoryExhausted(
                 f"out of memory at step {trainer.step} with micro-batches of "
@@ -244,14 +253,21 @@ def train(
 
 
 def _loop(
-    trainer: Trainer, run: store.Run, last: int, budget: Budget, flag: Flag, held_out: Source | None, show: bool
+    trainer: Trainer,
+    run: store.Run,
+    last: int,
+    budget: Budget,
+    flag: Flag,
+    held_out: Source | None,
+    show: bool,
+    sinks: Sequence[type[sink.Sink]],
 ) -> None:
     config, started = trainer.recipe.train, time.monotonic()
     held = held_out_images(held_out, config.held_out)
     window: list[dict[str, float]] = []
     tick = started
     with (
-        log.JsonLines(run.path / "log.jsonl", trainer.step) as lines,
+        sink.journal(run.path, trainer.step, sinks, plain(trainer.recipe)) as lines,
         log.progress(last, "training", show, done=trainer.step) as bar,
     ):
         while trainer.step < last:
@@ -272,7 +288,9 @@ def _loop(
                 run.save(step, trainer.tensors(), trainer.meta())
                 run.retain(2)
             if step % config.sample_every == 0 or end and flag.name is None:
-                save_grid(trainer, run.path / "samples" / f"step-{step:09d}.png")
+                save_grid(trainer, run.path / "samples" / f"step-{step:09d}.png", lines)
+            if step % config.ema_snapshot_every == 0 or end and flag.name is None:
+                trainer.profiles.snapshot(run.path, step, trainer.names, trainer.meta())
             if flag.name is not None:
                 raise Preempted(f"{flag.name}: stopped after step {step}, which is saved; the same command goes on")
             if over:
@@ -312,7 +330,7 @@ def held_out_images(source: Source | None, count: int) -> Tensor | None:
     return torch.stack([source[i].image for i in range(min(count, len(source)))])
 
 
-def save_grid(trainer: Trainer, path: Path) -> None:
+def save_grid(trainer: Trainer, path: Path, lines: sink.Journal) -> None:
     """64 samples of the averaged weights in 50 steps, from the same noise each time; none if they cannot be drawn."""
     model = trainer.model()
     try:
@@ -321,7 +339,9 @@ def save_grid(trainer: Trainer, path: Path) -> None:
         log.warn(f"no preview at step {trainer.step}: {error}")
         return
     x = model.chain(Key(0).fold("preview").rows(64), model.times(min(50, model.process.steps or 50)), DDIM())
-    store.write_atomic(path, png(grid(to_uint8(x))))
+    picture = grid(to_uint8(x))
+    store.write_atomic(path, png(picture))
+    lines.image(trainer.step, "samples", picture)
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -335,7 +355,8 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
             }
         return {path: value}
 
-    before, after = flat(saved["recipe"]), flat(now["recipe"])
+    # A setting that is younger than the run had its default.
+    before, after = flat({"train": plain(TrainConfig())}) | flat(saved["recipe"]), flat(now["recipe"])
     changed = [
         f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in sorted(before.keys() | after.keys())
