@@ -88,6 +88,19 @@ def test_profiles_are_snapshot_and_resumed_exactly(tmp_path, data):
     ]
 
 
+def test_no_snapshot_is_lost_between_it_and_its_checkpoint(tmp_path, data, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    chosen = recipe(train={"ema_profiles": [0.1], "ema_snapshot_every": 2})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.Run, "retain", killed)  # the first thing after a save
+        run(chosen, data, tmp_path)
+    assert store.Run(tmp_path).latest() == 2
+    run(chosen, data, tmp_path)
+    assert len(list((tmp_path / "ema").iterdir())) == 3
+
+
 def test_a_run_tells_its_sinks(tmp_path, data):
     """What TensorBoard shows is log.jsonl, and a sink may come and go: it is no setting of the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -73,7 +73,7 @@ class Profiles:
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter], step: int) -> None:
         """`step` counts the updates made before this one."""
-        weights = list(parameters)
+        weights: list[Tensor] = list(parameters)
         for sigma_rel, shadow in self.shadows.items():
             beta = (step / (step + 1)) ** self._powers[sigma_rel]
             get_ema_multi_avg_fn(beta)(shadow, weights, None)

@@ -284,13 +284,14 @@ def _loop(
                 window, tick = [], now
             if held is not None and (step % config.held_out_every == 0 or end):
                 lines.write({"step": step, "held_out": trainer.held_out_loss(held)})
+            # Before the checkpoint: a run that goes on from there does not come by this step again.
+            if step % config.ema_snapshot_every == 0 or end and flag.name is None:
+                trainer.profiles.snapshot(run.path, step, trainer.names, trainer.meta())
             if step % config.save_every == 0 or end:
                 run.save(step, trainer.tensors(), trainer.meta())
                 run.retain(2)
             if step % config.sample_every == 0 or end and flag.name is None:
                 save_grid(trainer, run.path / "samples" / f"step-{step:09d}.png", lines)
-            if step % config.ema_snapshot_every == 0 or end and flag.name is None:
-                trainer.profiles.snapshot(run.path, step, trainer.names, trainer.meta())
             if flag.name is not None:
                 raise Preempted(f"{flag.name}: stopped after step {step}, which is saved; the same command goes on")
             if over:
