@@ -148,6 +148,29 @@ def test_inspect_verify_presets_doctor(call, run_folder):
     assert json.loads(call("doctor", "--json")[1])["torch"] == torch.__version__
 
 
+def test_average_rebuilds_a_model_from_a_run(call, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "wide.safetensors"
+    settings = [*SETTINGS, "data.size=8", "data.channels=1", "train.ema_profiles=[0.05,0.1]"]
+    settings += ["train.ema_snapshot_every=1"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert call("train", "digits", "-p", "cifar10", "-o", run, "--json", *words)[0] == 0
+    code, text, err = call("average", run, "--sigma-rel", 0.2, "--out", out, "--json")
+    assert code == 0, err
+    made = json.loads(text)
+    assert (made["step"], made["snapshots"]) == (3, 6) and 0 < made["profile_error"] < 0.6
+    assert load(out).sample(2).shape == (2, 1, 8, 8)
+    assert load(out).meta["average"]["sigma_rel"] == 0.2 and load(out).meta["images"] == 12
+    code, _, err = call("average", run, "--sigma-rel", 0.2, "--out", out)
+    assert code == 2 and "exists; give the name of a new file" in one_line(err)
+    assert json.loads(call("verify", run, "--json")[1]) == {"good": 2, "ema_snapshots": 6, "damaged": "none"}
+    broken = run / "ema" / "step-000000002-0.1.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    code, text, _ = call("verify", run, "--json")
+    assert code == 5 and json.loads(text)["ema_snapshots"] == 5 and list(json.loads(text)["damaged"]) == [broken.name]
+    code, _, err = call("average", run, "--sigma-rel", 0.2, "--out", tmp_path / "other.safetensors")
+    assert code == 5 and broken.name in one_line(err)
+
+
 def test_data_inspect_and_check(call, tmp_path):
     for i in range(3):
         (tmp_path / "cats").mkdir(exist_ok=True)
@@ -189,6 +212,9 @@ BAD = [
     (["sample", "PICKLE", "--out", "x"], 5, "pickle"),
     (["sample", "DAMAGED", "--out", "x"], 5, "sha256"),
     (["verify", "EMPTY"], 2, "has no checkpoints; give the --out folder of a training run"),
+    (["average", "RUN", "--sigma-rel", "0.1", "--out", "x"], 2, "no EMA snapshots; train with --set train.ema"),
+    (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.ema_profiles=[0.3]"], 2, "ema_profiles.0"),
+    (["train", "digits", "-p", "digits", "--out", "x", "--log", "wandbb"], 2, 'log "wandbb" is not known. Did you'),
     (["data", "inspect", "EMPTY"], 2, "EMPTY"),
     (["data", "build", "emojis", "x.tgz", "--out", "x"], 2, 'Did you mean "emoji"?'),
 ]  # fmt: skip
@@ -230,7 +256,7 @@ def test_a_run_in_use_is_refused(call, run_folder, tmp_path):
 def test_help_of_every_command_has_an_example(call):
     _, text, _ = call("--help")
     commands = ["train", "sample", "progressive", "shared", "interpolate", "neighbours", "nll", "inspect", "verify",
-                "import", "export", "doctor"]  # fmt: skip
+                "average", "import", "export", "doctor"]  # fmt: skip
     for command in commands:
         assert command in text
         assert "undiffuse " + command in call(command, "--help")[1]

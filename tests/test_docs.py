@@ -24,6 +24,7 @@ from undiffuse.objective import OBJECTIVES, Simple
 from undiffuse.process import F64, PROCESSES, Cosine, Edm, Linear, Straight, per_image
 from undiffuse.recipe import load_recipe
 from undiffuse.sampler.base import SAMPLERS, sample
+from undiffuse.sink import SINKS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -317,7 +318,7 @@ def test_the_picture_of_the_layers_is_the_table_that_is_tested():
 
 
 def test_architecture_counts_what_there_is():
-    tables = [PROCESSES, PARAMETERISATIONS, VARIANCES, NETWORKS, OBJECTIVES, SAMPLERS, PROCEDURAL]
+    tables = [PROCESSES, PARAMETERISATIONS, VARIANCES, NETWORKS, OBJECTIVES, SAMPLERS, PROCEDURAL, SINKS]
     text = (DOCS / "architecture.md").read_text("utf-8")
     counted = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.MULTILINE))
     assert counted == {table.base.__name__: str(len(table.classes)) for table in tables}

@@ -20,12 +20,12 @@ PACKAGE = ROOT / "undiffuse"
 
 # A module imports from rows above its own, and from its own package. The first match counts.
 LAYERS = (
-    ("errors", "key", "config", "dist", "watch", "disk", "log"),
+    ("errors", "key", "config", "dist", "watch", "disk", "log", "sink"),
     ("process", "gaussian", "store", "codec.container", "codec.coder", "data.order"),
     ("denoiser", "network.*", "data.*", "metric.*"),
     ("likelihood", "objective", "sampler.*", "guide"),
     ("codec.*", "average", "figure", "interop.*"),
-    ("recipe", "model", "trainer", "train", "evaluate", "explore", "distill"),
+    ("recipe", "model", "trainer", "profile", "train", "evaluate", "explore", "distill"),
     ("report", "demo", "cli_*", "cli"),
 )
 LEFT_TO_RIGHT = (0, 5, 6)  # in these rows also from the left
@@ -38,7 +38,7 @@ ONLY = {
 }
 BASE = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "typer", "rich", "tomli_w"}
 BASE |= {"pydantic", "pydantic_core", "annotated_types"}  # one distribution and the two that it is made of
-EXTRA = {"resvg_py"}  # inside functions only
+EXTRA = {"resvg_py", "wandb"}  # inside functions only
 PLATFORM = {"fcntl", "msvcrt", "termios", "resource", "pwd", "grp"}  # inside functions only
 
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

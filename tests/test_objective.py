@@ -10,7 +10,7 @@ from undiffuse.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Eps, Fixe
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.network.unet import UNet
-from undiffuse.objective import OBJECTIVES, Hybrid, MinSnr, Simple, Vlb, uniform_time
+from undiffuse.objective import OBJECTIVES, Hybrid, MinSnr, Simple, Vlb, by_quartile, quartile_sums, uniform_time
 from undiffuse.process import Jsd, Linear, Straight
 
 F64 = torch.float64
@@ -307,3 +307,30 @@ def test_a_narrow_network_overfits_eight_images(row, share):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
     assert held() < share * before
+
+
+def test_the_loss_is_split_by_quartile_of_t():
+    """Lower edges belong to a quarter, and 1 to the last; a quarter without examples is left out."""
+    t = torch.tensor([0.001, 0.2499, 0.25, 0.5, 0.7499, 0.75, 1.0], dtype=F64)
+    loss = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0], requires_grad=True)
+    sums = quartile_sums(loss, t)
+    assert sums.tolist() == [[3, 4, 24, 96], [2, 1, 2, 2]] and not sums.requires_grad
+    assert by_quartile(sums) == {"loss_q1": 1.5, "loss_q2": 4.0, "loss_q3": 12.0, "loss_q4": 48.0}
+    assert by_quartile(quartile_sums(loss[3:5], t[3:5])) == {"loss_q3": 12.0}
+
+
+def test_quartiles_of_parts_add_up_to_those_of_the_batch():
+    generator = torch.Generator().manual_seed(0)
+    loss, t = torch.rand(100, generator=generator), torch.rand(100, generator=generator, dtype=F64)
+    parts = sum(quartile_sums(loss[i : i + 7], t[i : i + 7]) for i in range(0, 100, 7))
+    whole = quartile_sums(loss, t)
+    assert torch.allclose(parts, whole, rtol=1e-6) and whole[1].sum() == 100
+    assert whole[0].sum().item() == pytest.approx(loss.sum().item(), rel=1e-6)
+    for i in range(4):
+        mine = loss[(t >= i / 4) & (t < (i + 1) / 4)]
+        assert by_quartile(whole)[f"loss_q{i + 1}"] == pytest.approx(mine.mean().item(), rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stays_in_its_quarter():
+    sums = quartile_sums(torch.tensor([float("nan"), 2.0]), torch.tensor([0.1, 0.9], dtype=F64))
+    assert math.isnan(by_quartile(sums)["loss_q1"]) and by_quartile(sums)["loss_q4"] == 2

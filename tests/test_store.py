@@ -264,14 +264,14 @@ def test_what_is_not_ours_is_never_deleted(run):
 
 
 def test_leftovers_are_swept_under_the_lock_only(run):
-    (run.path / "samples").mkdir()
-    for path in (run.path / ".tmp-0123456789ab-config.toml", run.path / "samples" / ".tmp-0123456789ab-a.png"):
-        path.write_bytes(b"half")
+    for folder, name in ((".", "config.toml"), ("samples", "a.png"), ("ema", "step-000000500-0.1.safetensors")):
+        (run.path / folder).mkdir(exist_ok=True)
+        (run.path / folder / f".tmp-0123456789ab-{name}").write_bytes(b"half")
     before = names(run.path)
     assert run.latest() == 300 and names(run.path) == before
     with run.lock():
-        assert names(run.path) == ["lock", "samples", *(f"step-000000{step}" for step in (100, 200, 300))]
-        assert names(run.path / "samples") == []
+        assert names(run.path) == ["ema", "lock", "samples", *(f"step-000000{step}" for step in (100, 200, 300))]
+        assert names(run.path / "samples") == names(run.path / "ema") == []
 
 
 def test_a_second_writer_is_told_who_the_first_is(run):

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from undiffuse import store, train
-from undiffuse.config import parse
+from undiffuse.config import parse, plain
 from undiffuse.data.source import ArraySource, open_source
 from undiffuse.errors import DataError, NotFiniteError, Preempted, UsageError
-from undiffuse.model import load
+from undiffuse.log import read_rows
+from undiffuse.model import averaged, load
 from undiffuse.objective import Loss, Objective
 from undiffuse.recipe import Recipe, learning_rate
 from undiffuse.trainer import Trainer
@@ -65,6 +66,54 @@ def test_resume_is_exact(tmp_path, data, precision):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     whole = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in rows if "loss" in r] == [r["loss"] for r in whole if "loss" in r]
+
+
+def test_profiles_are_snapshot_and_resumed_exactly(tmp_path, data):
+    chosen = recipe(train={"ema_profiles": [0.05, 0.1], "ema_snapshot_every": 2})
+    run(chosen, data, tmp_path / "whole")
+    for last in (2, 3, 6):
+        run(chosen, data, tmp_path / "parts", budget=train.Budget(steps=last))
+    whole, parts = ({path.name: path.read_bytes() for path in (tmp_path / name / "ema").iterdir()} for name in
+                    ("whole", "parts"))  # fmt: skip
+    assert sorted(whole) == [f"step-00000000{step}-{s}.safetensors" for step in (2, 4, 6) for s in ("0.05", "0.1")]
+    assert parts.keys() - whole.keys() == {f"step-000000003-{s}.safetensors" for s in ("0.05", "0.1")}  # an end
+    assert {name: parts[name] for name in whole} == whole
+    kept = state(tmp_path / "parts", 6)
+    assert_equal(state(tmp_path / "whole", 6), kept)
+    snapshot = load(tmp_path / "whole" / "ema" / "step-000000006-0.1.safetensors").denoiser.network
+    rebuilt = averaged(tmp_path / "whole", 0.1).denoiser.network
+    for (name, one), (_, other) in zip(snapshot.named_parameters(), rebuilt.named_parameters(), strict=True):
+        assert torch.equal(one, kept[f"profiles/0.1/{name}"].half().float()) and torch.allclose(one, other, rtol=1e-6)
+    assert "ema" not in [
+        path.name for path in (run(recipe(), data, tmp_path / "plain"), tmp_path / "plain")[1].iterdir()
+    ]
+
+
+def test_no_snapshot_is_lost_between_it_and_its_checkpoint(tmp_path, data, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    chosen = recipe(train={"ema_profiles": [0.1], "ema_snapshot_every": 2})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.Run, "retain", killed)  # the first thing after a save
+        run(chosen, data, tmp_path)
+    assert store.Run(tmp_path).latest() == 2
+    run(chosen, data, tmp_path)
+    assert len(list((tmp_path / "ema").iterdir())) == 3
+
+
+def test_a_run_tells_its_sinks(tmp_path, data):
+    """What TensorBoard shows is log.jsonl, and a sink may come and go: it is no setting of the run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(recipe(), data, tmp_path, budget=train.Budget(steps=2))
+    run(recipe(), data, tmp_path, held_out=data, logs=["tensorboard"])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = [row for row in read_rows(tmp_path / "log.jsonl") if row["step"] > 2]
+    for name in ("loss", "grad_norm", "lr", "held_out"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
+    assert [event.step for event in events.Images("samples")] == [6]
 
 
 def test_the_state_depends_on_the_seed(tmp_path, data):
@@ -165,6 +214,16 @@ def test_changed_settings_are_refused_with_a_diff(tmp_path, data):
         run(recipe(process={"steps": 30}), data, tmp_path)
     run(recipe(train={"save_every": 3, "log_every": 2}), data, tmp_path)  # how often to look is free
     assert store.Run(tmp_path).latest() == 6
+
+
+def test_a_setting_that_is_younger_than_the_run_had_its_default(data):
+    now = {"model": {}, "recipe": plain(recipe())}
+    saved = {"model": {}, "recipe": {**now["recipe"], "train": dict(now["recipe"]["train"])}}
+    del saved["recipe"]["train"]["ema_profiles"]
+    train.refuse_changes(saved, now)
+    now["recipe"]["train"] = {**now["recipe"]["train"], "ema_profiles": [0.05]}
+    with pytest.raises(UsageError, match=r"train.ema_profiles: \[\] -> \[0.05\]"):
+        train.refuse_changes(saved, now)
 
 
 def test_changed_data_is_refused(tmp_path, data):

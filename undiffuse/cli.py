@@ -112,15 +112,20 @@ def train(
     init: Annotated[str | None, typer.Option("--init", help="Fine-tune: begin with this model's weights")] = None,
     settings: SetOpt = None,
     size: SizeOpt = None,
+    logs: Annotated[list[str] | None, typer.Option("--log", help="Also tensorboard or wandb; may be repeated")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
+    accept_data: Annotated[bool, typer.Option("--accept-data", help="Go on though the data has changed")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="25 steps, and where their time and memory go")] = False,
     device: DeviceOpt = "cpu",
     as_json: JsonOpt = False,
 ) -> None:
     """Train a model; the same command again goes on where it stopped.
 
     Examples: `undiffuse train photos/ --preset cifar10 --size 32 --out runs/photos`,
-    `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`
+    `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`,
+    `undiffuse train photos/ -p cifar10 --size 32 -o runs/photos --log tensorboard`
     """
+    from undiffuse import dist
     from undiffuse import train as engine
     from undiffuse.data.source import open_source
 
@@ -131,15 +136,29 @@ def train(
     recipe = open_recipe(preset, [*(settings or []), *([f"data.size={size}"] if size else [])])
     shape = {"size": recipe.data.size, "channels": recipe.data.channels, "background": recipe.data.background}
     source = open_source(data, split="train", skip_bad=skip_bad, **shape)
-    device_ = str(check_device(device))
+    device_ = str(check_device(dist.local_device(device)))
     begin = open_model(init, device) if init else None
     budget = engine.Budget(steps, images, minutes)
-    held = engine.held_out_split(data, recipe)
+    held = engine.held_out_split(data, recipe, skip_bad)
     say = (lambda text: None) if as_json else (lambda text: typer.echo(text, err=True))
     say(f"{len(source):,} images of {'×'.join(map(str, source.image_shape))} from {data}; preset {preset}")
-    model = engine.train(recipe, source, out, held, begin, budget, device_, say, not as_json)
-    show({"run": out, "step": model.meta["step"], "images_seen": model.meta["images"], "parameters": model.parameters(),
-            "next": f"undiffuse sample {out} -n 64 --out samples"}, as_json)  # fmt: skip
+    model = engine.train(
+        recipe, source, out, held, begin, budget, device_, say, not as_json, accept_data, logs or (), profile
+    )
+    if dist.is_first():
+        show(
+            {
+                "run": out,
+                "step": model.meta["step"],
+                "images_seen": model.meta["images"],
+                "parameters": model.parameters(),
+                "log": out / "log.jsonl",
+                "previews": out / "samples",
+                "next": f"undiffuse sample {out} -n 64 --out samples",
+            }
+            | ({"profile": out / "profile.json"} if profile else {}),
+            as_json,
+        )
 
 
 def open_recipe(preset: str, settings: list[str]) -> "Recipe":

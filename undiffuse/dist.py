@@ -27,6 +27,11 @@ def rank() -> int:
     return group.get_rank() if group.is_initialized() else 0
 
 
+def is_first() -> bool:
+    """Whether this process writes and speaks; also told before and after the processes are joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def local_device(name: str) -> str:
     """`cuda` becomes this process's own card on its machine; any other name stays."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name

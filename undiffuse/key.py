@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -108,8 +109,9 @@ class Keys:
     def normal(self, *shape: int) -> Float[Tensor, "b *shape"]:
         """Standard normal float32, bit-equal on every device: the sum of two table values over the root of two."""
         count = int(torch.Size(shape).numel())
-        words, table = self.bits(count)[:, :count], normal_table(self.rows.device)
-        return ((table[words & 0xFFFF] + table[words >> 16]) * SQRT_HALF).reshape(len(self.rows), *shape)
+        with record_function("undiffuse noise"):
+            words, table = self.bits(count)[:, :count], normal_table(self.rows.device)
+            return ((table[words & 0xFFFF] + table[words >> 16]) * SQRT_HALF).reshape(len(self.rows), *shape)
 
     def uniform(self, *shape: int) -> Float[Tensor, "b *shape"]:
         """Uniform on [0, 1), float64, 53 bits."""

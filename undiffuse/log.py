@@ -88,17 +88,6 @@ class JsonLines:
         self._file.close()
 
 
-class NoLines:
-    """What a process other than the first writes its rows to."""
-
-    def write(self, row: Mapping[str, Any]) -> None: ...
-
-    def __enter__(self) -> "NoLines":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
 def duration(seconds: float) -> str:
     """`42 s`, `5 min 10 s`, `3 h 7 min`, `2 d 4 h`."""
     whole = round(seconds)

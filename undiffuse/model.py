@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from undiffuse import store
+from undiffuse import average, store
 from undiffuse.config import parse, plain
 from undiffuse.denoiser import Denoiser
 from undiffuse.errors import Corrupt, UsageError, unknown
@@ -175,6 +175,12 @@ def _from_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "ema" not in parts:
         raise Corrupt(f"{run.folder(step)} has no ema.safetensors, so it is not a model")
     return parts["ema"], meta
+
+
+def averaged(run: Path, sigma_rel: float, step: int | None = None) -> Model:
+    """A run's model with an average of another relative width, from its EMA snapshots; see `average.reconstruct`."""
+    tensors, meta = average.reconstruct(average.snapshots(run), sigma_rel, step)
+    return parse_model(tensors, meta, str(run))
 
 
 def parse_model(

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from undiffuse.config import Count, Decay, Fraction, Number, Positive, override, parse, read_toml
+from undiffuse.config import Count, Decay, Fraction, Number, Positive, Width, override, parse, read_toml
 from undiffuse.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Eps, FixedLarge, Parameterisation, Variance
 from undiffuse.errors import DataError, unknown
 from undiffuse.network.base import NETWORKS, Network
@@ -62,6 +62,7 @@ class TrainConfig:
     `batch` is what one update sees, over all processes and micro-batches. `micro_batch` None is the share of a process;
     "auto" halves it, before step 0 only, until it fits into memory. `exact_shards` divides the batch into so many
     parts, whose gradients are summed in one order, so that any number of processes that divides it gives the same bits.
+    `deterministic` takes only algorithms that give the same bits each time, which CUDA does not by itself.
     `recompute` keeps no activations inside the blocks: less memory, a third more time. `precision` "auto" is bf16
     where the processor has it natively.
     """
@@ -75,6 +76,8 @@ class TrainConfig:
     clip_norm: Positive = 1.0
     ema: Fraction = 0.9999
     ema_ramp: bool = False
+    ema_profiles: tuple[Width, ...] = ()
+    ema_snapshot_every: Count = 5000
     precision: Literal["auto", "float32", "bf16"] = "auto"
     drop_label: Fraction = 0.1
     seed: int = 0
@@ -84,6 +87,7 @@ class TrainConfig:
     recompute: bool = False
     channels_last: bool = False
     compile: bool = False
+    deterministic: bool = False
 
     save_every: Count = 5000
     sample_every: Count = 5000

@@ -201,7 +201,7 @@ class Run:
             self._held.pop().close()
 
     def _sweep(self) -> None:
-        for folder in (self.path, self.path / "samples"):
+        for folder in (self.path, self.path / "samples", self.path / "ema"):
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 if LEFTOVER.fullmatch(path.name):
                     disk.remove(path)

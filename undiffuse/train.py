@@ -1,8 +1,8 @@
 """The loop, flat: budgets, checkpoints, previews, what ends a run. The same command again goes on as if unbroken."""
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undiffuse import dist, log, store
+from undiffuse import dist, log, sink, store
 from undiffuse.config import plain, to_toml
 from undiffuse.data.source import Source, open_source
 from undiffuse.errors import Corrupt, DataError, Error, MemoryExhausted, NotFiniteError, Preempted, Stalled, UsageError
 from undiffuse.figure import grid, png
 from undiffuse.key import Key
 from undiffuse.model import Model, to_uint8
+from undiffuse.profile import measure
 from undiffuse.recipe import FORMAT, FREE, Recipe, TrainConfig
 from undiffuse.sampler.ddim import DDIM
-from undiffuse.trainer import Trainer
+from undiffuse.trainer import Trainer, forward_flops
 from undiffuse.watch import Asked, Flag, Watchdog, listening
 
 Say = Callable[[str], None]
+Journal = sink.Journal | sink.Nowhere
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,16 @@ def train(
     say: Say = print,
     show_progress: bool = True,
     accept_data: bool = False,
+    logs: Sequence[str] = (),
+    profile: bool = False,
 ) -> Model:
     """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model.
 
-    Under `torchrun` every process calls this with the same arguments; process 0 alone writes and speaks.
+    `logs` names the sinks that are told besides `log.jsonl`: tensorboard, wandb. `profile` makes 25 steps and writes
+    where their time went to `profile.json`. Under `torchrun` every process calls this with the same arguments; process
+    0 alone writes and speaks.
     """
+    sinks = sink.find(logs)
     with dist.joined(), listening() as flag, ExitStack() as stack:
         first = dist.rank() == 0
         say, warn = (say, log.warn) if first else (_silent, _silent)
@@ -81,8 +88,11 @@ def train(
         if trainer.step == 0:
             say(trainer.plan(last))
         try:
-            loop = _Loop(trainer, run, last, budget, flag, held_out, show_progress and first, saved)
-            loop.go()
+            loop = _Loop(trainer, run, last, budget, flag, held_out, show_progress and first, saved, sinks)
+            if profile:
+                _profile(trainer, run, last, say)
+            else:
+                loop.go()
         except torch.OutOfMemoryError as error:
             raise MemoryExhausted(
                 f"out of memory at step {trainer.step} with micro-batches of {trainer.micro} ({trainer.plan(last)}). "
@@ -90,6 +100,13 @@ def train(
                 f"{max(1, trainer.micro // 2)}, or with --set train.recompute=true"
             ) from error
         return trainer.model()
+
+
+def _profile(trainer: Trainer, run: store.Run, last: int, say: Say) -> None:
+    measured = measure(trainer, run, last, forward_flops(trainer.config))
+    if dist.rank() == 0:
+        store.write_json(run.path / "profile.json", {"format": FORMAT, **trainer.environment(), **measured.plain()})
+    say(str(measured))
 
 
 def _silent(text: str) -> None: ...
@@ -162,18 +179,21 @@ class _Loop:
         held_out: Source | None,
         show: bool,
         resumed: dict[str, Any] | None,
+        sinks: Sequence[type[sink.Sink]],
     ):
         self.trainer, self.run, self.last, self.budget, self.flag = trainer, run, last, budget, flag
         self.config, self.first = trainer.recipe.train, dist.rank() == 0
         self.held = held_out_images(held_out, self.config.held_out) if self.first else None
-        self.show, self.resumed = show, resumed
+        self.show, self.resumed, self.sinks = show, resumed, sinks
         self.window: list[dict[str, float]] = []
         self.started = self.tick = time.monotonic()
 
     def go(self) -> None:
         trainer, path = self.trainer, self.run.path
         with (
-            log.JsonLines(path / "log.jsonl", trainer.step) if self.first else log.NoLines() as lines,
+            sink.journal(path, trainer.step, self.sinks, plain(trainer.recipe))
+            if self.first
+            else nullcontext(sink.Nowhere()) as lines,
             log.progress(self.last, "training", self.show, done=trainer.step) as bar,
             Watchdog(path / f"stacks-{dist.rank()}.txt") as dog,
         ):
@@ -189,6 +209,8 @@ class _Loop:
                 asked, over = self._agreed()
                 ended = trainer.step == self.last or asked or over
                 self._log(lines, bar, ended)
+                if trainer.step % self.config.ema_snapshot_every == 0 or (ended and not asked):
+                    self._snapshot()  # before the checkpoint, for nothing makes it again after one
                 if trainer.step % self.config.save_every == 0 or ended:
                     self._save()
                 with suppress(Asked):
@@ -212,7 +234,7 @@ class _Loop:
         votes = dist.total(torch.tensor([int(asked), int(over)]))
         return bool(votes[0]), bool(votes[1])
 
-    def _log(self, lines: Any, bar: log.Progress, ended: bool) -> None:
+    def _log(self, lines: Journal, bar: log.Progress, ended: bool) -> None:
         step, last = self.trainer.step, self.window[-1]
         bar.advance(1, loss=last["loss"], norm=last["grad_norm"], images_per_s=self._speed())
         if step % self.config.log_every == 0 or ended:
@@ -226,12 +248,17 @@ class _Loop:
     def _speed(self) -> float:
         return len(self.window) * self.config.batch / max(time.monotonic() - self.tick, 1e-9)
 
+    def _snapshot(self) -> None:
+        trainer = self.trainer
+        if self.first:
+            trainer.profiles.snapshot(self.run.path, trainer.step, trainer.names, trainer.meta())
+
     def _save(self) -> None:
         if self.first:
             self.run.save(self.trainer.step, self.trainer.tensors(), self.trainer.meta())
             self.run.retain(2)
 
-    def _look(self, lines: Any, ended: bool) -> None:
+    def _look(self, lines: Journal, ended: bool) -> None:
         """Held-out loss and previews, by process 0. A signal leaves them undone: they are no part of the state."""
         trainer, step, check = self.trainer, self.trainer.step, self.flag.check
         if not self.first:
@@ -239,9 +266,9 @@ class _Loop:
         if self.held is not None and (step % self.config.held_out_every == 0 or ended):
             lines.write({"step": step, "held_out": trainer.held_out_loss(self.held, check)})
         if step % self.config.sample_every == 0 or ended:
-            save_grids(trainer, self.run.path / "samples", check)
+            save_grids(trainer, self.run.path / "samples", lines, check)
 
-    def _compare(self, lines: Any) -> None:
+    def _compare(self, lines: Journal) -> None:
         """Says what differs from where the run was begun, where equal bits are no longer promised."""
         assert self.resumed is not None
         before, now = self.resumed.get("environment", {}), self.trainer.environment()
@@ -287,7 +314,7 @@ def held_out_images(source: Source | None, count: int) -> Tensor | None:
     return torch.stack([source[i].image for i in range(min(count, len(source)))])
 
 
-def save_grids(trainer: Trainer, folder: Path, check: Callable[[], None]) -> None:
+def save_grids(trainer: Trainer, folder: Path, lines: Journal, check: Callable[[], None]) -> None:
     """64 samples in 50 steps of the averaged weights, and of the weights as they are, from the same noise each time.
 
     None if they cannot be drawn; `check` may raise between two steps, and then nothing is written.
@@ -301,7 +328,9 @@ def save_grids(trainer: Trainer, folder: Path, check: Callable[[], None]) -> Non
             return
         times = model.times(min(50, model.process.steps or 50))
         x = model.chain(Key(0).fold("preview").rows(64), times, DDIM(), progress=lambda n: check())
-        store.write_atomic(folder / name, png(grid(to_uint8(x))))
+        picture = grid(to_uint8(x))
+        store.write_atomic(folder / name, png(picture))
+        lines.image(trainer.step, "samples" if averaged else "samples of the raw weights", picture)
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:

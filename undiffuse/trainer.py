@@ -5,6 +5,7 @@ summed: by DistributedDataParallel, or, with `exact_shards`, shard by shard in a
 processes there are.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from undiffuse import dist
-from undiffuse.average import Ema
+from undiffuse.average import Ema, Profiles
 from undiffuse.config import plain
 from undiffuse.data.loader import Batch, Loader, Prefetched
 from undiffuse.data.source import Source
@@ -48,6 +49,7 @@ class Trainer:
         self.names = [name for name, _ in self.denoiser.network.named_parameters()]
         self.weights = list(self.denoiser.network.parameters())
         self.ema = Ema(self.weights, recipe.train.ema, recipe.train.ema_ramp)
+        self.profiles = Profiles(self.weights, recipe.train.ema_profiles)
         self.adam = torch.optim.Adam(self.weights, lr=1.0, betas=recipe.train.betas, eps=1e-8, fused=True)
         self.batches = Prefetched(
             Loader(data, recipe.train.batch, recipe.train.seed, recipe.data.flip),
@@ -60,6 +62,9 @@ class Trainer:
         """The network as it is run: layout, recomputation, compilation, and the sum over processes."""
         train = self.recipe.train
         keep_memory()
+        if train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         if train.channels_last:
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if train.recompute:
@@ -76,7 +81,7 @@ class Trainer:
     def update(self, last: int) -> dict[str, float]:
         """One step. A loss or gradient that is not finite stops it before anything has changed."""
         train, step = self.recipe.train, self.step
-        with record_function("data"):
+        with record_function("undiffuse data"):
             batch = self.batches.at(step)
         losses, sums = self._gradients(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
@@ -86,10 +91,11 @@ class Trainer:
         rate = learning_rate(train, step, last)
         for group in self.adam.param_groups:
             group["lr"] = rate
-        with record_function("optimizer"):
+        with record_function("undiffuse optimizer"):
             self.adam.step()
-        with record_function("ema"):
+        with record_function("undiffuse ema"):
             self.ema.update(self.weights, step)
+            self.profiles.update(self.weights, step)
         self.step += 1
         return {"loss": loss, "grad_norm": float(norm), "lr": rate, **by_quartile(sums)}
 
@@ -105,10 +111,10 @@ class Trainer:
             row = int(batch.rows[first])
             torch.manual_seed(self.key.fold("dropout", self.step, row).integer())
             with nullcontext() if first + self.micro >= self.share else self._unsynchronised():
-                with record_function("forward"):
+                with record_function("undiffuse forward"):
                     loss, t = self._loss(batch, slice(first, first + self.micro))
                 # DistributedDataParallel takes the mean over processes, an exact sum does not.
-                with record_function("backward"):
+                with record_function("undiffuse backward"):
                     (loss.sum() / (self.recipe.train.batch if exact else self.share)).backward()
             losses.append(loss.detach())
             sums.append(quartile_sums(losses[-1], t))
@@ -173,6 +179,7 @@ class Trainer:
             "model": dict(zip(self.names, weights, strict=True)),
             "ema": dict(zip(self.names, self.ema.shadow, strict=True)),
             "adam": moments,
+            **({"profiles": self.profiles.tensors(self.names)} if self.profiles.shadows else {}),
         }
 
     @torch.no_grad()
@@ -185,6 +192,7 @@ class Trainer:
                     moment: tensors["adam"][f"{moment}/{name}"].to(self.device)
                     for moment in ("step", "exp_avg", "exp_avg_sq")
                 }
+        self.profiles.restore(tensors.get("profiles", {}), self.names)
         self.step = step
 
     def share_state(self) -> None:
@@ -198,7 +206,7 @@ class Trainer:
                     state.setdefault(moment, torch.zeros_like(like, requires_grad=False))
                 dist.share(state.values())
         with torch.no_grad():
-            dist.share([*self.weights, *self.ema.shadow])
+            dist.share([*self.weights, *self.ema.shadow, *self.profiles.tensors(self.names).values()])
 
     @torch.no_grad()
     def start_from(self, model: Model) -> None:
