@@ -1,0 +1,188 @@
+"""Several real processes over gloo: the same numbers as one, exactly where that is promised, and a clean end of all."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_train import assert_equal, recipe, state
+from undiffuse import dist, store
+from undiffuse.config import to_toml
+from undiffuse.errors import Stalled, UsageError
+from undiffuse.trainer import shares
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(processes: int, *arguments: str) -> list[subprocess.Popen]:
+    """The same command once for each process, with what torchrun would put into the environment."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "undiffuse.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(running: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    ended = [process.communicate(timeout=240) for process in running]
+    return [(process.returncode, out, err) for process, (out, err) in zip(running, ended, strict=True)]
+
+
+def preset(folder: Path, **train) -> str:
+    chosen = recipe(train={"precision": "float32", "sample_every": 1000, "log_every": 1, **train})
+    path = folder / f"{abs(hash(str(train)))}.toml"
+    path.write_text(to_toml(chosen))
+    return str(path)
+
+
+def fit(processes: int, out: Path, name: str, *more: str) -> list[tuple[int, str, str]]:
+    return finish(start(processes, "train", "digits", "--preset", name, "--out", str(out), *more))
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.slow
+def test_exact_shards_give_the_same_bits_for_every_number_of_processes(tmp_path):
+    """Also across a resume: begun by one, gone on with by two, finished by four."""
+    name = preset(tmp_path, exact_shards=4, steps=6)
+    for processes in (1, 2, 4):
+        ended = fit(processes, tmp_path / str(processes), name)
+        assert [code for code, _, _ in ended] == [0] * processes, ended
+        assert [bool(out) for _, out, _ in ended] == [True] + [False] * (processes - 1)  # process 0 alone speaks
+    for processes, last in ((1, "2"), (2, "4"), (4, "6")):
+        assert fit(processes, tmp_path / "mixed", name, "--steps", last)[0][0] == 0
+    alone = state(tmp_path / "1", 6)
+    for other in ("2", "4", "mixed"):
+        assert_equal(alone, state(tmp_path / other, 6))
+        assert losses(tmp_path / other) == losses(tmp_path / "1")
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_differ_by_rounding_alone(tmp_path):
+    """Same examples, same noise: the first loss agrees to 1e-6, and after 60 steps to 1e-4, in float32."""
+    name = preset(tmp_path, steps=60, save_every=60, lr=1e-3)
+    no_dropout = tmp_path / "plain.toml"
+    no_dropout.write_text(Path(name).read_text().replace("dropout = 0.2", "dropout = 0.0"))
+    for processes in (1, 2, 4):
+        assert [code for code, _, _ in fit(processes, tmp_path / str(processes), str(no_dropout))] == [0] * processes
+    alone = losses(tmp_path / "1")
+    assert len(alone) == 60
+    for other in ("2", "4"):
+        many = losses(tmp_path / other)
+        assert many[0] == pytest.approx(alone[0], rel=1e-6)
+        assert many == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_resume_with_other_processes_is_marked(tmp_path):
+    name = preset(tmp_path, steps=6)
+    assert fit(1, tmp_path / "run", name, "--steps", "3")[0][0] == 0
+    ended = fit(2, tmp_path / "run", name)
+    assert ended[0][0] == 0 and "resumed with other micro_batch 8 -> 4, processes 1 -> 2" in ended[0][2]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["exact"] for row in rows if "exact" in row] == [False]
+
+
+@pytest.mark.slow
+def test_one_killed_process_ends_the_others_and_the_run_goes_on(tmp_path):
+    name = preset(tmp_path, steps=100_000, save_every=5)
+    running = start(2, "train", "digits", "--preset", name, "--out", str(tmp_path / "run"))
+    wait_for_steps(tmp_path / "run", running, 7)
+    running[1].kill()
+    ended = finish(running)
+    assert ended[1][0] == -signal.SIGKILL
+    assert ended[0][0] == Stalled.exit_code and "process 0 of 2 lost another one" in ended[0][2], ended[0][2]
+    step = store.Run(tmp_path / "run").latest()
+    assert step is not None and step >= 5
+    assert [code for code, _, _ in fit(2, tmp_path / "run", name, "--steps", str(step + 3))] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+    name = preset(tmp_path, steps=100_000, save_every=100_000)
+    running = start(2, "train", "digits", "--preset", name, "--out", str(tmp_path / "run"))
+    wait_for_steps(tmp_path / "run", running, 4)
+    running[1].send_signal(signal.SIGTERM)
+    ended = finish(running)
+    assert [code for code, _, _ in ended] == [143, 143]
+    step = store.Run(tmp_path / "run").latest()
+    assert f"stopped after step {step}" in ended[0][2] and f"SIGTERM: stopped after step {step}" in ended[1][2]
+
+
+@pytest.mark.slow
+def test_what_process_0_refuses_ends_all(tmp_path):
+    name = preset(tmp_path, steps=4)
+    with store.Run(tmp_path / "run").lock():
+        ended = fit(2, tmp_path / "run", name)
+    assert [code for code, _, _ in ended] == [7, 8]
+    assert "is in use by process" in ended[0][2] and "process 0 could not begin" in ended[1][2]
+    ended = fit(3, tmp_path / "other", name)
+    assert [code for code, _, _ in ended] == [2] * 3
+    assert "a batch of 8 images cannot be divided over 3 processes; 1, 2, 4, 8 of them would do" in ended[0][2]
+
+
+def wait_for_steps(out: Path, running: list[subprocess.Popen], lines: int) -> None:
+    log, deadline = out / "log.jsonl", time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") >= lines):
+        assert all(process.poll() is None for process in running) and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("processes, fields, expected", [
+    (1, {}, (8, 8)), (2, {}, (4, 4)), (4, {"micro_batch": 8}, (2, 2)), (2, {"micro_batch": 3}, (4, 3)),
+    (2, {"exact_shards": 4}, (4, 2)), (1, {"exact_shards": 8}, (8, 1)),
+])  # fmt: skip
+def test_shares(monkeypatch, processes, fields, expected):
+    monkeypatch.setattr(dist, "size", lambda: processes)
+    assert shares(recipe(train=fields).train) == expected
+
+
+@pytest.mark.parametrize("processes, fields, text", [
+    (3, {}, "8 images cannot be divided over 3 processes; 1, 2, 4, 8 of them would do"),
+    (4, {"exact_shards": 2}, "8 images in 2 exact shards cannot be divided over 4 processes; 1, 2 of them would do"),
+    (1, {"exact_shards": 3}, "8 images in 3 exact shards cannot be divided over 1 processes"),
+    (2, {"exact_shards": 4, "micro_batch": 4}, "exact_shards = 4 makes micro-batches of 2; leave train.micro_batch out"),
+])  # fmt: skip
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch, processes, fields, text):
+    monkeypatch.setattr(dist, "size", lambda: processes)
+    with pytest.raises(UsageError, match=text):
+        shares(recipe(train=fields).train)
+
+
+def test_alone_nothing_is_joined():
+    assert (dist.rank(), dist.size(), dist.decide(7)) == (0, 1, 7)
+    with dist.joined():
+        assert not torch.distributed.is_initialized()
+    parts = [torch.tensor([1e8]), torch.tensor([-1e8]), torch.tensor([1.0])]
+    assert dist.ordered_total(parts).item() == 1.0  # one after the other, from the left
+    assert dist.ordered_total([parts[0], parts[2], parts[1]]).item() == 0.0
+
+
+def test_only_a_broken_connection_is_turned_into_a_line():
+    with pytest.raises(
+        Stalled, match="lost another one .gloo: connection closed by peer.; the last checkpoint is good"
+    ):
+        with dist.lost():
+            raise RuntimeError("gloo: connection closed by peer\nmore")
+    with pytest.raises(RuntimeError, match="shapes"), dist.lost():
+        raise RuntimeError("shapes do not fit")
