@@ -214,6 +214,8 @@ def parse_crop(text: str) -> "Crop":
     if len(parts) == 4 and all(part.isdecimal() for part in parts):
         top, left, height, width = map(int, parts)
         return top, left, height, width
+    if "," in text:
+        raise UsageError(f'--crop "{text}" is not TOP,LEFT,HEIGHT,WIDTH; give four numbers, or 100x100 for the middle')
     sides = parse_sides("--crop", text)
     return sides[0], sides[-1]
 

@@ -122,7 +122,7 @@ def _write(path: Path, terms: Terms) -> None:
 def _read(path: Path, rows: int) -> Terms | None:
     """The first `rows` images of a finished batch; None where it was measured on fewer."""
     try:
-        with np.load(path) as arrays:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
             version = arrays["format"].item()
             store.refuse_newer(path, version)
             terms = Terms(**{name: arrays[name] for name in COLUMNS})

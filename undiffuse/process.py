@@ -105,7 +105,7 @@ class Process(ABC):
         indices = torch.linspace(total, 0, (steps or total) + 1, dtype=F64).round()
         return indices / total
 
-    def on_grid(self, t: float) -> float:
+    def on_grid(self, t: float | int) -> float:
         """t at the nearest n/T of a table; elsewhere t itself, or t_min where t lies between that and 0."""
         if self.steps is not None:
             return round(t * self.steps) / self.steps
