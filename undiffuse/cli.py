@@ -1,23 +1,36 @@
 """The command line. Each command is a short call into the library; torch is imported only when one runs."""
 
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse import cli_data, cli_tools
+from undiffuse import cli_data, cli_sample, cli_tools
+from undiffuse.cli_options import (
+    BatchOpt,
+    ClipOpt,
+    DataArg,
+    DeviceOpt,
+    ModelArg,
+    OutOpt,
+    SeedOpt,
+    SizeOpt,
+    SkipBadOpt,
+    SplitOpt,
+    VarianceOpt,
+    check_device,
+    open_like,
+    open_model,
+    parse_sides,
+    ticking,
+)
 from undiffuse.cli_tools import JsonOpt, show
-from undiffuse.errors import Error, UsageError
+from undiffuse.errors import Error, MemoryExhausted, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
-    import torch
-
-    from undiffuse.data.source import ArraySource
-    from undiffuse.model import Model
     from undiffuse.recipe import Recipe
 
 app = typer.Typer(
@@ -31,74 +44,7 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 cli_tools.register(app)
 
-ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, a file or a shipped name")
-]
-DataArg = Annotated[
-    str, typer.Argument(metavar="DATA", help="A folder, zip, npz, IDX, CIFAR-10 archive, or a named set")
-]
-OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Where the results go")]
-SeedOpt = Annotated[int, typer.Option("--seed", help="The same seed gives the same pictures")]
-StepsOpt = Annotated[int | None, typer.Option("--steps", help="Network evaluations; all of the table unless given")]
-SolverOpt = Annotated[str, typer.Option("--solver", help="ancestral, ddim, …")]
-DeviceOpt = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
-SizeOpt = Annotated[int | None, typer.Option("--size", help="Crop to a square and resize to this side")]
-SplitOpt = Annotated[str, typer.Option("--split", help="train or test, where the data has both")]
-BatchOpt = Annotated[int, typer.Option("--batch", help="Images at a time; the results hardly depend on it")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="Any setting of the recipe, a.b=c; may be repeated")]
-
-
-@contextmanager
-def ticking(total: int, what: str, as_json: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error that counts network evaluations."""
-    from undiffuse import log
-
-    with log.progress(total, what, not as_json) as bar:
-        yield bar.advance
-
-
-def open_model(source: str, device: str) -> "Model":
-    from undiffuse.model import load
-
-    return load(source, device=check_device(device))
-
-
-def check_device(name: str) -> "torch.device":
-    """The device of that name; one that this machine lacks is a UsageError."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f'device "{name}" cannot be used here ({reason}); try --device cpu') from error
-    return device
-
-
-def open_like(model: "Model", data: str, split: str) -> "ArraySource":
-    """A data set in the shape that the model was trained on."""
-    from undiffuse.data.source import open_source
-
-    c, h, w = model.image_shape
-    return open_source(data, size=(h, w), channels=c, split=split)
-
-
-def read_picture(path: Path, model: "Model") -> Any:
-    """One picture file as uint8 [c, h, w] in the model's shape."""
-    import torch
-
-    from undiffuse.data import picture
-    from undiffuse.errors import DataError
-
-    c, h, w = model.image_shape
-    try:
-        pixels = picture.decode(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    return torch.from_numpy(picture.fit(pixels, (h, w), c).copy()).permute(2, 0, 1)
 
 
 @app.command()
@@ -133,7 +79,7 @@ def train(
         from undiffuse.recipe import presets
 
         raise UsageError(f"no preset was given; choose one with --preset. Known: {', '.join(presets())}")
-    recipe = open_recipe(preset, [*(settings or []), *([f"data.size={size}"] if size else [])])
+    recipe = open_recipe(preset, [*(settings or []), *([f"data.size={size_value(size)}"] if size is not None else [])])
     shape = {"size": recipe.data.size, "channels": recipe.data.channels, "background": recipe.data.background}
     source = open_source(data, split="train", skip_bad=skip_bad, **shape)
     device_ = str(check_device(dist.local_device(device)))
@@ -161,151 +107,19 @@ def train(
         )
 
 
+def size_value(text: str) -> str:
+    """The value of `data.size` that --size means, as TOML."""
+    sides = parse_sides("--size", text)
+    return str(sides[0] if len(sides) == 1 else list(sides))
+
+
 def open_recipe(preset: str, settings: list[str]) -> "Recipe":
     from undiffuse.recipe import load_recipe
 
     return load_recipe(preset, settings)
 
 
-@app.command()
-def sample(
-    model: ModelArg,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for PNGs and a grid")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many images")] = 64,
-    steps: StepsOpt = None,
-    solver: SolverOpt = "ancestral",
-    npz: Annotated[Path | None, typer.Option("--npz", help="One uint8 array arr_0 [n, h, w, c] in this file")] = None,
-    label: Annotated[int | None, typer.Option("--label", help="A class, for a model trained with labels")] = None,
-    batch: BatchOpt = 64,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
-    as_json: JsonOpt = False,
-) -> None:
-    """Draw images: PNG files and a grid, or one array.
-
-    Examples: `undiffuse sample fashion-mnist -n 16 --out samples`,
-    `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --npz samples.npz`
-    """
-    from undiffuse import explore
-
-    if out is None and npz is None:
-        raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
-    loaded = open_model(model, device)
-    evaluations = max(0, -(-n // batch)) * (len(loaded.times(steps)) - 1)
-    with ticking(evaluations, "sampling", as_json) as tick:
-        images = loaded.sample(n, steps, solver, seed, batch, label, tick)
-    written = explore.write_images(images, out, npz)
-    show({"images": n, "steps": len(loaded.times(steps)) - 1, "solver": solver, "seed": seed, **written}, as_json)
-
-
-@app.command()
-def progressive(
-    model: ModelArg,
-    out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="How many images")] = 8,
-    slots: Annotated[int | None, typer.Option("--slots", help="Pictures along the chain; 20 unless given")] = None,
-    steps: StepsOpt = None,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
-    as_json: JsonOpt = False,
-) -> None:
-    """The estimate of x_0 along the reverse chain, a row an image (Fig. 6): large features first.
-
-    Example: `undiffuse progressive fashion-mnist --steps 100 --out progressive.png`
-    """
-    from undiffuse import explore
-
-    loaded = open_model(model, device)
-    total = len(loaded.times(steps)) - 1
-    with ticking(total, "progressive", as_json) as tick:
-        images, times = explore.progressive(loaded, n, seed, steps, slots or min(20, total), progress=tick)
-    explore.write_grid(images, out)
-    show({"picture": out, "t": [float(t) for t in times]}, as_json)
-
-
-@app.command()
-def shared(
-    model: ModelArg,
-    out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="How many images share each latent")] = 8,
-    at: Annotated[
-        list[float] | None, typer.Option("--at", help="t of the shared latent, 0 to 1; may be repeated")
-    ] = None,
-    steps: StepsOpt = None,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
-    as_json: JsonOpt = False,
-) -> None:
-    """Samples that share x_t and then go their own ways, a row for each t (Fig. 7).
-
-    Example: `undiffuse shared fashion-mnist --at 1 --at 0.75 --at 0.5 --at 0.25 --out shared.png`
-    """
-    from undiffuse import explore
-
-    loaded = open_model(model, device)
-    images, times = explore.shared(loaded, n, seed, tuple(at or (1.0, 0.75, 0.5, 0.25)), steps)
-    explore.write_grid(images, out)
-    show({"picture": out, "t": [float(t) for t in times]}, as_json)
-
-
-@app.command()
-def interpolate(
-    model: ModelArg,
-    first: Annotated[Path, typer.Argument(metavar="A.png", help="One picture, in any format and size")],
-    second: Annotated[Path, typer.Argument(metavar="B.png", help="Another")],
-    out: OutOpt,
-    t: Annotated[list[float] | None, typer.Option("--t", help="How far to noise, 0 to 1; a row each")] = None,
-    count: Annotated[int, typer.Option("--count", help="How many mixtures, from A to B")] = 11,
-    steps: StepsOpt = None,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
-    as_json: JsonOpt = False,
-) -> None:
-    """Mix two pictures in the latent space at t and denoise the mixtures (Figs. 8 and 9).
-
-    Example: `undiffuse interpolate fashion-mnist a.png b.png --t 0.25 --t 0.5 --t 0.75 --out mix.png`
-    """
-    from undiffuse import explore
-
-    loaded = open_model(model, device)
-    pictures = read_picture(first, loaded), read_picture(second, loaded)
-    if count < 2:
-        raise UsageError(f"--count {count} is not possible; give 2 or more, the pictures themselves included")
-    lambdas = tuple(i / (count - 1) for i in range(count))
-    images = explore.interpolate(loaded, *pictures, tuple(t or (0.5,)), lambdas, seed, steps)
-    explore.write_grid(images, out)
-    show({"picture": out, "t": list(t or (0.5,)), "lambda": list(lambdas)}, as_json)
-
-
-@app.command()
-def neighbours(
-    model: ModelArg,
-    data: DataArg,
-    out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="How many samples")] = 8,
-    k: Annotated[int, typer.Option("-k", help="How many neighbours of each")] = 8,
-    steps: StepsOpt = None,
-    solver: SolverOpt = "ancestral",
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
-    as_json: JsonOpt = False,
-) -> None:
-    """Samples and their nearest training images, pixel by pixel: has the model copied? (Figs. 12 and 15)
-
-    Example: `undiffuse neighbours fashion-mnist fashion-mnist --steps 100 --out neighbours.png`
-    """
-    import torch
-
-    from undiffuse import explore
-
-    loaded = open_model(model, device)
-    source = open_like(loaded, data, "train")
-    with ticking(len(loaded.times(steps)) - 1, "sampling", as_json) as tick:
-        samples = loaded.sample(n, steps, solver, seed, progress=tick)
-    near = explore.neighbours(samples, source, k)
-    rows = torch.stack([torch.cat([s[None], source.images[i]]) for s, i in zip(samples, near.indices, strict=True)])
-    explore.write_grid(rows, out)
-    show({"picture": out, "rmse_of_nearest": near.distance[:, 0].tolist(), "index": near.indices.tolist()}, as_json)
+cli_sample.register(app)
 
 
 @app.command()
@@ -318,6 +132,9 @@ def nll(
     steps: Annotated[int | None, typer.Option("--steps", help="The bound of a coarser chain")] = None,
     rate_distortion: Annotated[bool, typer.Option("--rate-distortion", help="Print the table of the curve")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for all terms; makes it resumable")] = None,
+    clip: ClipOpt = True,
+    variance: VarianceOpt = None,
+    skip_bad: SkipBadOpt = False,
     batch: BatchOpt = 50,
     seed: SeedOpt = 0,
     device: DeviceOpt = "cpu",
@@ -330,8 +147,10 @@ def nll(
     """
     from undiffuse import evaluate
 
-    loaded = open_model(model, device)
-    source = open_like(loaded, data, split)
+    if rate_distortion and draws is not None:
+        raise UsageError(f"--rate-distortion needs every term of the chain; leave out --draws {draws}")
+    loaded = open_model(model, device, clip, variance)
+    source = open_like(loaded, data, split, skip_bad)
     query = evaluate.Nll(n, draws, steps, seed, batch)
     with ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
         terms = evaluate.nll(loaded, source, query, out, tick)
@@ -366,6 +185,21 @@ def presets(as_json: JsonOpt = False) -> None:
         return
     for name, recipe in recipes.items():
         typer.echo(f"{name:<22}{recipe.about}")
+        if recipe.expected:
+            typer.echo(f"{'':<22}{results(recipe.expected)}")
+
+
+def results(expected: dict[str, Any]) -> str:
+    """`fid train 3.17, bits per dim test 3.75 (Ho, Jain & Abbeel 2020, Table 1)`."""
+    sources = {name: value for name, value in expected.items() if name in ("source", "measured_in", "measured_by")}
+    errors = {name: value for name, value in expected.items() if name.endswith("_error")}
+    shown = [
+        f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) and value is not True else value}"
+        + (f" ± {errors[f'{name}_error']}" if f"{name}_error" in errors else "")
+        for name, value in expected.items()
+        if name not in sources and name not in errors
+    ]
+    return ", ".join(shown) + "".join(f" ({value})" for value in sources.values())
 
 
 def main() -> None:
@@ -378,8 +212,14 @@ def main() -> None:
         code = _fail(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted", 130)
-    except MemoryError:
-        code = _fail("out of memory; use a smaller --batch, or --set train.micro_batch=8", 6)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        said = f" ({asked[0].lower()})" if asked else ""
+        code = _fail(
+            f"out of memory{said}; give a smaller --batch, -n or --set train.micro_batch=8", MemoryExhausted.exit_code
+        )
     sys.exit(code or 0)
 
 

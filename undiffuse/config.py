@@ -119,8 +119,9 @@ def parse(cls: type[T], mapping: Mapping[str, Any], where: str, trusted: bool = 
         # By way of JSON, because only there does strict mode take an array for a tuple.
         return TypeAdapter(cls).validate_json(json.dumps(mapping), strict=True, context={"trusted": trusted})
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        # Of the alternatives of a union the one that went furthest; pydantic puts their types into the path.
+        first = max(error.errors(), key=lambda each: len(each["loc"]))
+        path = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
         message = first["msg"][0].lower() + first["msg"][1:] + f", given {first['input']!r}"
         raise UsageError(f'{where}: "{path}" {"is missing" if first["type"] == "missing" else message}') from error
     except TypeError as error:

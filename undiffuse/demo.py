@@ -298,7 +298,8 @@ def _interpolation(out: Path, model: Model, held_out: ArraySource, scale: Scale)
     assert held_out.labels is not None
     a, b = (held_out.images[held_out.labels == GARMENTS.index(name)][0] for name in ("dress", "coat"))
     lambdas = tuple(i / (scale.mixtures - 1) for i in range(scale.mixtures))
-    images = explore.interpolate(model, a, b, scale.at, lambdas, steps=scale.chain)
+    with _ticking(explore.interpolation_steps(model, scale.at, scale.chain), "interpolation") as tick:
+        images = explore.interpolate(model, a, b, scale.at, lambdas, steps=scale.chain, progress=tick)
     return Section(
         "Between two pictures",
         "Two held-out images, a dress and a coat, are noised to time t, mixed, and denoised (Figs. 8 and 9). At t = 0 "

@@ -64,6 +64,16 @@ class Preempted(Error):
     exit_code = 143
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on any device, asked for more memory than there is; torch has no one type for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("DefaultCPUAllocator: ", "not enough memory: ", "backend out of memory")
+    )
+
+
 def nearest(given: str, known: Iterable[str]) -> str:
     """The hint of a message: ` Did you mean "x"? Known: …`; the question is left out when nothing is close."""
     names = sorted(known)

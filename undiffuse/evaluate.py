@@ -2,21 +2,27 @@
 
 import hashlib
 import io
+import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from undiffuse import store
+from undiffuse.config import plain
 from undiffuse.data.source import Source
-from undiffuse.errors import UsageError
+from undiffuse.denoiser import VARIANCES
+from undiffuse.errors import Corrupt, UsageError
 from undiffuse.figure import line_plot
 from undiffuse.key import Key
-from undiffuse.likelihood import Terms, bound, chain, concatenate
+from undiffuse.likelihood import Terms, bound, chain, concatenate, strata
 from undiffuse.model import Model, to_float
 
+FORMAT, QUERY = 1, "query.json"
 COLUMNS = ("prior", "bits", "mse", "index", "weights")
 
 
@@ -30,88 +36,111 @@ class Nll:
     seed: int = 0
     batch: int = 50
 
+    def __post_init__(self) -> None:
+        if self.images is not None and self.images < 1:
+            raise UsageError(f"{self.images} images were asked for; give 1 or more, or leave it out for all")
+        if self.batch < 1:
+            raise UsageError(f"batch = {self.batch} images at a time is not possible; give 1 or more")
+
 
 def nll(
     model: Model, source: Source, query: Nll, out: Path | None = None, tick: Callable[[int], None] | None = None
 ) -> Terms:
     """The terms of the bound on the first images of a source. Finished batches are kept in `out`."""
-    if query.images is not None and query.images < 1:
-        raise UsageError(f"{query.images} images were asked for; give 1 or more, or leave it out for all")
+    evaluations(model, source, query)  # refuses what has no answer before anything is made
     count = min(len(source), query.images or len(source))
-    if out is not None:
-        _claim(out, model, source, query)
+    claim = {} if out is None else _claim(out, model, source, query)
     parts = []
     for first in range(0, count, query.batch):
         rows = torch.arange(first, min(first + query.batch, count))
         path = None if out is None else out / f"part-{first:08d}.npz"
-        if path is not None and path.exists():
-            part = _read(path)
+        part = None if path is None or not path.exists() else _read(path, len(rows))
+        if part is not None:
             if tick is not None:
                 tick(part.bits.size)
         else:
             x_0 = to_float(torch.stack([source[i].image for i in rows.tolist()]).to(model.device))
             keys = Key(query.seed).fold("nll").rows(rows, model.device)
             part = bound(model.denoiser, x_0, keys, query.steps, query.draws, tick)
-            if path is not None:
+            if out is not None and path is not None:
+                if not (out / QUERY).exists():
+                    store.write_json(out / QUERY, claim)
                 _write(path, part)
         parts.append(part)
     terms = concatenate(parts)
     if out is not None:
-        _finish(out, terms, model)
+        _finish(out, terms, model, query)
     return terms
 
 
 def evaluations(model: Model, source: Source, query: Nll) -> int:
-    """How many network evaluations of one image `nll` will make."""
-    count = min(len(source), query.images or len(source))
-    return count * (query.draws or len(chain(model.process, query.steps)) - 1)
+    """How many network evaluations of one image `nll` will make. Raises UsageError where it would."""
+    model.denoiser.parameterisation.check(model.process)
+    count, total = min(len(source), query.images or len(source)), len(chain(model.process, query.steps)) - 1
+    return count * (total if query.draws is None else len(strata(total, query.draws)))
 
 
-def _claim(out: Path, model: Model, source: Source, query: Nll) -> None:
-    """The folder belongs to one question; another one in it would mix two answers."""
-    weights = hashlib.sha256()
+def _claim(out: Path, model: Model, source: Source, query: Nll) -> dict[str, Any]:
+    """What the folder is for. It belongs to one question; another one in it would mix two answers."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give the name of a folder")
+    config = {name: value for name, value in plain(model.config).items() if name != "variance"}
+    weights = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(model.denoiser.network.state_dict().items()):
         weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     claim = {
+        "format": FORMAT,
         "model": weights.hexdigest(),
         "data": source.fingerprint(),
         "draws": query.draws,
         "steps": query.steps,
         "seed": query.seed,
         "batch": query.batch,
+        "clip": model.denoiser.clip,
+        "variance": VARIANCES.name_of(model.denoiser.variance),
     }
-    path = out / "query.json"
+    path = out / QUERY
     if path.exists():
         before = store.read_json(path)
+        if not isinstance(before, dict):
+            raise Corrupt(f"{path} is damaged: it is not a JSON object; give another --out")
+        store.refuse_newer(path, before.get("format"))
         changed = [key for key in claim if before.get(key) != claim[key]]
         if changed:
             raise UsageError(
                 f"{out} holds another measurement (other {', '.join(changed)}); give the same settings or another --out"
             )
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        store.write_json(path, claim)
+    return claim
 
 
 def _write(path: Path, terms: Terms) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: getattr(terms, name) for name in COLUMNS})
+    np.savez(buffer, format=np.array(FORMAT), **{name: getattr(terms, name) for name in COLUMNS})
     store.write_atomic(path, buffer.getvalue())
 
 
-def _read(path: Path) -> Terms:
-    with np.load(path) as arrays:
-        return Terms(**{name: arrays[name] for name in COLUMNS})
+def _read(path: Path, rows: int) -> Terms | None:
+    """The first `rows` images of a finished batch; None where it was measured on fewer."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            version = arrays["format"].item()
+            store.refuse_newer(path, version)
+            terms = Terms(**{name: arrays[name] for name in COLUMNS})
+    # What numpy, zip and the shapes that Terms declares make of bytes that are not ours.
+    except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise Corrupt(f"{path} is damaged; delete it, and the same command measures that batch again") from error
+    if len(terms.bits) < rows:
+        return None
+    return Terms(terms.prior[:rows], terms.bits[:rows], terms.mse[:rows], terms.index[:rows], terms.weights)
 
 
-def _finish(out: Path, terms: Terms, model: Model) -> None:
+def _finish(out: Path, terms: Terms, model: Model, query: Nll) -> None:
     """summary.json, terms.npz, and for a whole chain the terms by t and the rate-distortion table and plot."""
     _write(out / "terms.npz", terms)
-    summary = terms.summary()
-    store.write_json(out / "summary.json", summary | {"model": model.meta.get("step")})
-    if (terms.weights != 1).any():
+    store.write_json(out / "summary.json", {"format": FORMAT} | terms.summary() | {"model": model.meta.get("step")})
+    if query.draws is not None:
         return
-    times = chain(model.process, None if terms.bits.shape[1] == (model.process.steps or 0) else terms.bits.shape[1])
+    times = chain(model.process, query.steps)
     rows = [
         f"{i}\t{float(times[i + 1]):.6f}\t{b:.8f}\t{m:.8f}"
         for i, (b, m) in enumerate(zip(terms.bits.mean(0), terms.mse.mean(0), strict=True))
@@ -130,6 +159,7 @@ def _finish(out: Path, terms: Terms, model: Model) -> None:
 
 
 def table(terms: Terms, rows: int = 10) -> list[dict[str, float | int]]:
-    """`rows` lines of the rate-distortion curve, evenly spread, the last step first: the form of Table 4."""
+    """At most `rows` lines of the rate-distortion curve, evenly spread, the last step first: the form of Table 4."""
     curve = terms.rate_distortion()
-    return [curve[round(len(curve) * (rows - i) / rows) - 1] for i in range(rows)]
+    steps = {max(1, round(len(curve) * i / rows)) for i in range(1, rows + 1)}
+    return [curve[step - 1] for step in sorted(steps, reverse=True)]

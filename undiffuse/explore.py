@@ -4,6 +4,7 @@ The figures of DDPM as functions of a `Model`, each a pure function of its seed.
 """
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,15 @@ from torch import Tensor
 
 from undiffuse import store
 from undiffuse.data.source import Source
-from undiffuse.errors import DataError, UsageError
+from undiffuse.errors import DataError, StorageError, UsageError
 from undiffuse.figure import grid, picture, png
 from undiffuse.key import Key, Keys
 from undiffuse.model import Model, to_float, to_uint8
 from undiffuse.process import F64, Process, per_image
+
+Number = float | int  # said in full, because the tests' type checker does not take an int for a float
+Steps = int | Sequence[Number] | None  # as in `Model.times`
+Crop = tuple[int, int] | tuple[int, int, int, int]
 
 CHUNK = 1 << 23  # float64 values of the training set that are compared at once: 64 MiB
 
@@ -28,7 +33,7 @@ def progressive(
     model: Model,
     n: int,
     seed: int = 0,
-    steps: int | None = None,
+    steps: Steps = None,
     slots: int = 20,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[UInt8[Tensor, "n slots c h w"], Float[Tensor, "slots"]]:
@@ -54,48 +59,68 @@ def progressive(
 
 
 def shared(
-    model: Model, n: int, seed: int = 0, at: Sequence[float] = (1.0, 0.75, 0.5, 0.25), steps: int | None = None
+    model: Model,
+    n: int,
+    seed: int = 0,
+    at: Sequence[Number] = (1.0, 0.75, 0.5, 0.25),
+    steps: Steps = None,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[UInt8[Tensor, "at n c h w"], Float[Tensor, "at"]]:
     """n samples for each t of `at` that have x_t in common, and those times on the model's grid (Fig. 7).
 
     One chain runs from the noise to an image; where it passes t, n independent continuations leave it.
     """
     _check_count("samples", n)
-    if not at:
-        raise UsageError("no t was given; name the times at which the latent is shared, for example 0.5")
-    branches = [_on_grid(model.process, t, low=model.process.t_min) for t in at]
-    times, latents = _with(model.times(steps), *branches), {}
+    branches, (times, *below) = _shared_grids(model, at, steps)
+    latents = {}
 
     def keep(remaining: int, x: Tensor, t: Tensor) -> None:
         if float(t[0]) in branches:
             latents[float(t[0])] = x.cpu()
 
     key = Key(seed).fold("shared")
-    model.chain(key.rows(1), times, model.sampler(), callback=keep)
+    model.chain(key.rows(1), times, model.sampler(), callback=keep, progress=progress)
     rows = []
-    for t in branches:
+    for t, rest in zip(branches, below, strict=True):
         keys = key.fold("continue", round(t / model.process.t_min)).rows(n)
         start = latents[t].expand(n, -1, -1, -1)
-        rows.append(to_uint8(model.chain(keys, times[times <= t], model.sampler(), start=start)))
+        rows.append(to_uint8(model.chain(keys, rest, model.sampler(), start=start, progress=progress)))
     return torch.stack(rows), torch.tensor(branches, dtype=F64)
+
+
+def shared_steps(model: Model, at: Sequence[Number], steps: Steps = None) -> int:
+    """How many steps of a chain `shared` takes."""
+    return sum(len(times) - 1 for times in _shared_grids(model, at, steps)[1])
+
+
+def _shared_grids(model: Model, at: Sequence[Number], steps: Steps) -> tuple[list[float], list[Float[Tensor, "_"]]]:
+    """Where the chain is left, and the times of the whole and of what follows each branch."""
+    if not at:
+        raise UsageError("no t was given; name the times at which the latent is shared, for example 0.5")
+    branches = [_on_grid(model.process, t, low=model.process.t_min) for t in at]
+    times = _with(model.times(steps), *branches)
+    return branches, [times, *(times[times <= t] for t in branches)]
 
 
 def interpolate(
     model: Model,
     a: UInt8[Tensor, "c h w"],
     b: UInt8[Tensor, "_ _ _"],
-    at: Sequence[float] = (0.5,),
-    lambdas: Sequence[float] = tuple(i / 10 for i in range(11)),
+    at: Sequence[Number] = (0.5,),
+    lambdas: Sequence[Number] = tuple(i / 10 for i in range(11)),
     seed: int = 0,
-    steps: int | None = None,
+    steps: Steps = None,
+    progress: Callable[[int], None] | None = None,
 ) -> UInt8[Tensor, "at lambdas c h w"]:
     """Denoised mixtures (1 − λ) x_t + λ x_t' of two pictures, a row for each t (Fig. 8; several t: Fig. 9).
 
     Each picture has noise of its own, which is the same in all columns and rows; the reverse chains are independent.
-    t = 0 mixes pixels, t = 1 forgets the pictures.
+    t = 0 mixes pixels, t = 1 forgets the pictures. λ below 0 or above 1 goes beyond them.
     """
     if not at or not lambdas:
         raise UsageError(f"{len(at)} times and {len(lambdas)} mixtures were asked for; give one or more of each")
+    if not all(map(math.isfinite, lambdas)):
+        raise UsageError(f"λ = {', '.join(f'{x:g}' for x in lambdas)} is not possible; give finite numbers")
     for name, given in (("first", a), ("second", b)):
         if tuple(given.shape) != model.image_shape:
             raise DataError(f"the {name} picture is {_size(given)}; this model needs {_size(model.image_shape)}")
@@ -104,12 +129,45 @@ def interpolate(
     eps = key.fold("eps").rows(2).normal(*model.image_shape)
     mix = torch.tensor(lambdas, dtype=torch.float32).reshape(-1, 1, 1, 1)
     rows = []
-    for t in (_on_grid(model.process, t, low=0.0) for t in at):
-        x_t, other = model.process.marginal(x_0, eps, torch.full((2,), t, dtype=F64))
-        times = _with(model.times(steps), t)
+    for times in _interpolation_grids(model, at, steps):
+        x_t, other = model.process.marginal(x_0, eps, times[:1].expand(2))
         start, keys = (1 - mix) * x_t + mix * other, key.fold("chain").rows(len(lambdas))
-        rows.append(to_uint8(model.chain(keys, times[times <= t], model.sampler(), start=start)))
+        rows.append(to_uint8(model.chain(keys, times, model.sampler(), start=start, progress=progress)))
     return torch.stack(rows)
+
+
+def interpolation_steps(model: Model, at: Sequence[Number], steps: Steps = None) -> int:
+    """How many steps of a chain `interpolate` takes."""
+    return sum(len(times) - 1 for times in _interpolation_grids(model, at, steps))
+
+
+def _interpolation_grids(model: Model, at: Sequence[Number], steps: Steps) -> list[Float[Tensor, "_"]]:
+    """The times from each t of `at` down to 0."""
+    grids = []
+    for t in (_on_grid(model.process, t, low=0.0) for t in at):
+        times = _with(model.times(steps), t)
+        grids.append(times[times <= t])
+    return grids
+
+
+def comparable(shape: tuple[int, int, int], source: Source, k: int, crop: Crop | None = None) -> None:
+    """Refuses what `neighbours` cannot do for samples of that (channels, height, width): known before one is drawn."""
+    if not 1 <= k <= len(source):
+        raise UsageError(f"{k} neighbours are not possible in {len(source)} images; give 1 to {len(source)}")
+    if tuple(source[0].image.shape) != shape:
+        raise DataError(
+            f"the samples are {_size(shape)} and the training images {_size(source[0].image)}; resize one of them"
+        )
+    if crop is not None:
+        (top, left, height, width), (h, w) = _box(crop, *shape[1:]), shape[1:]
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > h or left + width > w:
+            names = "(height, width)" if len(crop) == 2 else "(top, left, height, width)"
+            raise UsageError(f"crop {crop} {names} does not lie within images of {h}×{w}")
+
+
+def _box(crop: Crop, h: int, w: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop of images of h×w."""
+    return crop if len(crop) == 4 else ((h - crop[0]) // 2, (w - crop[1]) // 2, *crop)
 
 
 class Neighbours(NamedTuple):
@@ -119,21 +177,13 @@ class Neighbours(NamedTuple):
     distance: Float[Tensor, "n k"]
 
 
-def neighbours(
-    samples: UInt8[Tensor, "n c h w"], source: Source, k: int = 1, crop: tuple[int, int, int, int] | None = None
-) -> Neighbours:
+def neighbours(samples: UInt8[Tensor, "n c h w"], source: Source, k: int = 1, crop: Crop | None = None) -> Neighbours:
     """The k images of `source` that are nearest to each sample, pixel by pixel (Figs. 12 and 15).
 
     Exact: squared distances of uint8 are integers that float64 holds. Of equal distances the lower index comes first.
-    `crop` = (top, left, height, width) compares that part alone.
+    `crop` compares a part alone: (height, width) in the middle, as in Fig. 12, or (top, left, height, width).
     """
-    if not 1 <= k <= len(source):
-        raise UsageError(f"{k} neighbours are not possible in {len(source)} images; give 1 to {len(source)}")
-    shape = tuple(source[0].image.shape)
-    if tuple(samples.shape[1:]) != shape:
-        raise DataError(
-            f"the samples are {_size(samples[0])} and the training images {_size(shape)}; resize one of them"
-        )
+    comparable((samples.shape[1], samples.shape[2], samples.shape[3]), source, k, crop)
     queries = _flat(samples, crop)  # (n, d)
     best, index = torch.empty(len(samples), 0, dtype=F64), torch.empty(len(samples), 0, dtype=torch.int64)
     chunk = max(1, CHUNK // max(queries.shape))
@@ -176,12 +226,18 @@ def write_grid(images: UInt8[Tensor, "rows columns c h w"], path: Path) -> None:
 
 
 def write_images(images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Path | None) -> dict[str, Path]:
-    """PNG files and a grid in `folder`, one array `arr_0` [n, h, w, c] in `npz`; returns what was written, by kind."""
+    """PNG files and a grid in `folder`, one array `arr_0` [n, h, w, c] in `npz`; returns what was written, by kind.
+
+    Each file is whole or not there. Raises StorageError, which says how many pictures are.
+    """
     written = {}
     if folder is not None:
         digits = max(4, len(str(len(images) - 1)))
         for i, image in enumerate(images):
-            store.write_atomic(folder / f"{i:0{digits}}.png", png(picture(image)))
+            try:
+                store.write_atomic(folder / f"{i:0{digits}}.png", png(picture(image)))
+            except StorageError as error:
+                raise StorageError(f"{error}. {i} of {len(images)} pictures are written") from error
         store.write_atomic(folder / "grid.png", png(grid(images, scale=enlarged(images.shape[-1]))))
         written |= {"folder": folder, "grid": folder / "grid.png"}
     if npz is not None:
@@ -197,13 +253,11 @@ def enlarged(width: int) -> int:
     return max(1, -(-56 // width))
 
 
-def _on_grid(process: Process, t: float, low: float) -> float:
-    """t at the nearest n/T of a table; elsewhere t itself, or t_min where t lies between that and 0."""
+def _on_grid(process: Process, t: Number, low: float) -> float:
+    """`Process.on_grid`, within [low, 1]."""
     if not low <= t <= 1:
         raise UsageError(f"t = {t:g} is not possible here; give {low:g} to 1, where 1 is pure noise")
-    if process.steps is not None:
-        return round(t * process.steps) / process.steps
-    return max(float(t), process.t_min) if t > 0 else 0.0
+    return process.on_grid(t)
 
 
 def _with(times: Float[Tensor, "n"], *more: float) -> Float[Tensor, "m"]:
@@ -211,11 +265,9 @@ def _with(times: Float[Tensor, "n"], *more: float) -> Float[Tensor, "m"]:
     return torch.cat([times, torch.tensor(more, dtype=F64)]).unique().flip(0)
 
 
-def _flat(images: UInt8[Tensor, "n c h w"], crop: tuple[int, int, int, int] | None) -> Float[Tensor, "n d"]:
+def _flat(images: UInt8[Tensor, "n c h w"], crop: Crop | None) -> Float[Tensor, "n d"]:
     if crop is not None:
-        (top, left, height, width), (h, w) = crop, images.shape[2:]
-        if min(top, left) < 0 or min(height, width) < 1 or top + height > h or left + width > w:
-            raise UsageError(f"crop {crop} (top, left, height, width) does not lie within images of {h}×{w}")
+        top, left, height, width = _box(crop, *images.shape[2:])
         images = images[:, :, top : top + height, left : left + width]
     return images.flatten(1).to(F64)
 

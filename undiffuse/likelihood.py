@@ -63,7 +63,7 @@ class Terms:
         k = len(kl)
         received = self.prior.mean() + np.concatenate([[0.0], np.cumsum(kl[:0:-1])])  # before step i = k − 1, …, 0
         return [
-            {"step": s, "t": (k - s + 1) / k, "rate": float(received[s - 1]), "rmse": float(127.5 * mse[k - s] ** 0.5)}
+            {"step": s, "rate": float(received[s - 1]), "rmse": float(127.5 * mse[k - s] ** 0.5)}
             for s in range(1, k + 1)
         ]
 

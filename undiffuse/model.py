@@ -1,7 +1,7 @@
 """The one object that users hold: a trained denoiser that knows its own shape, process and history."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from undiffuse import average, store
 from undiffuse.config import parse, plain
-from undiffuse.denoiser import Denoiser
-from undiffuse.errors import Corrupt, UsageError, unknown
+from undiffuse.data import picture
+from undiffuse.data.source import ArraySource, open_source
+from undiffuse.denoiser import VARIANCES, Denoiser, Prediction, Variance
+from undiffuse.errors import Corrupt, DataError, UsageError, unknown
 from undiffuse.interop import diffusers
 from undiffuse.key import Key, Keys
-from undiffuse.process import Process
-from undiffuse.recipe import ModelConfig
+from undiffuse.process import F64, Process
+from undiffuse.recipe import DataConfig, ModelConfig
 from undiffuse.sampler.ancestral import Ancestral
 from undiffuse.sampler.base import SAMPLERS, Sampler, sample
 
@@ -49,18 +51,63 @@ class Model:
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.image
 
-    def sampler(self, solver: str | Sampler = "ancestral", **fields: float) -> Sampler:
-        """A solver by name; the ancestral one takes the variance that the model was trained with."""
+    @property
+    def data(self) -> DataConfig:
+        """How pictures became images in training; the defaults where `meta` does not say."""
+        recipe = self.meta.get("recipe")
+        found = recipe.get("data") if isinstance(recipe, dict) else None
+        return parse(DataConfig, found if isinstance(found, dict) else {}, "the data section of this model")
+
+    def variant(self, clip: bool | None = None, variance: str | Variance | None = None) -> "Model":
+        """The same weights with x̂_0 not clipped, as in the bare Algorithm 2, or with the other fixed variance."""
+        old, name = self.config.variance, VARIANCES.name_of
+        new = old if variance is None else VARIANCES.build(variance, trusted=True)
+        if new != old and old.learned:
+            raise UsageError(
+                f"variance {name(new)} is not possible: this model says its own ({name(old)}); leave it out"
+            )
+        if new != old and new.learned:
+            raise UsageError(
+                f"variance {name(new)} needs a network that was trained to say it, and this one was trained with "
+                f"{name(old)}; give fixed-large or fixed-small"
+            )
+        it = self.denoiser
+        clip = it.clip if clip is None else clip
+        denoiser = Denoiser(it.network, it.process, it.parameterisation, new, it.time, clip).eval()
+        return replace(self, config=replace(self.config, variance=new), denoiser=denoiser)
+
+    def source(self, data: str | Path, split: str = "train", skip_bad: bool = False) -> ArraySource:
+        """A data set made into images as those of the training were: of this shape, on the same background."""
+        c, h, w = self.image_shape
+        return open_source(data, (h, w), c, background=self.data.background, split=split, skip_bad=skip_bad)
+
+    def picture(self, path: Path) -> UInt8[Tensor, "c h w"]:
+        """One picture file made into such an image. Raises DataError."""
+        c, h, w = self.image_shape
+        try:
+            pixels = picture.decode(path.read_bytes(), picture.colour(self.data.background))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        return torch.from_numpy(picture.fit(pixels, (h, w), c).copy()).permute(2, 0, 1)
+
+    def sampler(self, solver: str | Sampler = "ancestral", eta: float | int | None = None) -> Sampler:
+        """A solver by name; the ancestral one takes the model's variance, and `eta` is DDIM's."""
         if isinstance(solver, Sampler):
             return solver
-        if solver == "ancestral" and not fields:
+        if eta is not None and solver != "ddim":
+            raise UsageError(
+                f"eta = {eta:g} belongs to the sampler ddim, not to {solver}; choose ddim, or leave it out"
+            )
+        if solver == "ancestral":
             return Ancestral(self.config.variance)
-        return SAMPLERS.build({"name": solver, **fields}, trusted=True)
+        return SAMPLERS.build({"name": solver} | ({} if eta is None else {"eta": eta}), trusted=True)
 
     def sample(
         self,
         n: int,
-        steps: int | None = None,
+        steps: int | Sequence[float | int] | None = None,
         solver: str | Sampler = "ancestral",
         seed: int = 0,
         batch: int = 64,
@@ -69,10 +116,12 @@ class Model:
     ) -> UInt8[Tensor, "n c h w"]:
         """n images; image i depends on the seed and on i alone. All steps of the table unless `steps` says fewer.
 
-        `progress(k)` is called after every k network evaluations of a batch.
+        `progress(k)` is called after every k steps of a batch, of which there are `sampling_steps`.
         """
         if n < 1:
             raise UsageError(f"n = {n} images were asked for; give 1 or more")
+        if batch < 1:
+            raise UsageError(f"batch = {batch} images at a time is not possible; give 1 or more")
         keys = Key(seed).fold("sample").rows(n)
         parts = [
             self.chain(keys[i : i + batch], self.times(steps), self.sampler(solver), label=label, progress=progress)
@@ -80,12 +129,30 @@ class Model:
         ]
         return to_uint8(torch.cat(parts))
 
-    def times(self, steps: int | None = None) -> Float[Tensor, "times"]:
-        """The grid that sampling walks; more steps than the table has are refused."""
-        total = self.process.steps
-        if steps is not None and (steps < 1 or (total and steps > total)):
-            raise UsageError(f"steps = {steps} is not possible; this model takes 1 to {total}")
-        return self.process.grid(steps)
+    def sampling_steps(self, n: int, steps: int | Sequence[float | int] | None = None, batch: int = 64) -> int:
+        """How many steps of a batch `sample` takes."""
+        return max(0, -(-n // max(1, batch))) * (len(self.times(steps)) - 1)
+
+    def times(self, steps: int | Sequence[float | int] | None = None) -> Float[Tensor, "times"]:
+        """The grid that sampling walks: all of the table, that many steps spread evenly, or these times and 0.
+
+        Times fall strictly; on a table each is moved to the nearest n/T.
+        """
+        if steps is None or isinstance(steps, int):
+            return self.process.grid(steps)
+        given = list(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
+        if not given or not all(self.process.t_min <= t <= 1 for t in given):
+            raise UsageError(
+                f"times {', '.join(f'{t:g}' for t in steps) or 'none'} are not possible; give one or more from 1, "
+                f"which is noise, down to {self.process.t_min:g}"
+            )
+        times = [self.process.on_grid(t) for t in given]
+        if any(s >= t for t, s in zip(times, times[1:], strict=False)):
+            grid = f" on the grid of 1/{self.process.steps}" if self.process.steps else ""
+            raise UsageError(
+                f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly{grid}; sort or thin them"
+            )
+        return torch.tensor([*times, 0.0], dtype=F64)
 
     def chain(
         self,
@@ -97,18 +164,26 @@ class Model:
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """One batch along `times`, in float32 on the model's device, returned on the CPU."""
+        """One batch along `times`, in float32 on the model's device, returned on the CPU.
+
+        `callback(remaining, x, t)` is called before each step, `progress(1)` after it.
+        """
         self.config.parameterisation.check(self.process)
         cond = self._labels(label, len(keys.rows))
 
-        def denoise(x_t: Tensor, t: Tensor) -> Any:
-            prediction = self.denoiser(x_t, t, cond)
-            if progress is not None:
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            return self.denoiser(x_t, t, cond)
+
+        def watch(remaining: int, x: Tensor, t: Tensor) -> None:
+            if progress is not None and remaining < len(times) - 1:
                 progress(1)
-            return prediction
+            if callback is not None:
+                callback(remaining, x, t)
 
         start = None if start is None else start.to(self.device)
-        x = sample(sampler, denoise, self.process, keys.to(self.device), self.config.image, times, callback, start)
+        x = sample(sampler, denoise, self.process, keys.to(self.device), self.config.image, times, watch, start)
+        if progress is not None and len(times) > 1:
+            progress(1)
         return x.cpu()
 
     def _labels(self, label: int | None, count: int) -> Tensor | None:

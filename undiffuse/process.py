@@ -98,10 +98,18 @@ class Process(ABC):
 
     def grid(self, steps: int | None = None) -> Float[Tensor, "times"]:
         """The ancestral grid 1, (T−1)/T, …, 1/T, 0, or `steps` steps spread evenly over it, each at a point of it."""
+        if steps is not None and not 1 <= steps <= (self.steps or steps):
+            most = f"1 to {self.steps}" if self.steps else "1 or more"
+            raise UsageError(f"steps = {steps} is not possible; this model takes {most}")
         total = self.steps or steps or 1000
-        count = total if steps is None else min(steps, total)
-        indices = torch.linspace(total, 0, count + 1, dtype=F64).round()
+        indices = torch.linspace(total, 0, (steps or total) + 1, dtype=F64).round()
         return indices / total
+
+    def on_grid(self, t: float | int) -> float:
+        """t at the nearest n/T of a table; elsewhere t itself, or t_min where t lies between that and 0."""
+        if self.steps is not None:
+            return round(t * self.steps) / self.steps
+        return max(float(t), self.t_min) if t > 0 else 0.0
 
     def variance_floor(self) -> Float[Tensor, ""]:
         """The decoder's σ²: β̃ of the step 2/T → 1/T of the training table, whatever the chain."""

@@ -35,9 +35,10 @@ class ModelConfig:
         stride = self.network.stride()
         if height % stride or width % stride:
             fits = (max(stride, round(height / stride) * stride), max(stride, round(width / stride) * stride))
+            side = f"{fits[0]}" if fits[0] == fits[1] else f"{fits[0]}x{fits[1]}"
             raise DataError(
                 f"images of {height}×{width} do not fit this network, whose strides divide by {stride}; "
-                f"use --size {fits[0]} (height {fits[0]}, width {fits[1]}) or fewer network.multipliers"
+                f"use --size {side} (height {fits[0]}, width {fits[1]}) or fewer network.multipliers"
             )
         outputs = channels * (2 if self.variance.learned else 1)
         network = self.network.build(channels, outputs, self.classes)
@@ -46,9 +47,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How pictures become images; `labels` trains with their classes."""
+    """How pictures become images, of one side or (height, width); `labels` trains with their classes."""
 
-    size: Count | None = None
+    size: Count | tuple[Count, Count] | None = None
     channels: Literal[1, 3] | None = None
     flip: bool = False
     labels: bool = False

@@ -78,7 +78,8 @@ def _decode(path: Path, data: bytes) -> Loaded:
         raise _damaged(path, data[:9], str(error).partition("\n")[0]) from error
 
 
-def _refuse_newer(path: Path, found: Any) -> None:
+def refuse_newer(path: Path, found: Any) -> None:
+    """Raises UsageError for a format version that only a later undiffuse reads, Corrupt for what is none."""
     if not isinstance(found, int):
         raise Corrupt(f"{path} is damaged: its format version is {found!r}, no integer; restore it from a copy")
     if found > FORMAT:
@@ -119,7 +120,7 @@ def read_weights(path: Path) -> tuple[Loaded, dict[str, Any]]:
         version, meta = header["format"], dict(header["meta"])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise _damaged(path, head, "its metadata is not what undiffuse writes") from error
-    _refuse_newer(path, version)
+    refuse_newer(path, version)
     return _decode(path, data), meta
 
 
@@ -257,7 +258,7 @@ class Run:
         if _seal(data[: -len(_seal(b""))]) != data:
             raise _damaged(path, data[:9], "its sha256 is not the one that it carries")
         manifest = from_json(path, data)
-        _refuse_newer(path, manifest.get("format"))
+        refuse_newer(path, manifest.get("format"))
         files = manifest.get("files")
         if not isinstance(files, dict) or META not in files or not all(map(FILE.fullmatch, files)):
             raise _damaged(path, data[:9], "it does not list the files of a checkpoint")
