@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from undiffuse import cli, store
@@ -227,13 +230,41 @@ def test_a_run_in_use_is_refused(call, run_folder, tmp_path):
     assert f"is in use by process {os.getpid()}" in one_line(done.stderr)
 
 
-def test_help_of_every_command_has_an_example(call):
-    _, text, _ = call("--help")
-    commands = ["train", "sample", "progressive", "shared", "interpolate", "neighbours", "nll", "inspect", "verify",
-                "import", "export", "doctor"]  # fmt: skip
-    for command in commands:
-        assert command in text
-        assert "undiffuse " + command in call(command, "--help")[1]
+def commands(group, prefix: str) -> dict:
+    """Every command of the application by its full name."""
+    found = {}
+    for name, command in group.commands.items():
+        full = f"{prefix} {name}"
+        found |= commands(command, full) if isinstance(command, typer.core.TyperGroup) else {full: command}
+    return found
+
+
+APP = typer.main.get_command(cli.app)
+COMMANDS = commands(APP, "undiffuse")
+
+
+def test_the_commands():
+    assert {"undiffuse train", "undiffuse demo", "undiffuse import", "undiffuse data build"} < COMMANDS.keys()
+    assert len(COMMANDS) == len(cli.app.registered_commands) + len(cli.cli_data.app.registered_commands) == 17
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_has_examples_that_parse_and_json(call, name):
+    """An example is an `undiffuse …` in backquotes; its options are looked up, and nothing is run."""
+    code, text, _ = call(*name.split()[1:], "--help")
+    assert code == 0 and "--json" in text
+    examples = re.findall(r"`(undiffuse [^`]+)`", COMMANDS[name].help.partition("Example")[2])
+    assert examples, f"{name} --help has no example"
+    for example in examples:
+        assert example.startswith(name) and "".join(example.split()) in "".join(text.split())  # but for its lines
+        COMMANDS[name].make_context(name, shlex.split(example)[len(name.split()) :], parent=None)
+
+
+@pytest.mark.slow
+def test_the_demo_says_in_json_where_its_report_is(call, tmp_path):
+    code, out, err = call("demo", "--quick", "--out", tmp_path / "demo", "--json")
+    assert code == 0 and json.loads(out) == {"report": str(tmp_path / "demo" / "report.html")}
+    assert "training a model on 1,500 digits" in err and (tmp_path / "demo" / "report.html").exists()
 
 
 def test_a_recipe_file_is_a_preset(call, tmp_path):
