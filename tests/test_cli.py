@@ -2,6 +2,10 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from undiffuse import cli, store
@@ -185,13 +190,35 @@ def test_data_inspect_and_check(call, tmp_path):
     assert code == 2 and "broken.png" in out and out.endswith("1 bad\n")
 
 
+def spoil(folder: Path, run_folder: Path) -> None:
+    """Everything bad that the words in capitals below stand for."""
+    (folder / "EMPTY").mkdir()
+    for name, shapes in {
+        "MIXED": [(8, 8, 3), (12, 12, 3)], "TRUNCATED": [(8, 8, 3)] * 2, "GREY_AND_RGB": [(8, 8), (8, 8, 3)]
+    }.items():  # fmt: skip
+        (folder / name).mkdir()
+        for i, shape in enumerate(shapes):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, shape, np.uint8)).save(folder / name / f"{i}.png")
+    last = folder / "TRUNCATED" / "1.png"
+    last.write_bytes(last.read_bytes()[:100])
+    (folder / "plain.toml").write_text('about = "no size, no channels"\n')
+    torch.save({"weights": torch.zeros(3)}, folder / "PICKLE")
+    store.write_weights(folder / "DAMAGED", {"w": torch.zeros(64)}, {})
+    shutil.copytree(run_folder, folder / "BROKEN")
+    for path in (folder / "DAMAGED", *(folder / "BROKEN").glob("step-*/ema.safetensors")):
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+
+
+NO_IMAGES = "EMPTY has no images: 0 files, none with the ending of a picture"
 BAD = [
     (["sample", "RUN", "-n", "0", "--out", "x"], 2, "n = 0 images were asked for; give 1 or more"),
     (["sample", "RUN", "-n", "3", "--steps", "13", "--out", "x"], 2, "steps = 13 is not possible; this model takes 1"),
     (["sample", "RUN"], 2, "nowhere to write; give --out FOLDER for PNGs, or --npz FILE"),
     (["sample", "RUN", "--solver", "dimm", "--out", "x"], 2, 'sampler "dimm" is not known. Did you mean "ddim"?'),
     (["sample", "RUN", "--out", "x", "--device", "cuda:77"], 2, 'device "cuda:77" cannot be used here'),
-    (["sample", "RUN", "--out", "x", "--stepz", "3"], 2, "--stepz"),
+    (["sample", "RUN", "--out", "x", "--stepz", "3"], 2, "--stepz (Possible options: --npz, --seed, --steps)"),
     (["sample", "RUN", "-n", "many", "--out", "x"], 2, "Invalid value for '-n'"),
     (["sample", "no-such-model", "--out", "x"], 2, 'model "no-such-model" is not known'),
     (["sampel"], 2, "Did you mean 'sample'?"),
@@ -200,22 +227,26 @@ BAD = [
     (["train", "no-such-folder", "-p", "cifar10", "--out", "x"], 2, "neither a path nor a named set"),
     (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "process.name=cosin"], 2, 'Did you mean "cosine"?'),
     (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.btach=3"], 2, 'Did you mean "batch"?'),
-    (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.batch=0"], 2, '"train.batch" '),
+    (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.batch=0"], 2, '"train.batch" input should be'),
     (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.batch"], 2, "is not of the form a.b=c"),
-    (["train", "EMPTY", "-p", "cifar10", "--out", "x"], 2, "EMPTY"),
+    (["train", "EMPTY", "-p", "cifar10", "--out", "x"], 2, NO_IMAGES),
     (["train", "MIXED", "-p", "fashion-mnist", "--out", "x"], 2, "images differ in size"),
+    (["train", "GREY_AND_RGB", "-p", "plain.toml", "--out", "x"], 2, "in channels: 0.png has 1, 1.png has 3. Give "),
     (["train", "TRUNCATED", "-p", "cifar10", "--out", "x"], 2, "1 of 2 images cannot be read: "),
     (["train", "digits", "-p", "fashion-mnist", "--size", "6", "--out", "x"], 2, "strides divide by 4; use --size 8"),
     (["nll", "RUN", "digits", "-n", "0"], 2, "0 images were asked for; give 1 or more"),
     (["nll", "RUN", "digits", "--draws", "99"], 2, "99 draws an image are not possible; give 1 to 12"),
     (["interpolate", "RUN", "none.png", "none.png", "--out", "x.png"], 2, "none.png cannot be read: No such file"),
-    (["sample", "PICKLE", "--out", "x"], 5, "pickle"),
-    (["sample", "DAMAGED", "--out", "x"], 5, "sha256"),
+    (["sample", "PICKLE", "--out", "x"], 5, "PICKLE is a pickle, as torch.save writes"),
+    (["sample", "DAMAGED", "--out", "x"], 5, "DAMAGED is damaged: its sha256 is not the one that it carries"),
+    (["sample", "BROKEN", "--out", "x"], 5, "no checkpoint in BROKEN is good. BROKEN/step-000000003/ema.s"),
+    (["sample", "BROKEN/step-000000002", "--out", "x"], 5, "its size or sha256 is not what the manifest says"),
     (["verify", "EMPTY"], 2, "has no checkpoints; give the --out folder of a training run"),
     (["average", "RUN", "--sigma-rel", "0.1", "--out", "x"], 2, "no EMA snapshots; train with --set train.ema"),
     (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.ema_profiles=[0.3]"], 2, "ema_profiles.0"),
     (["train", "digits", "-p", "digits", "--out", "x", "--log", "wandbb"], 2, 'log "wandbb" is not known. Did you'),
-    (["data", "inspect", "EMPTY"], 2, "EMPTY"),
+    (["data", "inspect", "EMPTY"], 2, NO_IMAGES),
+    (["data", "check", "EMPTY"], 2, NO_IMAGES),
     (["data", "build", "emojis", "x.tgz", "--out", "x"], 2, 'Did you mean "emoji"?'),
 ]  # fmt: skip
 
@@ -223,19 +254,7 @@ BAD = [
 @pytest.mark.parametrize("words, code, message", BAD, ids=[" ".join(words) for words, *_ in BAD])
 def test_bad_input_gets_one_line(call, run_folder, tmp_path, monkeypatch, words, code, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "EMPTY").mkdir()
-    for name, sizes in (("MIXED", (8, 12)), ("TRUNCATED", (8, 8))):
-        (tmp_path / name).mkdir()
-        for i, size in enumerate(sizes):
-            noise = np.random.default_rng(i).integers(0, 255, (size, size, 3), np.uint8)
-            Image.fromarray(noise).save(tmp_path / name / f"{i}.png")
-    last = tmp_path / "TRUNCATED" / "1.png"
-    last.write_bytes(last.read_bytes()[:100])
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "PICKLE")
-    store.write_weights(tmp_path / "DAMAGED", {"w": torch.zeros(64)}, {})
-    data = bytearray((tmp_path / "DAMAGED").read_bytes())
-    data[-3] ^= 1
-    (tmp_path / "DAMAGED").write_bytes(data)
+    spoil(tmp_path, run_folder)
     before = sorted(tmp_path.rglob("*"))
     got, out, err = call(*[run_folder if word == "RUN" else word for word in words])
     assert (got, out) == (code, "")
@@ -243,23 +262,102 @@ def test_bad_input_gets_one_line(call, run_folder, tmp_path, monkeypatch, words,
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
 
 
-def test_a_run_in_use_is_refused(call, run_folder, tmp_path):
+def apart(words: list[object], largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
+    """A command line in a process of its own, whose files may be no larger than so many bytes."""
+    lines = ["import sys", "from undiffuse import cli", f"sys.argv = {['undiffuse', *map(str, words)]!r}", "cli.main()"]
+    if largest_file is not None:
+        lines.insert(0, f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({largest_file}, {largest_file}))")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=environment)
+
+
+def training(out: Path, *settings: str) -> list[object]:
+    """The run of `run_folder`, as a command."""
+    every = [*SETTINGS, "data.size=8", "data.channels=1", *settings]
+    return ["train", "digits", "-p", "cifar10", "--out", out, *(w for setting in every for w in ("--set", setting))]
+
+
+def test_a_run_in_use_is_refused(tmp_path):
     with store.Run(tmp_path / "run").lock():
-        script = f"import sys; from undiffuse import cli; sys.argv = {['undiffuse', 'train', 'digits', '-p', 'cifar10', *[w for s in [*SETTINGS, 'data.size=8', 'data.channels=1'] for w in ('--set', s)], '--out', str(tmp_path / 'run')]!r}; cli.main()"  # noqa: E501
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        done = apart(training(tmp_path / "run"))
     assert done.returncode == 7
-    assert f"is in use by process {os.getpid()}" in one_line(done.stderr)
+    in_use = f"is in use by process {os.getpid()} on {socket.gethostname()}; wait for its end, or give another folder"
+    assert one_line(done.stderr).endswith(in_use)
 
 
-def test_help_of_every_command_has_an_example(call):
-    _, text, _ = call("--help")
-    commands = ["train", "sample", "progressive", "shared", "interpolate", "neighbours", "nll", "inspect", "verify",
-                "average", "import", "export", "doctor"]  # fmt: skip
-    for command in commands:
-        assert command in text
-        assert "undiffuse " + command in call(command, "--help")[1]
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(call, tmp_path):
+    """The limit on the size of a file stands for the disk; the second checkpoint is the one that meets it."""
+    assert call(*training(tmp_path / "run"), "--steps", 2)[0] == 0
+    done = apart(training(tmp_path / "run"), largest_file=2**13)
+    assert done.returncode == 4
+    line = one_line(done.stderr)
+    assert "step-000000003 cannot be written: File too large; 0." in line and line.endswith("nothing older was touched")
+    assert store.Run(tmp_path / "run").latest() == 2
+    assert [path.name for path in tmp_path.rglob("*") if store.LEFTOVER.fullmatch(path.name)] == []
+    code, _, err = call(*training(tmp_path / "run"))
+    assert code == 0 and "resuming" in err and store.Run(tmp_path / "run").latest() == 3
+
+
+@pytest.mark.parametrize("words", [["sample", "--npz", "OUT"], ["export", "OUT", "--to", "file"]], ids=lambda w: w[0])
+def test_a_full_disk_leaves_no_part_of_a_file(run_folder, tmp_path, words):
+    command, *rest = [tmp_path / "out" if word == "OUT" else word for word in words]
+    done = apart([command, run_folder, *rest], largest_file=2**11)
+    assert done.returncode == 4
+    assert f"{tmp_path / 'out'} cannot be written: File too large" in one_line(done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_another_architecture_are_no_beginning(call, run_folder, tmp_path):
+    code, _, err = call(*training(tmp_path / "run", "network.channels=16"), "--init", run_folder)
+    assert code == 2
+    assert "these weights are of another architecture: conv_in.bias is (8,) in the file and (16,)" in one_line(err)
+    assert store.Run(tmp_path / "run").steps() == []
+
+
+def test_verify_names_the_file_that_is_damaged(call, run_folder, tmp_path):
+    spoil(tmp_path, run_folder)
+    code, out, _ = call("verify", tmp_path / "BROKEN", "--json")
+    assert code == 5 and json.loads(out)["good"] == 0
+    damaged = json.loads(out)["damaged"]
+    assert list(damaged) == ["2", "3"] and "step-000000002/ema.safetensors is damaged" in damaged["2"]
+
+
+def commands(group, prefix: str) -> dict:
+    """Every command of the application by its full name."""
+    found = {}
+    for name, command in group.commands.items():
+        full = f"{prefix} {name}"
+        found |= commands(command, full) if isinstance(command, typer.core.TyperGroup) else {full: command}
+    return found
+
+
+APP = typer.main.get_command(cli.app)
+COMMANDS = commands(APP, "undiffuse")
+
+
+def test_the_commands():
+    assert {"undiffuse train", "undiffuse demo", "undiffuse import", "undiffuse data build"} < COMMANDS.keys()
+    assert len(COMMANDS) == len(cli.app.registered_commands) + len(cli.cli_data.app.registered_commands) == 17
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_has_examples_that_parse_and_json(call, name):
+    """An example is an `undiffuse …` in backquotes; its options are looked up, and nothing is run."""
+    code, text, _ = call(*name.split()[1:], "--help")
+    assert code == 0 and "--json" in text
+    examples = re.findall(r"`(undiffuse [^`]+)`", COMMANDS[name].help.partition("Example")[2])
+    assert examples, f"{name} --help has no example"
+    for example in examples:
+        assert example.startswith(name) and "".join(example.split()) in "".join(text.split())  # but for its lines
+        COMMANDS[name].make_context(name, shlex.split(example)[len(name.split()) :], parent=None)
+
+
+@pytest.mark.slow
+def test_the_demo_says_in_json_where_its_report_is(call, tmp_path):
+    code, out, err = call("demo", "--quick", "--out", tmp_path / "demo", "--json")
+    assert code == 0 and json.loads(out) == {"report": str(tmp_path / "demo" / "report.html")}
+    assert "training a model on 1,500 digits" in err and (tmp_path / "demo" / "report.html").exists()
 
 
 def test_a_recipe_file_is_a_preset(call, tmp_path):

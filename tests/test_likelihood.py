@@ -7,24 +7,27 @@ import pytest
 import torch
 from torch import nn
 
-from undiffuse.data.procedural import Gaussian, Law, PixelMixture
+from undiffuse.data.procedural import LEVEL, Gaussian, Law, PixelMixture
 from undiffuse.denoiser import X0, Denoiser, Eps, FixedLarge, FixedSmall, Learned
 from undiffuse.errors import UsageError
-from undiffuse.gaussian import LN2, bits, prior_kl
+from undiffuse.gaussian import LN2, bits, decoder_nll, prior_kl
 from undiffuse.key import Key
 from undiffuse.likelihood import Terms, bound, chain, concatenate, strata
-from undiffuse.process import Cosine, Edm, Jsd, Linear, Process, Straight
+from undiffuse.process import PROCESSES, Cosine, Edm, Jsd, Linear, Process, Straight
+
+TABLES = {"const", "cosine", "jsd", "linear", "quad", "warmup10", "warmup50"}
+CONTINUOUS = {"continuous-cosine", "edm", "sigmoid", "straight"}
 
 
 class Exact(nn.Module):
-    """The posterior mean of x_0 under a law: the network that training is after."""
+    """The posterior mean of x_0 under a law: the network that training is after. It is told log-SNR."""
 
     def __init__(self, law: Law, process: Process):
         super().__init__()
         self.law, self.process = law, process
 
     def forward(self, x, time, cond=None):
-        t = (time[:1].double() + 1) / self.process.steps
+        t = self.process.time(time[:1].double())
         alpha, sigma = float(self.process.alpha(t)), float(self.process.sigma(t))
         score = self.law.score(x.double(), alpha, sigma)
         return ((x + sigma**2 * score) / alpha).float()
@@ -43,7 +46,7 @@ class ByRow(nn.Module):
 
 def exact(law: Law, process: Process, **fields) -> Denoiser:
     return Denoiser(ByRow(Exact(law, process)) if fields.pop("by_row", False) else Exact(law, process), process, X0(),
-                    fields.pop("variance", FixedSmall()), clip=fields.pop("clip", False))  # fmt: skip
+                    fields.pop("variance", FixedSmall()), "logsnr", clip=fields.pop("clip", False))  # fmt: skip
 
 
 def images(law: Law, count: int) -> torch.Tensor:
@@ -51,18 +54,40 @@ def images(law: Law, count: int) -> torch.Tensor:
     return levels.float() / 127.5 - 1
 
 
-@pytest.mark.parametrize("process", [Linear(steps=60, beta_end=0.2), Cosine(steps=60)])
-def test_terms_of_gaussian_data_are_the_closed_form(process):
-    law = Gaussian(shape=(1, 4, 4), correlation=0.0)
-    terms = bound(exact(law, process), images(law, 600), Key(1).rows(600))
-    times = chain(process)
+def test_the_bound_is_checked_on_every_process():
+    assert set(PROCESSES.classes) == TABLES | CONTINUOUS
+
+
+@pytest.mark.parametrize("name", PROCESSES.classes)
+def test_terms_of_gaussian_data_are_the_closed_form(name):
+    """Prior, each KL and the decoder, on a chain of 30 steps; a continuous process has one more, down to t_min."""
+    steps = 30
+    process = PROCESSES.classes[name](steps) if name in TABLES else PROCESSES.classes[name]()
+    law, count = Gaussian(shape=(1, 4, 4), correlation=0.0), 600
+    terms = bound(exact(law, process), images(law, count), Key(1).rows(count), None if name in TABLES else steps)
+    times = chain(process, steps)
     snr = process.logsnr(times).exp()
     left = 1 / (1 / law.std**2 + snr[1:])  # the variance that x_t leaves of x_0
-    expected = (0.5 * (snr[:-1] - snr[1:]) * left / LN2).numpy()[1:]  # E KL, equal covariances
-    error = terms.bits[:, 1:].std(0) / 600**0.5
-    assert np.all(np.abs(terms.bits[:, 1:].mean(0) - expected) < 4.5 * error + 1e-6)
+    divergences = 0.5 * (snr[:-1] - snr[1:]) * left / LN2  # equal covariances; the first, infinite, is the decoder's
+    wide = process.prior_std
+    alpha, sigma = float(process.alpha(times[-1])), float(process.sigma(times[-1]))
+    moment = alpha**2 * (law.mean**2 + law.std**2 + LEVEL**2 / 12) + sigma**2
+    prior = 0.5 * (moment / wide**2 - 1 - math.log(sigma**2 / wide**2)) / LN2
+    assert terms.bits.shape == (count, len(times) - 1) == (count, steps + (name in CONTINUOUS))
+    found = np.column_stack([terms.prior, terms.bits])
+    expected = np.array([prior, decoder_of_a_normal_error(left[0], process), *divergences[1:].tolist()])
+    error = found.std(0) / count**0.5
+    assert np.all(np.abs(found.mean(0) - expected) < 4.5 * error + 1e-6 * (1 + expected))
     # Rounding to levels adds 1/12 of a level squared to the variance of the data, no more.
     assert terms.mse.mean(0) == pytest.approx(left.numpy(), rel=0.05, abs=(2 / 255) ** 2)
+
+
+def decoder_of_a_normal_error(variance, process: Process) -> float:
+    """The mean of the decoder's bits where x̂_0 misses a level, here the middle one, by N(0, variance)."""
+    z = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    level = torch.full_like(z, 127 / 127.5 - 1)
+    nats = decoder_nll(level, level + variance.sqrt() * z, process.variance_floor().log())
+    return float((torch.exp(-(z**2) / 2) * nats).sum() * (z[1] - z[0]) / math.sqrt(2 * math.pi)) / LN2
 
 
 def test_fixed_large_adds_the_known_mismatch():
@@ -82,7 +107,7 @@ class ExactWithVariance(Exact):
     """The true reverse step of Gaussian data is Gaussian: its mean and its variance β̃ + c² Var(x_0 | x_t)."""
 
     def forward(self, x, time, cond=None):
-        t = (time[:1].double() + 1) / self.process.steps
+        t = (self.process.time(time[:1].double()) * self.process.steps).round() / self.process.steps
         s = t - 1 / self.process.steps
         left = 1 / (1 / self.law.std**2 + self.process.logsnr(t).exp())
         c = self.process.posterior_coefficients(t, s)[1]
@@ -95,7 +120,7 @@ class ExactWithVariance(Exact):
 def test_a_perfect_network_reaches_the_entropy_of_the_levels(process):
     """With the true reverse step nothing is lost, however coarse the chain, as long as sigma(1/T) spans some levels."""
     law = Gaussian(shape=(1, 4, 4), correlation=0.0)
-    denoiser = Denoiser(ExactWithVariance(law, process), process, X0(), Learned(), clip=False)
+    denoiser = Denoiser(ExactWithVariance(law, process), process, X0(), Learned(), "logsnr", clip=False)
     summary = bound(denoiser, images(law, 2000), Key(2).rows(2000)).summary()
     assert summary["standard_error"] < 0.01
     assert summary["bits_per_dim"] == pytest.approx(law.entropy_bits_per_dim(), abs=3 * summary["standard_error"])

@@ -1,7 +1,8 @@
-"""Every command of README.md and of getting-started.md is run, in order, in an empty folder with a few pictures.
+"""Every `undiffuse` command of README.md and of getting-started.md is run, in order, in an empty folder with pictures.
 
 Only budgets change: the options of `BRIEF` are put behind what the page says, where they win. `make` targets and the
-extras of `pip install` are looked up. A line that is neither is an error, so nothing is left out in silence.
+extras of `pip install` are looked up; test_install.py does what `pip install .` does. A line that is none of these is
+an error, so nothing is left out in silence.
 """
 
 import ast

@@ -166,16 +166,25 @@ def nll(
 def demo(
     out: OutOpt = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Everything tiny: only to see that it runs")] = False,
+    as_json: JsonOpt = False,
 ) -> None:
-    """The main job end to end on data inside the package, in under five minutes; ends with an HTML report."""
+    """The main job end to end on data inside the package, in under five minutes; ends with an HTML report.
+
+    Examples: `undiffuse demo`, `undiffuse demo --quick --out demo-quick`
+    """
     from undiffuse.demo import run_demo
 
-    run_demo(out, quick)
+    report = run_demo(out, quick, say=lambda text: typer.echo(text, err=as_json))
+    if as_json:
+        show({"report": report}, as_json)
 
 
 @app.command()
 def presets(as_json: JsonOpt = False) -> None:
-    """The presets, and what is published or measured of each."""
+    """The presets and what each is for; with --json also what is published or measured of it.
+
+    Examples: `undiffuse presets`, `undiffuse presets --json`
+    """
     from undiffuse.recipe import load_recipe
     from undiffuse.recipe import presets as names
 

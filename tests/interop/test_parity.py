@@ -3,7 +3,7 @@
 All parameters are redrawn, because at initialisation both networks return almost nothing and any two would agree.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -30,7 +30,7 @@ LARGE = {
     "widths": [128, 128, 256, 256, 512, 512],
 }
 TABLES = {"cifar10": CIFAR10, "256": LARGE}
-# The 256² network on smaller images: its attention then has 4×4 positions, and 2×2 in the middle.
+# The 256² network on smaller images, but for one test: its attention then has 4×4 positions, and 2×2 in the middle.
 SIDES = {"cifar10": 32, "256": 64}
 
 
@@ -124,6 +124,14 @@ def test_the_published_networks_hold_as_many_weights(pair):
 
 def test_an_imported_network_says_what_theirs_says(pair):
     assert pair.difference(pair.theirs, pair.ours) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["256"], indirect=True)
+def test_at_256_pixels_too(pair):
+    """Attention over 16×16 positions, and 8×8 in the middle, as in the published models."""
+    whole = replace(pair, x=Key(0).fold("x").rows(1).normal(3, 256, 256), index=torch.tensor([500.0]))
+    assert whole.difference(whole.theirs, whole.ours) <= 1e-5
 
 
 def test_an_exported_network_says_what_ours_says(pair, tmp_path):
