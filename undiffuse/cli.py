@@ -34,9 +34,7 @@ cli_tools.register(app)
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, a file or a shipped name")
 ]
-DataArg = Annotated[
-    str, typer.Argument(metavar="DATA", help="A folder, zip, npz, IDX, CIFAR-10 archive, or a named set")
-]
+DataArg = Annotated[str, typer.Argument(metavar="DATA", help="A folder, zip, npz, tar shards, lmdb, …, or a named set")]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Where the results go")]
 SeedOpt = Annotated[int, typer.Option("--seed", help="The same seed gives the same pictures")]
 StepsOpt = Annotated[int | None, typer.Option("--steps", help="Network evaluations; all of the table unless given")]
@@ -113,6 +111,10 @@ def train(
     settings: SetOpt = None,
     size: SizeOpt = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
+    use_cache: Annotated[
+        bool | None,
+        typer.Option("--pack/--no-pack", help="Decode once into $UNDIFFUSE_CACHE; unless given, if over 1 GB"),
+    ] = None,
     device: DeviceOpt = "cpu",
     as_json: JsonOpt = False,
 ) -> None:
@@ -122,7 +124,7 @@ def train(
     `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`
     """
     from undiffuse import train as engine
-    from undiffuse.data.source import open_source
+    from undiffuse.data.pack import WORKERS, open_data
 
     if preset == "auto":
         from undiffuse.recipe import presets
@@ -130,13 +132,16 @@ def train(
         raise UsageError(f"no preset was given; choose one with --preset. Known: {', '.join(presets())}")
     recipe = open_recipe(preset, [*(settings or []), *([f"data.size={size}"] if size else [])])
     shape = {"size": recipe.data.size, "channels": recipe.data.channels, "background": recipe.data.background}
-    source = open_source(data, split="train", skip_bad=skip_bad, **shape)
+    source = open_data(
+        data, **shape, skip_bad=skip_bad, use_cache=use_cache, workers=WORKERS, show_progress=not as_json
+    )
     device_ = str(check_device(device))
     begin = open_model(init, device) if init else None
     budget = engine.Budget(steps, images, minutes)
     held = engine.held_out_split(data, recipe)
     say = (lambda text: None) if as_json else (lambda text: typer.echo(text, err=True))
-    say(f"{len(source):,} images of {'×'.join(map(str, source.image_shape))} from {data}; preset {preset}")
+    left_out = f", {len(source.skipped)} left out" if source.skipped else ""
+    say(f"{len(source):,} images of {'×'.join(map(str, source.image_shape))} from {data}{left_out}; preset {preset}")
     model = engine.train(recipe, source, out, held, begin, budget, device_, say, not as_json)
     show({"run": out, "step": model.meta["step"], "images_seen": model.meta["images"], "parameters": model.parameters(),
             "next": f"undiffuse sample {out} -n 64 --out samples"}, as_json)  # fmt: skip
