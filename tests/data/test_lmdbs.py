@@ -53,7 +53,7 @@ def test_an_empty_one(tmp_path):
 
 def test_a_damaged_picture_and_mixed_sizes(tmp_path):
     path = database(tmp_path / "a", {b"1": webp(1), b"2": webp(2)[:30], b"3": webp(3, (9, 4))})
-    with pytest.raises(DataError, match=r"^1 of 2 images|images differ in size: 1 is 8x8, 3 is 4x9"):
+    with pytest.raises(DataError, match=r"^images differ in size: 1 is 8x8, 3 is 4x9"):
         open_source(path, skip_bad=True)
     with pytest.raises(DataError, match=r"^1 of 3 images cannot be read: 2 \("):
         open_source(path, size=4)

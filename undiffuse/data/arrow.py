@@ -76,6 +76,7 @@ def _table(path: Path, columns: list[str]) -> Any:
     for file in files:
         try:
             tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all().select(columns))
+            tables[-1].validate(full=True)  # else a damaged offset would be followed out of the file
         except (pa.ArrowException, OSError, KeyError) as error:
             raise DataError(f"{file} cannot be read as an Arrow stream: {error}") from error
     if not tables:
