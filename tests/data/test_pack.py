@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -16,8 +18,8 @@ from undiffuse import disk
 from undiffuse.data import pack as packing
 from undiffuse.data.pack import cache_folder, open_data, pack
 from undiffuse.data.packed import PackedSource
-from undiffuse.data.source import ArraySource, open_source
-from undiffuse.errors import DataError, Locked, StorageError, UsageError
+from undiffuse.data.source import ArraySource, First, Wanted, open_source
+from undiffuse.errors import DataError, Locked, MemoryExhausted, StorageError, UsageError
 from undiffuse.store import Run
 
 
@@ -129,6 +131,48 @@ def test_worker_processes_write_the_same_and_end_with_a_killed_parent(pictures, 
     pack(pictures, tmp_path / "out", workers=2)
     pack(pictures, tmp_path / "serial")
     assert contents(tmp_path / "out") == contents(tmp_path / "serial")
+
+
+class Broken:
+    """A pool whose workers are ended from outside."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, *_):
+        job = Future()
+        job.set_exception(BrokenProcessPool())
+        return job
+
+    def shutdown(self, cancel_futures):
+        assert cancel_futures
+
+
+def test_a_worker_that_is_ended(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "ProcessPoolExecutor", Broken)
+    with pytest.raises(
+        MemoryExhausted, match="^a process that decodes images was ended, .* with fewer --workers goes on$"
+    ):
+        pack(pictures, tmp_path / "out", workers=2)
+
+
+def test_data_that_changes_meanwhile(pictures, tmp_path):
+    job = packing.Job(str(pictures), "train", "white", Wanted(None, None), "")
+    plan = packing.Plan(job, First("a/0.png", (3, 4, 4), True), 8, 2)
+    with pytest.raises(DataError, match="set has changed while it was packed; leave it as it is, and pack it again$"):
+        packing._work(plan, tmp_path, 0)
+
+
+def test_more_classes_than_can_be_named(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 1, 1), np.uint8), labels=[0, 99_999])
+    with pytest.raises(DataError, match="a.npz has 100000 classes, more than a packed folder can name; merge some$"):
+        pack(tmp_path / "a.npz", tmp_path / "out")
 
 
 def damage(pictures):
