@@ -44,6 +44,7 @@ CACHE = "UNDIFFUSE_CACHE"
 LARGE = 10**9  # decoded bytes: a data set of more is packed before it is trained on
 SHARD = 2**24  # bytes; more only where that would be over SHARDS files
 SHARDS = 4096
+DIGITS = "[0-9]" * 5  # the name of a shard
 WORKERS = min(16, os.cpu_count() or 1)
 
 Size = int | tuple[int, int] | None
@@ -205,7 +206,7 @@ def _finish(out: Path, manifest: Manifest) -> None:
 def _tidy(out: Path) -> None:
     """Removes the marks, and the plan last, so that a kill in between is seen."""
     with disk.writing(out, 0):
-        for path in [*sorted(out.glob("[0-9]*.json")), out / PLAN]:
+        for path in [*sorted(out.glob(f"{DIGITS}.json")), out / PLAN]:
             if path.exists():
                 disk.remove(path)
 
