@@ -15,8 +15,9 @@ HEAD = """# The command line
 Made by `make docs` from the commands themselves; do not edit.
 
 MODEL is a run folder, one checkpoint in it, an exported folder or file, or the name of a shipped model. DATA is a
-folder or zip of pictures, an npz, npy or IDX file, a CIFAR-10 archive, or a named set: `digits`, `fashion-mnist`,
-`fashion-mnist-sample`, `procedural:NAME`. Times are t in [0, 1]: 0 is the data, 1 the noise.
+folder or zip of pictures, a packed folder, an npz, npy or IDX file, a CIFAR-10 archive, tar shards, an LMDB, a saved
+`datasets` folder, or a named set: `digits`, `fashion-mnist`, `fashion-mnist-sample`, `procedural:NAME`. Times are t in
+[0, 1]: 0 is the data, 1 the noise.
 
 With `--json` a command prints one JSON object on standard output, which scripts may rely on; progress and messages go
 to standard error. An error is one line there, `undiffuse: what was given, what was expected, what to do`, and an exit

@@ -232,6 +232,26 @@ def test_changed_data_is_refused(tmp_path, data):
         run(recipe(), data.subset(slice(63)), tmp_path)
 
 
+def test_another_list_of_what_is_left_out_is_refused(tmp_path, data):
+    some = replace(data, skipped=("a.png", "b.png"))
+    run(recipe(), some, tmp_path, budget=train.Budget(steps=2))
+    assert json.loads((tmp_path / "data.json").read_bytes())["skipped"] == ["a.png", "b.png"]
+    message = (
+        r"^other images are left out than when this run began \(b.png, c.png\); give the same data, or another --out$"
+    )
+    with pytest.raises(UsageError, match=message):
+        run(recipe(), replace(data, skipped=("a.png", "c.png")), tmp_path)
+    run(recipe(), some, tmp_path, budget=train.Budget(steps=3))
+
+
+def test_a_run_from_before_there_was_a_list_goes_on(tmp_path, data):
+    run(recipe(), data, tmp_path, budget=train.Budget(steps=2))
+    before = json.loads((tmp_path / "data.json").read_bytes())
+    del before["skipped"]
+    (tmp_path / "data.json").write_text(json.dumps(before))
+    assert run(recipe(), data, tmp_path, budget=train.Budget(steps=3)).meta["step"] == 3
+
+
 @dataclass(frozen=True)
 class Breaks(Objective):
     """Like a loss that overflows at one step."""

@@ -62,6 +62,10 @@ def train(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
     accept_data: Annotated[bool, typer.Option("--accept-data", help="Go on though the data has changed")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="25 steps, and where their time and memory go")] = False,
+    use_cache: Annotated[
+        bool | None,
+        typer.Option("--pack/--no-pack", help="Decode once into $UNDIFFUSE_CACHE; unless given, if over 1 GB"),
+    ] = None,
     device: DeviceOpt = "cpu",
     as_json: JsonOpt = False,
 ) -> None:
@@ -73,7 +77,7 @@ def train(
     """
     from undiffuse import dist
     from undiffuse import train as engine
-    from undiffuse.data.source import open_source
+    from undiffuse.data.pack import WORKERS, open_data
 
     if preset == "auto":
         from undiffuse.recipe import presets
@@ -81,13 +85,16 @@ def train(
         raise UsageError(f"no preset was given; choose one with --preset. Known: {', '.join(presets())}")
     recipe = open_recipe(preset, [*(settings or []), *([f"data.size={size_value(size)}"] if size is not None else [])])
     shape = {"size": recipe.data.size, "channels": recipe.data.channels, "background": recipe.data.background}
-    source = open_source(data, split="train", skip_bad=skip_bad, **shape)
+    source = open_data(
+        data, **shape, skip_bad=skip_bad, use_cache=use_cache, workers=WORKERS, show_progress=not as_json
+    )
     device_ = str(check_device(dist.local_device(device)))
     begin = open_model(init, device) if init else None
     budget = engine.Budget(steps, images, minutes)
     held = engine.held_out_split(data, recipe, skip_bad)
     say = (lambda text: None) if as_json else (lambda text: typer.echo(text, err=True))
-    say(f"{len(source):,} images of {'×'.join(map(str, source.image_shape))} from {data}; preset {preset}")
+    left_out = f", {len(source.skipped)} left out" if source.skipped else ""
+    say(f"{len(source):,} images of {'×'.join(map(str, source.image_shape))} from {data}{left_out}; preset {preset}")
     model = engine.train(
         recipe, source, out, held, begin, budget, device_, say, not as_json, accept_data, logs or (), profile
     )

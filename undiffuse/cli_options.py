@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, a file or a shipped name")
 ]
-DataArg = Annotated[
-    str, typer.Argument(metavar="DATA", help="A folder, zip, npz, IDX, CIFAR-10 archive, or a named set")
-]
+DataArg = Annotated[str, typer.Argument(metavar="DATA", help="A folder, zip, npz, tar shards, lmdb, …, or a named set")]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Where the results go")]
 SeedOpt = Annotated[int, typer.Option("--seed", help="The same seed gives the same pictures")]
 StepsOpt = Annotated[int | None, typer.Option("--steps", help="Steps of the chain; all of the table unless given")]

@@ -282,12 +282,20 @@ class _Loop:
 
 def claim_data(path: Path, data: Source, accept: bool = False) -> None:
     """A run belongs to one data set: writes what it is, or refuses another unless it is accepted."""
-    now = {"format": FORMAT, "images": len(data), "fingerprint": data.fingerprint()}
+    now = {"format": FORMAT, "images": len(data), "fingerprint": data.fingerprint(), "skipped": list(data.skipped)}
     before = store.read_json(path) if path.exists() else now
     if before["fingerprint"] != now["fingerprint"] and not accept:
         raise UsageError(
             f"the data has changed since this run began ({before['images']} images before, {now['images']} now); "
             "give the same data, --accept-data to go on with this one, or another --out"
+        )
+    if (
+        before.get("skipped", []) != now["skipped"] and not accept
+    ):  # a run from before there was a list has left nothing out
+        changed = sorted(set(before.get("skipped", [])) ^ set(now["skipped"]))
+        raise UsageError(
+            f"other images are left out than when this run began ({', '.join(changed[:20])}); "
+            "give the same data, or another --out"
         )
     store.write_json(path, now)
 

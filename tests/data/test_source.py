@@ -11,6 +11,7 @@ from undiffuse.data.source import FORMATS, ArraySource, Item, Source, open_raw, 
 from undiffuse.errors import DataError, MemoryExhausted, UsageError
 
 NAMES = {"cifar10", "digits", "fashion-mnist", "fashion-mnist-sample", "folder", "idx", "numpy", "rule", "zip"}
+NAMES |= {"lmdb", "packed", "saved-dataset", "tar-shards"}
 
 
 def noise(height, width, channels=3, seed=0):
@@ -81,6 +82,15 @@ def test_twenty_bad_files_are_listed_and_the_rest_counted(tmp_path):
         open_source(tmp_path)
     assert "20.png" not in str(caught.value)
     with pytest.raises(DataError, match="^23 of 23 images cannot be read"):
+        open_source(tmp_path, skip_bad=True)
+
+
+def test_more_bad_files_than_can_be_listed(tmp_path, monkeypatch):
+    save(tmp_path / "good.png")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").touch()
+    monkeypatch.setattr("undiffuse.data.source.SKIPPED", 40)
+    with pytest.raises(DataError, match=r"^2 of 3 .* more than --skip-bad can list in 40 bytes; the first is a.png \("):
         open_source(tmp_path, skip_bad=True)
 
 

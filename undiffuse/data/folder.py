@@ -48,8 +48,14 @@ class Pictures(Source):
         digest = hashlib.sha256()
         for index, name in enumerate(self.names):
             digest.update(hashlib.sha256(os.fsencode(name)).digest())
-            digest.update(hashlib.sha256(self._bytes(index)).digest())
+            digest.update(self._digest(index))
         return digest.hexdigest()
+
+    def _digest(self, index: int) -> bytes:
+        try:
+            return hashlib.sha256(self._bytes(index)).digest()
+        except DataError:  # what cannot be read is listed by whoever decodes it, all of it at once
+            return b"unreadable"
 
     def _bytes(self, index: int) -> bytes:
         try:

@@ -8,7 +8,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from undiffuse.data.order import order
-from undiffuse.data.source import ArraySource, Source
+from undiffuse.data.source import Source
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 
@@ -40,19 +40,11 @@ class Loader:
         """The batch of that step, or only the given rows of it: each row is what it is in the whole batch."""
         rows = torch.arange(self.size) if rows is None else rows
         index = order(self.seed, len(self.source), step * self.size + rows)
-        image, label = self._gather(index)
+        image, label = self.source.gather(index)
         if self.flip:
             flipped = Key(self.seed).fold("flip", step).rows(rows).integers(2).bool()
             image = torch.where(flipped[:, None, None, None], image.flip(-1), image)
         return Batch(image, label, index, rows)
-
-    def _gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
-        if isinstance(self.source, ArraySource):
-            labels = self.source.labels
-            return self.source.images[index], None if labels is None else labels[index]
-        items = [self.source[i] for i in index.tolist()]
-        labels = None if items[0].label is None else torch.tensor([item.label for item in items])
-        return torch.stack([item.image for item in items]), labels
 
 
 class Prefetched:

@@ -6,10 +6,14 @@ have images of many sizes; `unify` decodes it once into one tensor of one shape.
 """
 
 import hashlib
+import importlib
+import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,10 +23,14 @@ from torch import Tensor
 
 from undiffuse.config import Table
 from undiffuse.data import picture
+from undiffuse.disk import SMALL
 from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
 
 Split = Literal["train", "test"]
 LISTED = 20
+SKIPPED = SMALL // 4  # bytes of the list of images left out, which a run and a pack keep in files of at most SMALL
+
+Shape = tuple[int, int, int]  # channels, height, width
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +45,7 @@ class Source(ABC):
     """Images by number. Names of classes and of items are for messages and reports."""
 
     classes: tuple[str, ...] | None
+    skipped: tuple[str, ...] = ()  # what was left out because it could not be read
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -49,8 +58,24 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """64 hexadecimal digits (sha256) that change when the examples or their order do."""
 
+    def gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
+        """Images of one shape, and their labels; here one at a time."""
+        items = [self[i] for i in index.tolist()]
+        labels = None if items[0].label is None else torch.tensor([item.label for item in items])
+        return torch.stack([item.image for item in items]), labels
+
     def name(self, index: int) -> str:
         return f"image {index}"
+
+
+def fingerprint(shape: tuple[int, ...], parts: Iterable[UInt8[Tensor, "_ _ _ _"]], labels: Tensor | None) -> str:
+    """sha256 of images of one shape [n, c, h, w], given in parts, and of their labels."""
+    digest = hashlib.sha256(repr((tuple(shape), labels is not None)).encode())
+    for part in parts:
+        digest.update(part.contiguous().numpy().data)
+    if labels is not None:
+        digest.update(labels.to(torch.int64).contiguous().numpy().astype("<i8").data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,18 +93,18 @@ class ArraySource(Source):
     def __getitem__(self, index: int) -> Item:
         return Item(self.images[index], None if self.labels is None else int(self.labels[index]))
 
+    def gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
+        # Of bytes, an eighth of the time that `images[index]` takes.
+        return self.images.index_select(0, index), None if self.labels is None else self.labels[index]
+
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> Shape:
         """(channels, height, width)."""
         _, c, h, w = self.images.shape
         return c, h, w
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((tuple(self.images.shape), self.labels is not None)).encode())
-        digest.update(self.images.contiguous().numpy().data)
-        if self.labels is not None:
-            digest.update(self.labels.to(torch.int64).contiguous().numpy().astype("<i8").data)
-        return digest.hexdigest()
+        return fingerprint(tuple(self.images.shape), [self.images], self.labels)
 
     def subset(self, index: slice | Int[Tensor, "m"]) -> "ArraySource":
         """The examples chosen, in that order."""
@@ -151,54 +176,113 @@ def unify(
     source: Source, size: int | tuple[int, int] | None = None, channels: int | None = None, skip_bad: bool = False
 ) -> ArraySource:
     """Every image cropped, resized and converted to one shape; DataError if they differ and no shape was asked for."""
-    pair = (size, size) if isinstance(size, int) else size
-    if pair is not None and (min(pair) < 1 or math.prod(pair) > picture.MAX_PIXELS):
-        raise UsageError(f"size {pair[0]}x{pair[1]} is not possible; give 1 to {picture.MAX_PIXELS} pixels")
-    if channels not in (None, 1, 3):
-        raise UsageError(f"channels {channels} is not possible; give 1 (grey) or 3 (RGB)")
-    if isinstance(source, ArraySource) and _has_shape(source, pair, channels):
+    wanted = Wanted.of(size, channels)
+    if isinstance(source, ArraySource) and wanted.accepts(source.image_shape):
         return source
-    images, kept, bad = _decode(source, pair, channels)
-    if bad and (not skip_bad or not kept):
-        raise _unreadable([f"{name} ({reason})" for name, reason in bad], len(source))
-    labels = torch.tensor([label for _, label in kept]) if kept[0][1] is not None else None
-    return ArraySource(torch.from_numpy(images[: len(kept)]), labels, source.classes, tuple(name for name, _ in bad))
+    first = first_of(source, wanted)
+    good = decode(source, range(len(source)), wanted, first)
+    refuse_bad(good.bad, len(source), skip_bad)
+    labels = torch.tensor(good.labels) if first.labelled else None
+    skipped = (*source.skipped, *(name for name, _ in good.bad))
+    return ArraySource(torch.from_numpy(good.images), labels, source.classes, skipped)
 
 
-def _unreadable(bad: list[str], total: int) -> DataError:
-    more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-    return DataError(
-        f"{len(bad)} of {total} images cannot be read: {', '.join(bad[:LISTED])}{more}. Remove or repair them, "
-        "or leave them out with --skip-bad"
-    )
+@dataclass(frozen=True)
+class Wanted:
+    """The shape that images are turned into: (height, width) and channels, None to keep their own."""
+
+    pair: tuple[int, int] | None
+    channels: int | None
+
+    @staticmethod
+    def of(size: int | tuple[int, int] | None, channels: int | None) -> "Wanted":
+        """`size` may be the side of a square. Raises UsageError."""
+        pair = (size, size) if isinstance(size, int) else size
+        if pair is not None and (min(pair) < 1 or math.prod(pair) > picture.MAX_PIXELS):
+            raise UsageError(f"size {pair[0]}x{pair[1]} is not possible; give 1 to {picture.MAX_PIXELS} pixels")
+        if channels not in (None, 1, 3):
+            raise UsageError(f"channels {channels} is not possible; give 1 (grey) or 3 (RGB)")
+        return Wanted(pair, channels)
+
+    def accepts(self, shape: Shape) -> bool:
+        return self.pair in (None, shape[1:]) and self.channels in (None, shape[0])
+
+    def fit(self, image: UInt8[Tensor, "c h w"]) -> UInt8[np.ndarray, "c2 h2 w2"]:
+        return picture.fit(image.permute(1, 2, 0).numpy(), self.pair, self.channels).transpose(2, 0, 1)
 
 
-def _has_shape(source: ArraySource, pair: tuple[int, int] | None, channels: int | None) -> bool:
-    c, h, w = source.image_shape
-    return pair in (None, (h, w)) and channels in (None, c)
+@dataclass(frozen=True)
+class First:
+    """The first image that can be read: the others must be of its shape, and have labels if it has one."""
+
+    name: str
+    shape: Shape
+    labelled: bool
 
 
-def _decode(
-    source: Source, pair: tuple[int, int] | None, channels: int | None
-) -> tuple[UInt8[np.ndarray, "n c h w"], list[tuple[int, int | None]], list[tuple[str, str]]]:
-    """One array with the good images in front, (index, label) of those, and (name, reason) of the bad."""
-    images = np.empty((0, 0, 0, 0), np.uint8)
-    kept: list[tuple[int, int | None]] = []
-    bad: list[tuple[str, str]] = []
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """The images that can be read, their labels, and (name, reason) of those that cannot."""
+
+    images: UInt8[np.ndarray, "n c h w"]
+    labels: tuple[int | None, ...]
+    bad: tuple[tuple[str, str], ...]
+
+
+def first_of(source: Source, wanted: Wanted) -> First:
+    """DataError if none can be read."""
+    bad = []
     for index in range(len(source)):
         try:
             item = source[index]
         except DataError as error:
-            bad.append((source.name(index), str(error).removeprefix(f"{source.name(index)}: ")))
+            bad.append(_bad(source, index, error))
+        else:
+            c, h, w = wanted.fit(item.image).shape
+            return First(source.name(index), (c, h, w), item.label is not None)
+    raise _unreadable(bad, len(source))
+
+
+def decode(source: Source, indices: range, wanted: Wanted, first: First) -> Decoded:
+    """Some images of a source as one array. DataError for one of another shape than the first."""
+    images = _room(len(indices), first.shape)
+    labels, bad = [], []
+    for index in indices:
+        try:
+            item = source[index]
+        except DataError as error:
+            bad.append(_bad(source, index, error))
             continue
-        image = picture.fit(item.image.permute(1, 2, 0).numpy(), pair, channels).transpose(2, 0, 1)
-        if not kept:
-            images = _room(len(source), image.shape)
-        elif image.shape != images.shape[1:]:
-            raise _mixed(source.name(kept[0][0]), images.shape[1:], source.name(index), image.shape)
-        images[len(kept)] = image
-        kept.append((index, item.label))
-    return images, kept, bad
+        image = wanted.fit(item.image)
+        if image.shape != first.shape:
+            raise _mixed(first.name, first.shape, source.name(index), image.shape)
+        images[len(labels)] = image
+        labels.append(item.label)
+    return Decoded(images[: len(labels)], tuple(labels), tuple(bad))
+
+
+def _bad(source: Source, index: int, error: DataError) -> tuple[str, str]:
+    return source.name(index), str(error).removeprefix(f"{source.name(index)}: ")
+
+
+def refuse_bad(bad: Sequence[tuple[str, str]], total: int, skip_bad: bool) -> None:
+    """DataError if something bad, given as (name, reason), may not be left out, or is too much to be listed."""
+    if bad and not skip_bad:
+        raise _unreadable(bad, total)
+    if len(json.dumps(bad)) > SKIPPED:
+        raise DataError(
+            f"{len(bad)} of {total} images cannot be read, more than --skip-bad can list in {SKIPPED} bytes; the first "
+            f"is {bad[0][0]} ({bad[0][1]}). Remove or repair them"
+        )
+
+
+def _unreadable(bad: Sequence[tuple[str, str]], total: int) -> DataError:
+    more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+    listed = ", ".join(f"{name} ({reason})" for name, reason in bad[:LISTED])
+    return DataError(
+        f"{len(bad)} of {total} images cannot be read: {listed}{more}. Remove or repair them, "
+        "or leave them out with --skip-bad"
+    )
 
 
 def _room(count: int, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n c h w"]:
@@ -221,3 +305,11 @@ def _mixed(first: str, one: tuple[int, ...], second: str, two: tuple[int, ...]) 
         f"images differ in channels: {first} has {one[0]}, {second} has {two[0]}. Give "
         "--set data.channels=1 for grey or --set data.channels=3 for RGB"
     )
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """A module that only the optional dependencies `undiffuse[name]` bring; UsageError where they are missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f'this data needs {module}; install the extra: pip install "undiffuse[{name}]"') from error

@@ -1,0 +1,282 @@
+"""Decodes a data set once, in parallel, into a packed folder; and keeps such folders in a cache.
+
+A shard is a pure function of the plan, and a finished one has a mark beside it (`00000.json`). So what was stopped, at
+any time and however hard, goes on with the shards that have none, and ends with the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from undiffuse import disk, log, store
+from undiffuse.data import packed
+from undiffuse.data.packed import MANIFEST, PLAN, Manifest, PackedSource, Shard, open_packed, shard_path
+from undiffuse.data.source import (
+    ArraySource,
+    First,
+    Source,
+    Wanted,
+    decode,
+    fingerprint,
+    first_of,
+    open_raw,
+    refuse_bad,
+    unify,
+)
+from undiffuse.errors import DataError, MemoryExhausted, UsageError
+
+CACHE = "UNDIFFUSE_CACHE"
+LARGE = 10**9  # decoded bytes: a data set of more is packed before it is trained on
+SHARD = 2**24  # bytes; more only where that would be over SHARDS files
+SHARDS = 4096
+DIGITS = "[0-9]" * 5  # the name of a shard
+WORKERS = min(16, os.cpu_count() or 1)
+
+Size = int | tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is packed, and into which shape."""
+
+    spec: str
+    split: str
+    background: str
+    wanted: Wanted
+    source: str  # its fingerprint
+
+    def key(self, raw: Source) -> str:
+        """sha256 of all that decides the result. `skip_bad` does not: which images are bad follows from the source."""
+        shape = [self.wanted.pair, self.wanted.channels, self.background]
+        content = [self.source, raw.classes, raw.skipped]
+        return hashlib.sha256(json.dumps([packed.FORMAT, content, shape]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the bytes of each shard."""
+
+    job: Job
+    first: First
+    total: int
+    per_shard: int
+
+    @property
+    def shards(self) -> int:
+        return -(-self.total // self.per_shard)
+
+    def indices(self, k: int) -> range:
+        """Which images of the source are in shard k, if they can be read."""
+        return range(k * self.per_shard, min((k + 1) * self.per_shard, self.total))
+
+
+def pack(
+    spec: str | Path,
+    out: Path,
+    size: Size = None,
+    channels: int | None = None,
+    background: str = "white",
+    split: str = "train",
+    skip_bad: bool = False,
+    workers: int = 1,
+    show_progress: bool = False,
+) -> PackedSource:
+    """Decodes a data set into the folder `out`, or goes on where that was stopped; the arguments as `open_source`.
+
+    With more than one worker the caller's script needs `if __name__ == "__main__":`. Raises UsageError if `out` holds
+    anything else, Locked if it is being packed already.
+    """
+    if workers < 1:
+        raise UsageError(f"{workers} workers are not possible; give at least 1")
+    raw = open_raw(spec, split, background)
+    job = Job(str(spec), split, background, Wanted.of(size, channels), raw.fingerprint())
+    return _pack(raw, job, out, skip_bad, workers, show_progress)
+
+
+def open_data(
+    spec: str | Path,
+    size: Size = None,
+    channels: int | None = None,
+    background: str = "white",
+    skip_bad: bool = False,
+    use_cache: bool | None = None,
+    workers: int = 1,
+    show_progress: bool = False,
+) -> ArraySource | PackedSource:
+    """The training split in one shape: in memory, or packed in the cache if it is over 1 GB or `use_cache` says so.
+
+    What is packed already, or an array already, and fits, is given as it is.
+    """
+    raw, wanted = open_raw(spec, "train", background), Wanted.of(size, channels)
+    if isinstance(raw, PackedSource) and wanted.accepts(raw.image_shape):
+        return raw
+    if use_cache is None:
+        use_cache = not isinstance(raw, ArraySource) and len(raw) * math.prod(first_of(raw, wanted).shape) > LARGE
+    if not use_cache:
+        return unify(raw, size, channels, skip_bad)
+    job = Job(str(spec), "train", background, wanted, raw.fingerprint())
+    return _pack(raw, job, cache_folder() / "packed" / job.key(raw), skip_bad, workers, show_progress)
+
+
+def cache_folder() -> Path:
+    """`$UNDIFFUSE_CACHE`, else `undiffuse` in `$XDG_CACHE_HOME` or `~/.cache`. UsageError where there is no home."""
+    if named := os.environ.get(CACHE):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "undiffuse")
+    except RuntimeError as error:
+        raise UsageError(f"there is no home folder to keep packed data in; set {CACHE} to a folder") from error
+
+
+def _pack(raw: Source, job: Job, out: Path, skip_bad: bool, workers: int, show_progress: bool) -> PackedSource:
+    key = job.key(raw)
+    if not (out / MANIFEST).exists() or (out / PLAN).exists():
+        _refuse_strange(out)
+        with store.Run(out).lock():
+            if not (out / MANIFEST).exists():  # it may have been finished meanwhile
+                _build(raw, job, key, out, skip_bad, workers, show_progress)
+            _tidy(out)
+    done = open_packed(out)
+    if done.manifest.key != key:
+        raise _other(out)
+    refuse_bad([bad for bad in done.manifest.skipped if bad[0] not in raw.skipped], len(raw), skip_bad)
+    return done
+
+
+def _other(out: Path) -> UsageError:
+    return UsageError(f"{out} holds other data, or the same in another shape; give another folder, or remove it")
+
+
+def _refuse_strange(out: Path) -> None:
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if not {MANIFEST, PLAN} & names and any(name != "lock" and not store.LEFTOVER.fullmatch(name) for name in names):
+        raise UsageError(f"{out} is not empty and holds no packed data; give a new folder")
+
+
+def _build(raw: Source, job: Job, key: str, out: Path, skip_bad: bool, workers: int, show_progress: bool) -> None:
+    """Decodes the shards that are missing, and writes the manifest. Raises DataError for what may not be left out."""
+    if len(json.dumps(raw.classes)) > disk.SMALL // 4:
+        raise DataError(
+            f"{job.spec} has {len(raw.classes or ())} classes, more than a packed folder can name; merge some"
+        )
+    if not (out / PLAN).exists():
+        disk.write_json(out / PLAN, {"key": key})
+    elif disk.read_json(out / PLAN) != {"key": key}:
+        raise _other(out)
+    first = first_of(raw, job.wanted)
+    size = math.prod(first.shape)
+    plan = Plan(job, first, len(raw), max(1, max(SHARD, len(raw) * size // SHARDS) // size))
+    missing = [k for k in range(plan.shards) if not _mark(out, k).exists()]
+    left = sum(len(plan.indices(k)) for k in missing)
+    _refuse_full(out, left * size)
+    with log.progress(plan.total, "packing", show_progress, done=plan.total - left) as bar:
+        for k in _write_all(raw, plan, out, missing, workers):
+            bar.advance(len(plan.indices(k)))
+    marks = [disk.read_json(_mark(out, k)) for k in range(plan.shards)]
+    bad = [(name, reason) for mark in marks for name, reason in mark["skipped"]]
+    refuse_bad(bad, plan.total, skip_bad)
+    shards = tuple(Shard(mark["images"], mark["sha256"]) for mark in marks)
+    skipped = (*((name, "left out before") for name in raw.skipped), *bad)
+    _finish(out, Manifest(key, job.source, "", first.shape, first.labelled, shards, skipped, raw.classes))
+
+
+def _finish(out: Path, manifest: Manifest) -> None:
+    """Reads back what was written, so that what the disk holds is what was decoded."""
+    draft = packed.mapped(out, manifest)
+    draft.verify()
+    digest = fingerprint((len(draft), *manifest.shape), draft.images, draft.labels)
+    packed.write_manifest(out, dataclasses.replace(manifest, fingerprint=digest))
+
+
+def _tidy(out: Path) -> None:
+    """Removes the marks, and the plan last, so that a kill in between is seen."""
+    with disk.writing(out, 0):
+        for path in [*sorted(out.glob(f"{DIGITS}.json")), out / PLAN]:
+            if path.exists():
+                disk.remove(path)
+
+
+def _mark(out: Path, k: int) -> Path:
+    return shard_path(out, k).with_suffix(".json")
+
+
+def _refuse_full(out: Path, needed: int) -> None:
+    with disk.writing(out / MANIFEST, needed):
+        if shutil.disk_usage(out).free < needed:
+            raise OSError("the disk is too full")
+
+
+def _write_all(raw: Source, plan: Plan, out: Path, missing: list[int], workers: int) -> Iterator[int]:
+    """Yields each shard as it is finished."""
+    if isinstance(raw, ArraySource) or min(workers, len(missing)) < 2:
+        for k in missing:
+            _write(raw, plan, out, k)
+            yield k
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would share the source's open files, and torch's threads
+    with ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker) as pool:
+        jobs = {pool.submit(_work, plan, out, k): k for k in missing}
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                yield jobs[job]
+        except BrokenProcessPool as error:
+            raise MemoryExhausted(
+                "a process that decodes images was ended, most likely for want of memory; "
+                "the same command with fewer --workers goes on"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """One thread, no answer to Ctrl-C, and an end when the parent has one: a killed parent cannot tell its workers."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent, "this runs in a worker"
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _work(plan: Plan, out: Path, k: int) -> None:
+    source = _open_once(plan.job)
+    if len(source) != plan.total:
+        raise DataError(f"{plan.job.spec} has changed while it was packed; leave it as it is, and pack it again")
+    _write(source, plan, out, k)
+
+
+@lru_cache(maxsize=1)
+def _open_once(job: Job) -> Source:
+    """In a worker, which lives no longer than the packing."""
+    return open_raw(job.spec, job.split, job.background)
+
+
+def _write(source: Source, plan: Plan, out: Path, k: int) -> None:
+    """One shard, then its mark."""
+    part = decode(source, plan.indices(k), plan.job.wanted, plan.first)
+    refuse_bad(part.bad, plan.total, skip_bad=True)
+    labels = np.array(part.labels, "<i8").tobytes() if plan.first.labelled else b""
+    data = labels + part.images.tobytes()
+    disk.write_atomic(shard_path(out, k), data)
+    mark = {"images": len(part.labels), "sha256": hashlib.sha256(data).hexdigest(), "skipped": part.bad}
+    disk.write_json(_mark(out, k), mark)
