@@ -31,6 +31,7 @@ from undiffuse.cli_tools import JsonOpt, show
 from undiffuse.errors import Error, MemoryExhausted, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
+    from undiffuse.model import Model
     from undiffuse.recipe import Recipe
 
 app = typer.Typer(
@@ -99,19 +100,20 @@ def train(
         recipe, source, out, held, begin, budget, device_, say, not as_json, accept_data, logs or (), profile
     )
     if dist.is_first():
-        show(
-            {
-                "run": out,
-                "step": model.meta["step"],
-                "images_seen": model.meta["images"],
-                "parameters": model.parameters(),
-                "log": out / "log.jsonl",
-                "previews": out / "samples",
-                "next": f"undiffuse sample {out} -n 64 --out samples",
-            }
-            | ({"profile": out / "profile.json"} if profile else {}),
-            as_json,
-        )
+        show(ended(model, out, profile), as_json)
+
+
+def ended(model: "Model", out: Path, profile: bool) -> dict[str, Any]:
+    """Where everything is, and what to run next."""
+    return {
+        "run": out,
+        "step": model.meta["step"],
+        "images_seen": model.meta["images"],
+        "parameters": model.parameters(),
+        "log": out / "log.jsonl",
+        **({"profile": out / "profile.json"} if profile else {"previews": out / "samples"}),
+        "next": f"undiffuse sample {out} -n 64 --out samples",
+    }
 
 
 def size_value(text: str) -> str:
