@@ -1,7 +1,9 @@
 """What every test runs under: checked shapes and types, two threads, reproducible property tests."""
 
 import os
+import sys
 
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -15,3 +17,19 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 settings.register_profile("undiffuse", deadline=None, derandomize=True)
 settings.load_profile("undiffuse")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command line; gives its exit code, standard output and standard error."""
+
+    from undiffuse import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["undiffuse", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run

@@ -28,20 +28,6 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a command line; gives its exit code, standard output and standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["undiffuse", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     """A run on the digits, three steps old."""

@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from tests.test_cli import SETTINGS, call, one_line  # noqa: F401
+from tests.test_cli import SETTINGS, one_line
 
 
 def test_data_inspect_and_check(call, tmp_path):

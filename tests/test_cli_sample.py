@@ -18,21 +18,6 @@ from undiffuse.network.unet import UNet
 from undiffuse.process import Linear
 from undiffuse.sampler.ddim import DDIM
 
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a command line; gives its exit code, standard output and standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["undiffuse", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
-
-
 LARGE = FixedLarge()
 
 
