@@ -33,3 +33,11 @@ def call(monkeypatch, capsys):
         return int(stopped.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def data():
+    """64 digits of 8×8."""
+    from undiffuse.data.source import open_source
+
+    return open_source("digits").subset(slice(64))

@@ -14,7 +14,7 @@ import torch
 
 from undiffuse import store, train
 from undiffuse.config import parse, plain
-from undiffuse.data.source import ArraySource, open_source
+from undiffuse.data.source import ArraySource
 from undiffuse.errors import DataError, NotFiniteError, Preempted, UsageError
 from undiffuse.log import read_rows
 from undiffuse.model import averaged, load
@@ -34,11 +34,6 @@ SMALL = {
 def recipe(**sections) -> Recipe:
     merged = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in SMALL.keys() | sections.keys()}
     return parse(Recipe, merged, "test")
-
-
-@pytest.fixture(scope="module")
-def data() -> ArraySource:
-    return open_source("digits").subset(slice(64))
 
 
 def run(recipe: Recipe, data: ArraySource, out: Path, **fields):

@@ -1,0 +1,72 @@
+"""Signals and hangs: a flag that is looked at, and a thread that ends what does not move."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from undiffuse import watch
+from undiffuse.watch import Asked, Flag, Watchdog, listening
+
+
+def test_a_signal_raises_the_flag_and_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGUSR1)
+    with listening() as flag:
+        flag.check()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert flag.name == "SIGUSR1"
+        with pytest.raises(Asked):
+            flag.check()
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_second_signal_ends_at_once():
+    script = "import os, signal\nfrom undiffuse.watch import listening\nwith listening():\n"
+    script += "    os.kill(os.getpid(), signal.SIGTERM)\n    print('first', flush=True)\n"
+    script += "    os.kill(os.getpid(), signal.SIGTERM)\n    print('never')\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "first\n")
+
+
+def test_a_hang_is_ended_with_the_stacks_of_all_threads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "TICK", 0.01)
+    ended = []
+    with Watchdog(tmp_path / "stacks.txt", patience=0.1, end=ended.append) as dog:
+        dog.beat()
+        here_it_hangs(ended)
+    assert ended == [8]
+    stacks = (tmp_path / "stacks.txt").read_text()
+    assert "here_it_hangs" in stacks and stacks.count("Thread 0x") >= 1
+    assert "no step has ended for" in capsys.readouterr().err
+
+
+def here_it_hangs(ended: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_what_moves_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "TICK", 0.01)
+    ended = []
+    with Watchdog(tmp_path / "stacks.txt", patience=0.2, end=ended.append) as dog:
+        for _ in range(40):
+            time.sleep(0.02)
+            dog.beat()
+    assert ended == [] and not (tmp_path / "stacks.txt").exists()
+
+
+def test_the_limit_is_ten_times_the_median_step_but_a_minute_at_least(tmp_path):
+    dog = Watchdog(tmp_path / "stacks.txt")
+    assert dog.limit() == 600  # the first step may compile
+    dog._steps.extend([1.0, 1.0, 500.0])
+    assert dog.limit() == 60
+    dog._steps.extend([20.0] * 5)
+    assert dog.limit() == 200
+
+
+def test_a_flag_outside_the_main_thread_is_only_a_flag():
+    assert Flag().name is None
