@@ -9,23 +9,26 @@ HAVE_DATA := $(wildcard $(FASHION_MNIST)/train-images-idx3-ubyte.gz)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check docs
+.PHONY: help demo test test-reliability check docs
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/base.stamp  ## the whole paper in one HTML report: train, sample, measure (5 minutes on 2 cores)
 	$(BIN)/undiffuse demo --out demo
 
 test: .venv/test.stamp  ## all tests (15 minutes on 2 cores); ARGS="tests/test_key.py -x" for some of them
 	$(if $(HAVE_DATA),,@echo 'Fashion-MNIST is not in $(FASHION_MNIST): the tests marked "data" are left out')
-	$(BIN)/python -m pytest $(if $(HAVE_DATA),,-m "not data") $(ARGS)
+	$(BIN)/python -m pytest -m "not long$(if $(HAVE_DATA),, and not data)" $(ARGS)
+
+test-reliability: .venv/test.stamp  ## the long tests: kills by the dozen, runs of thousands of steps (10 minutes)
+	$(BIN)/python -m pytest -m long
 
 check: .venv/dev.stamp  ## format, lint, types and the fast tests (90 seconds)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q -m "not slow and not data"
+	$(BIN)/python -m pytest -q -m "not slow and not data and not long"
 
 docs: .venv/base.stamp  ## docs/cli.md, from the commands themselves
 	$(BIN)/python docs/make_cli.py

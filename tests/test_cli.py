@@ -54,7 +54,8 @@ def test_train_then_resume_then_sample(call, tmp_path):
     assert json.loads(out)["step"] == 2
     code, out, err = call(*command)
     assert code == 0 and json.loads(out) | {"run": "", "next": ""} == {
-        "run": "", "next": "", "step": 3, "images_seen": 12, "parameters": load(tmp_path / "run").parameters()
+        "run": "", "next": "", "step": 3, "images_seen": 12, "parameters": load(tmp_path / "run").parameters(),
+        "log": str(tmp_path / "run" / "log.jsonl"), "previews": str(tmp_path / "run" / "samples"),
     }  # fmt: skip
     code, out, _ = call(
         "sample", tmp_path / "run", "-n", 3, "--out", tmp_path / "s", "--npz", tmp_path / "s.npz", "--json"
@@ -316,7 +317,7 @@ COMMANDS = commands(APP, "undiffuse")
 
 def test_the_commands():
     assert {"undiffuse train", "undiffuse demo", "undiffuse import", "undiffuse data build"} < COMMANDS.keys()
-    assert len(COMMANDS) == len(cli.app.registered_commands) + len(cli.cli_data.app.registered_commands) == 17
+    assert len(COMMANDS) == len(cli.app.registered_commands) + len(cli.cli_data.app.registered_commands) == 19
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -141,6 +141,29 @@ def test_what_process_0_refuses_ends_all(tmp_path):
     assert "a batch of 8 images cannot be divided over 3 processes; 1, 2, 4, 8 of them would do" in ended[0][2]
 
 
+@pytest.mark.slow
+def test_drawing_and_measuring_are_divided_and_give_the_same(tmp_path):
+    """The same batches, in turns: so the same bits, whoever works on which."""
+    name = preset(tmp_path, steps=2)
+    fit(1, tmp_path / "run", name)
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        drawn = finish(start(processes, "sample", str(tmp_path / "run"), "-n", "7", "--batch", "2", "--out", str(out)))
+        assert [code for code, _, _ in drawn] == [0] * processes, drawn
+        for more in ([], ["--draws", "3"]):
+            words = ["nll", str(tmp_path / "run"), "digits", "-n", "7", "--batch", "2", *more, "--json"]
+            folder = ["--out", str(out / f"nll{len(more)}")]
+            measured = finish(start(processes, *words, *folder))
+            assert [code for code, _, _ in measured] == [0] * processes, measured
+            assert [bool(text) for _, text, _ in measured] == [True] + [False] * (processes - 1)
+            (out / f"{len(more)}.json").write_text(json.dumps({**json.loads(measured[0][1]), "out": None}))
+    alone, together = tmp_path / "1", tmp_path / "3"
+    pictures = sorted(path.name for path in alone.glob("*.png"))
+    assert len(pictures) == 8  # and their grid
+    for file in [*pictures, "0.json", "2.json", "nll0/terms.tsv"]:
+        assert (alone / file).read_bytes() == (together / file).read_bytes(), file
+
+
 def wait_for_steps(out: Path, running: list[subprocess.Popen], lines: int) -> None:
     log, deadline = out / "log.jsonl", time.monotonic() + 200
     while not (log.exists() and log.read_text().count("\n") >= lines):

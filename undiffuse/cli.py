@@ -154,15 +154,17 @@ def nll(
     Examples: `undiffuse nll fashion-mnist fashion-mnist -n 100 --rate-distortion --out nll`,
     `undiffuse nll fashion-mnist fashion-mnist --draws 8`
     """
-    from undiffuse import evaluate
+    from undiffuse import dist, evaluate
 
     if rate_distortion and draws is not None:
         raise UsageError(f"--rate-distortion needs every term of the chain; leave out --draws {draws}")
     loaded = open_model(model, device, clip, variance)
     source = open_like(loaded, data, split, skip_bad)
     query = evaluate.Nll(n, draws, steps, seed, batch)
-    with ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
+    with dist.joined(), ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
         terms = evaluate.nll(loaded, source, query, out, tick)
+    if not dist.is_first():
+        return
     table = evaluate.table(terms) if rate_distortion else []
     if table and not as_json:
         typer.echo("  reverse step   rate (bits/dim)   RMSE [0, 255]")

@@ -88,8 +88,9 @@ def pack(
 ) -> None:
     """Decode everything once into a folder of raw pixels; the same command again goes on where it stopped.
 
-    Examples: `undiffuse data pack photos/ --size 64 --out photos-64`, then `undiffuse train photos-64 …`;
-    with `--out both/train` and, by `--split test`, `--out both/test`, then `undiffuse train both …`
+    What is packed is then data like any other; folders named train and test beside each other are its splits. Examples:
+    `undiffuse data pack photos/ --size 64 --out photos-64`, `undiffuse data pack fashion-mnist --out both/train`,
+    `undiffuse data pack fashion-mnist --split test --out both/test`
     """
     from undiffuse.cli_tools import show
     from undiffuse.data.pack import WORKERS, pack

@@ -40,16 +40,17 @@ SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable p
 @contextmanager
 def ticking(total: int, what: str, as_json: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error."""
-    from undiffuse import log
+    from undiffuse import dist, log
 
-    with log.progress(total, what, not as_json) as bar:
+    with log.progress(total, what, not as_json and dist.is_first()) as bar:
         yield bar.advance
 
 
 def open_model(source: str, device: str, clip: bool = True, variance: str | None = None) -> "Model":
+    from undiffuse.dist import local_device
     from undiffuse.model import load
 
-    return load(source, device=check_device(device)).variant(clip, variance)
+    return load(source, device=check_device(local_device(device))).variant(clip, variance)
 
 
 def check_device(name: str) -> "torch.device":

@@ -54,7 +54,7 @@ def sample(
     Examples: `undiffuse sample fashion-mnist -n 16 --out samples`,
     `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
     """
-    from undiffuse import explore
+    from undiffuse import dist, explore
 
     if out is None and npz is None:
         raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
@@ -63,8 +63,10 @@ def sample(
     if npz is not None and npz.is_dir():
         raise UsageError(f"{npz} is a folder; give the name of a file")
     loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
-    with ticking(loaded.sampling_steps(n, chosen, batch), "sampling", as_json) as tick:
+    with dist.joined(), ticking(loaded.sampling_steps(n, chosen, batch), "sampling", as_json) as tick:
         images = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, batch, label, tick)
+    if not dist.is_first():
+        return
     written = explore.write_images(images, out, npz)
     taken: dict[str, Any] = {"steps": len(loaded.times(chosen)) - 1, "solver": solver, "seed": seed}
     show({"images": n, **taken, **written}, as_json)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from undiffuse import store
+from undiffuse import dist, store
 from undiffuse.config import plain
 from undiffuse.data.source import Source
 from undiffuse.denoiser import VARIANCES
@@ -46,12 +46,16 @@ class Nll:
 def nll(
     model: Model, source: Source, query: Nll, out: Path | None = None, tick: Callable[[int], None] | None = None
 ) -> Terms:
-    """The terms of the bound on the first images of a source. Finished batches are kept in `out`."""
+    """The terms of the bound on the first images of a source. Finished batches are kept in `out`.
+
+    The processes of a run take turns at the batches, and each returns all.
+    """
     evaluations(model, source, query)  # refuses what has no answer before anything is made
     count = min(len(source), query.images or len(source))
     claim = {} if out is None else _claim(out, model, source, query)
     parts = []
-    for first in range(0, count, query.batch):
+    mine = range(dist.rank() * query.batch, count, dist.size() * query.batch)
+    for first in mine:
         rows = torch.arange(first, min(first + query.batch, count))
         path = None if out is None else out / f"part-{first:08d}.npz"
         part = None if path is None or not path.exists() else _read(path, len(rows))
@@ -67,17 +71,35 @@ def nll(
                     store.write_json(out / QUERY, claim)
                 _write(path, part)
         parts.append(part)
-    terms = concatenate(parts)
-    if out is not None:
+    terms = concatenate(parts) if dist.size() == 1 else _gathered(parts, mine, count)
+    if out is not None and dist.rank() == 0:
         _finish(out, terms, model, query)
     return terms
 
 
+def _gathered(parts: list[Terms], firsts: range, count: int) -> Terms:
+    """The terms of all images, from processes that hold every so many batches of them; process 0 holds the first."""
+    k = dist.decide(parts[0].bits.shape[1] if parts else 0)
+    each = np.zeros((count, k))
+    whole = Terms(np.zeros(count), each, each.copy(), np.zeros((count, k), np.int64), np.zeros(k))
+    for first, part in zip(firsts, parts, strict=True):
+        for name in ("prior", "bits", "mse", "index"):
+            getattr(whole, name)[first : first + len(part.prior)] = getattr(part, name)
+    if dist.rank() == 0:
+        whole.weights[:] = parts[0].weights
+    for name in COLUMNS:
+        dist.total(torch.from_numpy(getattr(whole, name)))  # in place: the two share their memory
+    return whole
+
+
 def evaluations(model: Model, source: Source, query: Nll) -> int:
-    """How many network evaluations of one image `nll` will make. Raises UsageError where it would."""
+    """How many network evaluations of one image `nll` will make in this process. Raises UsageError where it would."""
     model.denoiser.parameterisation.check(model.process)
     count, total = min(len(source), query.images or len(source)), len(chain(model.process, query.steps)) - 1
-    return count * (total if query.draws is None else len(strata(total, query.draws)))
+    mine = sum(
+        min(first + query.batch, count) - first for first in range(0, count, query.batch)[dist.rank() :: dist.size()]
+    )
+    return mine * (total if query.draws is None else len(strata(total, query.draws)))
 
 
 def _claim(out: Path, model: Model, source: Source, query: Nll) -> dict[str, Any]:

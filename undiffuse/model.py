@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from undiffuse import average, store
+from undiffuse import average, dist, store
 from undiffuse.config import parse, plain
 from undiffuse.data import picture
 from undiffuse.data.source import ArraySource, open_source
@@ -116,22 +116,23 @@ class Model:
     ) -> UInt8[Tensor, "n c h w"]:
         """n images; image i depends on the seed and on i alone. All steps of the table unless `steps` says fewer.
 
-        `progress(k)` is called after every k steps of a batch, of which there are `sampling_steps`.
+        The processes of a run take turns at the batches, and each returns all. `progress(k)` is called after every k
+        steps of a batch, of which there are `sampling_steps`.
         """
         if n < 1:
             raise UsageError(f"n = {n} images were asked for; give 1 or more")
         if batch < 1:
             raise UsageError(f"batch = {batch} images at a time is not possible; give 1 or more")
         keys = Key(seed).fold("sample").rows(n)
-        parts = [
-            self.chain(keys[i : i + batch], self.times(steps), self.sampler(solver), label=label, progress=progress)
-            for i in range(0, n, batch)
-        ]
-        return to_uint8(torch.cat(parts))
+        images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8), self.times(steps)
+        for i in range(dist.rank() * batch, n, dist.size() * batch):
+            x = self.chain(keys[i : i + batch], times, self.sampler(solver), label=label, progress=progress)
+            images[i : i + batch] = to_uint8(x)
+        return dist.total(images)
 
     def sampling_steps(self, n: int, steps: int | Sequence[float | int] | None = None, batch: int = 64) -> int:
-        """How many steps of a batch `sample` takes."""
-        return max(0, -(-n // max(1, batch))) * (len(self.times(steps)) - 1)
+        """How many steps of a batch `sample` takes in this process."""
+        return len(range(dist.rank() * max(1, batch), n, dist.size() * max(1, batch))) * (len(self.times(steps)) - 1)
 
     def times(self, steps: int | Sequence[float | int] | None = None) -> Float[Tensor, "times"]:
         """The grid that sampling walks: all of the table, that many steps spread evenly, or these times and 0.

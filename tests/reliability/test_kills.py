@@ -1,0 +1,158 @@
+"""What a night of training meets: real processes, real kills, counted; every test shows that its fault fired.
+
+The long ones are left out of `make test`; `make test-reliability` runs them.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_train import assert_equal, recipe, state
+from undiffuse import store
+from undiffuse.config import to_toml
+
+STEPS, EVERY = 400, 5
+
+
+def preset(folder: Path, **train) -> Path:
+    path = folder / "small.toml"
+    fields = {"steps": STEPS, "save_every": EVERY, "sample_every": 10**6, "precision": "float32", "log_every": 1}
+    path.write_text(to_toml(recipe(train={**fields, **train})))
+    return path
+
+
+def start(out: Path, *more: str) -> subprocess.Popen:
+    words = ["train", "digits", "--preset", str(out.parent / "small.toml"), "--out", str(out), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "undiffuse.cli", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def saving(out: Path) -> bool:
+    return any(name.startswith(".tmp-") for name in (os.listdir(out) if out.exists() else ()))
+
+
+def wait(process: subprocess.Popen, what) -> bool:
+    """Whether it came true before the process ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        if what():
+            return True
+    return False
+
+
+def newest(out: Path) -> int:
+    return max(store.Run(out).steps(), default=0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_25_kills_end_where_no_kill_would_have(tmp_path):
+    """kill −9 within steps and within saves: the end is equal to the bit, and no life loses more than one interval."""
+    preset(tmp_path)
+    assert start(tmp_path / "whole").wait(600) == 0
+    out, chance = tmp_path / "killed", random.Random(0)
+    inside_save = inside_step = 0
+    while inside_save + inside_step < 25:
+        before = newest(out)
+        process = start(out)
+        assert wait(process, lambda before=before: newest(out) > before), process.stderr.read()
+        if inside_save < 8:
+            wait(process, lambda: saving(out))
+        else:
+            time.sleep(chance.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL  # else it had come to its end, and this proves nothing
+        caught = saving(out)
+        inside_save, inside_step = inside_save + caught, inside_step + (not caught)
+        last = json.loads((out / "log.jsonl").read_bytes().rsplit(b"\n", 2)[-2])["step"]
+        assert last - newest(out) <= EVERY
+    assert inside_save >= 5 and inside_step >= 10, (inside_save, inside_step)
+    assert start(out).wait(600) == 0
+    assert_equal(state(tmp_path / "whole", STEPS), state(out, STEPS))
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))  # none twice, none missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["step", "preview"])
+def test_a_signal_is_honoured_in_every_phase(tmp_path, phase):
+    """During a preview too, which is left undone; the state that is saved goes on as if nothing had been."""
+    often = {"sample_every": 2} if phase == "preview" else {}
+    preset(tmp_path, steps=10**6, save_every=10**6, **often)
+    process = start(tmp_path / "run")
+    pictures = tmp_path / "run" / "samples"
+    ready = pictures.exists if phase == "preview" else (tmp_path / "run" / "log.jsonl").exists
+    assert wait(process, ready)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "SIGTERM: stopped after step" in errors
+    assert time.monotonic() - asked < 30
+    step = newest(tmp_path / "run")
+    assert start(tmp_path / "run", "--steps", str(step + 3)).wait(120) == 0
+    preset(tmp_path)
+    assert start(tmp_path / "whole", "--steps", str(step + 3)).wait(240) == 0
+    assert_equal(state(tmp_path / "whole", step + 3), state(tmp_path / "run", step + 3))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_long_run_does_not_grow(tmp_path):
+    """2,000 steps with saves: resident memory within 1 %, the number of open files constant."""
+    preset(tmp_path, steps=2600, save_every=50)
+    process = start(tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    seen = {}
+    for at in (500, 2500):
+        assert wait(process, lambda at=at: log.exists() and log.read_bytes().count(b'"loss"') >= at)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        memory = int(status.partition("VmRSS:")[2].split()[0])
+        files = [os.readlink(f"/proc/{process.pid}/fd/{n}") for n in os.listdir(f"/proc/{process.pid}/fd")]
+        seen[at] = (memory, sorted(name for name in files if ".tmp-" not in name))
+    assert process.wait(600) == 0
+    assert seen[2500][0] <= 1.01 * seen[500][0], seen
+    assert len(seen[2500][1]) <= len(seen[500][1]), seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["optimised", "odd path", "no home", "C locale"])
+def test_odd_surroundings(tmp_path, how):
+    """`python -O`, a path with spaces and accents, no HOME, the C locale: training and drawing work all the same."""
+    folder = tmp_path / ("a földer (1) 'x'" if how == "odd path" else "plain")
+    folder.mkdir()
+    preset(folder, steps=3, save_every=3)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if how == "no home":
+        environment.pop("HOME", None)
+    if how == "C locale":
+        environment.update(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    flags = ["-O"] if how == "optimised" else []
+    for words in (
+        ["train", "digits", "--preset", "small.toml", "--out", "run"],
+        ["sample", "run", "-n", "2", "--out", "drawn"],
+        ["train", "digits", "--preset", "small.toml", "--out", "run2", "--steps", "0"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *flags, "-m", "undiffuse.cli", *words],
+            cwd=folder,
+            env={**environment, "PYTHONPATH": os.getcwd()},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == (2 if "run2" in words else 0), done.stderr
+    assert "a budget of 0 steps is not possible" in done.stderr  # checks are raised, not asserted
+    assert len(list((folder / "drawn").glob("*.png"))) == 3
