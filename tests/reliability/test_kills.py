@@ -129,30 +129,20 @@ def test_a_long_run_does_not_grow(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["optimised", "odd path", "no home", "C locale"])
-def test_odd_surroundings(tmp_path, how):
+def test_odd_surroundings(tmp_path):
     """`python -O`, a path with spaces and accents, no HOME, the C locale: training and drawing work all the same."""
-    folder = tmp_path / ("a földer (1) 'x'" if how == "odd path" else "plain")
+    folder = tmp_path / "a földer (1) 'x'"
     folder.mkdir()
     preset(folder, steps=3, save_every=3)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if how == "no home":
-        environment.pop("HOME", None)
-    if how == "C locale":
-        environment.update(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    flags = ["-O"] if how == "optimised" else []
-    for words in (
-        ["train", "digits", "--preset", "small.toml", "--out", "run"],
-        ["sample", "run", "-n", "2", "--out", "drawn"],
-        ["train", "digits", "--preset", "small.toml", "--out", "run2", "--steps", "0"],
+    strange = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.getcwd()}
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"} | strange
+    for words, code in (
+        (["train", "digits", "--preset", "small.toml", "--out", "run"], 0),
+        (["sample", "run", "-n", "2", "--out", "drawn"], 0),
+        (["train", "digits", "--preset", "small.toml", "--out", "run2", "--steps", "0"], 2),
     ):
-        done = subprocess.run(
-            [sys.executable, *flags, "-m", "undiffuse.cli", *words],
-            cwd=folder,
-            env={**environment, "PYTHONPATH": os.getcwd()},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == (2 if "run2" in words else 0), done.stderr
+        command = [sys.executable, "-O", "-m", "undiffuse.cli", *words]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
     assert "a budget of 0 steps is not possible" in done.stderr  # checks are raised, not asserted
     assert len(list((folder / "drawn").glob("*.png"))) == 3
