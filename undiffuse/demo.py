@@ -40,7 +40,7 @@ class Scale:
     training_steps: int | None = None  # None: as many as the preset says
     classifier_steps: int = 1500
     digits: int = 200
-    digit_chain: int = 200
+    digit_chain: int = 150
     samples: int = 64
     chain: int = 100
     strips: int = 8
