@@ -202,8 +202,8 @@ class Trainer:
             for weight in self.weights:
                 state = self.adam.state[weight]
                 for moment in ("step", "exp_avg", "exp_avg_sq"):
-                    like = torch.zeros(()) if moment == "step" else weight
-                    state.setdefault(moment, torch.zeros_like(like, requires_grad=False))
+                    shape = () if moment == "step" else weight.shape
+                    state.setdefault(moment, torch.zeros(shape, device=self.device))
                 dist.share(state.values())
         with torch.no_grad():
             dist.share([*self.weights, *self.ema.shadow, *self.profiles.tensors(self.names).values()])
