@@ -39,6 +39,12 @@ def start(out: Path, *more: str) -> subprocess.Popen:
     )
 
 
+def complete(out: Path, *more: str) -> None:
+    process = start(out, *more)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+
+
 def saving(out: Path) -> bool:
     return any(name.startswith(".tmp-") for name in (os.listdir(out) if out.exists() else ()))
 
@@ -62,7 +68,7 @@ def newest(out: Path) -> int:
 def test_25_kills_end_where_no_kill_would_have(tmp_path):
     """kill −9 within steps and within saves: the end is equal to the bit, and no life loses more than one interval."""
     preset(tmp_path)
-    assert start(tmp_path / "whole").wait(600) == 0
+    complete(tmp_path / "whole")
     out, chance = tmp_path / "killed", random.Random(0)
     inside_save = inside_step = 0
     while inside_save + inside_step < 25:
@@ -81,7 +87,7 @@ def test_25_kills_end_where_no_kill_would_have(tmp_path):
         last = json.loads((out / "log.jsonl").read_bytes().rsplit(b"\n", 2)[-2])["step"]
         assert last - newest(out) <= EVERY
     assert inside_save >= 5 and inside_step >= 10, (inside_save, inside_step)
-    assert start(out).wait(600) == 0
+    complete(out)
     assert_equal(state(tmp_path / "whole", STEPS), state(out, STEPS))
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))  # none twice, none missing
@@ -103,9 +109,9 @@ def test_a_signal_is_honoured_in_every_phase(tmp_path, phase):
     assert process.returncode == 143 and "SIGTERM: stopped after step" in errors
     assert time.monotonic() - asked < 30
     step = newest(tmp_path / "run")
-    assert start(tmp_path / "run", "--steps", str(step + 3)).wait(120) == 0
+    complete(tmp_path / "run", "--steps", str(step + 3))
     preset(tmp_path)
-    assert start(tmp_path / "whole", "--steps", str(step + 3)).wait(240) == 0
+    complete(tmp_path / "whole", "--steps", str(step + 3))
     assert_equal(state(tmp_path / "whole", step + 3), state(tmp_path / "run", step + 3))
 
 
@@ -123,7 +129,8 @@ def test_a_long_run_does_not_grow(tmp_path):
         memory = int(status.partition("VmRSS:")[2].split()[0])
         files = [os.readlink(f"/proc/{process.pid}/fd/{n}") for n in os.listdir(f"/proc/{process.pid}/fd")]
         seen[at] = (memory, sorted(name for name in files if ".tmp-" not in name))
-    assert process.wait(600) == 0
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
     assert seen[2500][0] <= 1.01 * seen[500][0], seen
     assert len(seen[2500][1]) <= len(seen[500][1]), seen
 
