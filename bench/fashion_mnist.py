@@ -119,8 +119,8 @@ def table(result: dict) -> str:
     lines += [
         "",
         f"Training: {t['steps']:,} steps, {t['images_seen']:,} images seen, {t['seconds']:,} s; held-out loss "
-        f"{t['held_out_loss']:.5f}, which fell by {100 * t['fall_over_the_last_fifth']:.2f} % over the last fifth (from "
-        "a value at four fifths that lies between two records of the log).",
+        f"{t['held_out_loss']:.5f}, which fell by {100 * t['fall_over_the_last_fifth']:.2f} % over the last fifth ("
+        "from a value at four fifths that lies between two records of the log).",
         f"Sampling 64 images in {result['samples']['steps']} steps: {result['samples']['seconds']} s.",
         f"Machine: {result['machine']['processor']}, {result['machine']['threads']} threads, torch "
         f"{result['machine']['torch']}, Python {result['machine']['python']}; {result['date']}. "
