@@ -24,7 +24,7 @@ test: .venv/test.stamp  ## all tests, two at a time (15 minutes on 2 cores); ARG
 test-reliability: .venv/test.stamp  ## the long tests: kills by the dozen, runs of thousands of steps (10 minutes)
 	$(BIN)/python -m pytest -m long
 
-check: .venv/dev.stamp  ## format, lint, types and the fast tests (90 seconds)
+check: .venv/dev.stamp  ## format, lint, types and the fast tests (two minutes on 2 cores)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
