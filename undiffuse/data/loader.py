@@ -1,7 +1,7 @@
 """Batches as a pure function of the step: no state, so nothing to save and nothing to restore on resume."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int, UInt8
@@ -53,8 +53,8 @@ class Prefetched:
     Steps may be asked for in any order: what was fetched ahead for another one is dropped.
     """
 
-    def __init__(self, loader: Loader, rows: Int[Tensor, "b"], pinned: bool = False):
-        self.loader, self.rows, self.pinned = loader, rows, pinned
+    def __init__(self, loader: Loader, rows: Int[Tensor, "b"]):
+        self.loader, self.rows = loader, rows
         self._thread = ThreadPoolExecutor(1, "undiffuse-data")
         self._ahead: dict[int, Future[Batch]] = {}
 
@@ -64,8 +64,4 @@ class Prefetched:
         return batch.result()
 
     def _start(self, step: int) -> "Future[Batch]":
-        return self._thread.submit(self._read, step)
-
-    def _read(self, step: int) -> Batch:
-        batch = self.loader.batch(step, self.rows)
-        return replace(batch, image=batch.image.pin_memory()) if self.pinned else batch
+        return self._thread.submit(self.loader.batch, step, self.rows)
