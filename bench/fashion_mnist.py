@@ -9,14 +9,13 @@ measurement is resumable: run the same command again after an interruption.
 
 import argparse
 import json
-import platform
 import re
 import time
 from datetime import date
 from pathlib import Path
 
 import numpy as np
-import torch
+from machine import machine
 
 import undiffuse
 from undiffuse import evaluate, explore, log, model, store
@@ -25,21 +24,6 @@ from undiffuse.figure import grid, line_plot, png
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-
-
-def machine() -> dict[str, object]:
-    """What ran it."""
-    names = {
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    }
-    return {
-        "processor": ", ".join(sorted(names)),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "undiffuse": undiffuse.__version__,
-    }
 
 
 def measure(loaded: model.Model, whole: int, draws: int, cache: Path) -> dict[str, object]:

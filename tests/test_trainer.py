@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.test_train import Breaks, assert_equal, recipe, run, state
 from undiffuse import store, train, trainer
 from undiffuse.data.loader import Loader, Prefetched
+from undiffuse.data.source import ArraySource
 from undiffuse.errors import MemoryExhausted, NotFiniteError, UsageError
 from undiffuse.model import load
 from undiffuse.recipe import FREE, load_recipe
@@ -63,6 +65,19 @@ def test_a_batch_fetched_ahead_is_the_batch(data):
         assert torch.equal(batch.image, expected.image) and torch.equal(batch.index, expected.index)
         assert batch.rows.tolist() == [2, 3, 4, 5]
     assert any(thread.name.startswith("undiffuse-data") for thread in threading.enumerate())
+
+
+def test_fetching_ahead_takes_no_processor_from_the_step():
+    """A second team of OpenMP threads made a step of a small network half as slow again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ahead = Prefetched(Loader(ArraySource(torch.zeros(4, 1, 2, 2, dtype=torch.uint8)), 2), torch.arange(2))
+        assert ahead._thread.submit(torch.get_num_threads).result() == 1
+        with ThreadPoolExecutor(1) as other:
+            assert (torch.get_num_threads(), other.submit(torch.get_num_threads).result()) == (2, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 class Small:

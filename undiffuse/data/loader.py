@@ -56,6 +56,11 @@ class Prefetched:
     def __init__(self, loader: Loader, rows: Int[Tensor, "b"]):
         self.loader, self.rows = loader, rows
         self._thread = ThreadPoolExecutor(1, "undiffuse-data")
+        # One processor for it: a second team of threads would take turns with that of the step.
+        threads = torch.get_num_threads()
+        self._thread.submit(torch.get_num_threads).result()  # what torch does at first, which would undo the next line
+        self._thread.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(threads)  # of this thread, and of those that are yet to come
         self._ahead: dict[int, Future[Batch]] = {}
 
     def at(self, step: int) -> Batch:
