@@ -93,7 +93,8 @@ def train(
     begin = open_model(init, device) if init else None
     budget = engine.Budget(steps, images, minutes)
     held = engine.held_out_split(data, recipe, skip_bad)
-    say = (lambda text: None) if as_json else (lambda text: typer.echo(text, err=True))
+    silent = as_json or not dist.is_first()
+    say = (lambda text: None) if silent else (lambda text: typer.echo(text, err=True))
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
     say(f"{len(source):,} images of {'×'.join(map(str, source.image_shape))} from {data}{left_out}; preset {preset}")
     model = engine.train(
