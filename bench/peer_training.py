@@ -1,0 +1,65 @@
+"""denoising-diffusion-pytorch trained on Fashion-MNIST by the clock, for `bench/time_to_quality.py`.
+
+    PEER/bin/python bench/peer_training.py IMAGES.npy OUT MINUTES [MINUTES ...]
+
+Its README's settings: batches of 32, two for each update, Adam at 8e-5, EMA of 0.995 every 10 updates; dim 32 with
+multipliers 1, 2, 4; bf16 autocast. At each of the given minutes it draws 2,000 images with the averaged network by its
+own DDIM of 30 steps (eta 0) into OUT/MINUTES.npz; the clock stands still meanwhile.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+OPERATORS = torch.library.Library("torchvision", "DEF")  # torchvision has no CPU build; nothing of it is called
+for name in ("nms", "qnms"):
+    OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # noqa: E402
+from ema_pytorch import EMA  # noqa: E402
+
+BATCH, ACCUMULATE, COUNT = 32, 2, 2000
+
+
+def main() -> None:
+    images = torch.from_numpy(np.load(sys.argv[1]))[:, None]
+    out, minutes = Path(sys.argv[2]), sorted(map(float, sys.argv[3:]))
+    torch.manual_seed(0)
+    network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
+    diffusion = GaussianDiffusion(network, image_size=28, timesteps=1000, sampling_timesteps=30)
+    adam = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
+    average, seen, clock, started = EMA(diffusion, beta=0.995, update_every=10), 0, 0.0, time.perf_counter()
+    order = torch.randperm(len(images))
+    while minutes:
+        for _ in range(ACCUMULATE):
+            if seen % len(images) + BATCH > len(images):
+                order = torch.randperm(len(images))
+            rows = order[seen % len(images) :][:BATCH]
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = diffusion(images[rows].float() / 255) / ACCUMULATE
+            loss.backward()
+            seen += len(rows)
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+        average.update()
+        if (clock + time.perf_counter() - started) / 60 >= minutes[0]:
+            clock += time.perf_counter() - started
+            draw(average.ema_model, out / f"{minutes.pop(0):g}.npz", seen, clock)
+            started = time.perf_counter()
+
+
+@torch.no_grad()
+def draw(diffusion: GaussianDiffusion, path: Path, seen: int, seconds: float) -> None:
+    torch.manual_seed(1)
+    drawn = torch.cat([diffusion.sample(batch_size=250) for _ in range(COUNT // 250)])
+    pixels = (drawn.clamp(0, 1) * 255).round().to(torch.uint8)[:, 0].numpy()
+    np.savez(path, images=pixels, seen=seen, seconds=seconds)
+    print(f"{path.name}: {seen} images in {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

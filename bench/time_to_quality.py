@@ -1,0 +1,187 @@
+"""How long until samples of Fashion-MNIST are as good as those of denoising-diffusion-pytorch after an hour.
+
+    python bench/time_to_quality.py --peer PEER/bin/python
+
+The peer is trained once for 60 minutes (`bench/peer_training.py`), ours `--runs` times by `undiffuse train`, whole
+command timed, on an otherwise idle machine. Both are sampled by DDIM of 30 evaluations, 2,000 images, and judged by the
+Fréchet distance of a classifier's 128 features to those of the training set; beside it that of 2,000 real test images.
+What is finished is kept in `--work`, and not done again. Writes `bench/time_to_quality.json` and the table of
+docs/benchmarks.md. The environment of `--peer` is that of `bench/speed.py`.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from machine import machine
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from undiffuse import store
+from undiffuse.data.source import open_source
+
+HERE, PAGE = Path(__file__).parent, Path(__file__).parent.parent / "docs" / "benchmarks.md"
+MINUTES = (2, 4, 8, 15, 30, 45, 60)
+COUNT, STEPS = 2000, 30
+
+
+def classifier() -> nn.Sequential:
+    """Its last layer but one gives the 128 features."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 9, 128), nn.ReLU(), nn.Linear(128, 10)),
+    )
+
+
+def inputs(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def trained(path: Path, epochs: int = 6) -> tuple[nn.Sequential, float]:
+    """The classifier, from `path` if it is there, and its accuracy on the test set."""
+    network = classifier()
+    if path.exists():
+        network.load_state_dict(safetensors.torch.load_file(path))
+    else:
+        torch.manual_seed(0)
+        images, labels = whole("train")
+        adam = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+        rate = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, total_steps=epochs * (len(images) // 128))
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images))[: len(images) // 128 * 128].view(-1, 128):
+                F.cross_entropy(network(inputs(images[rows])), labels[rows]).backward()
+                adam.step()
+                adam.zero_grad()
+                rate.step()
+        safetensors.torch.save_file(network.state_dict(), path)
+    images, labels = whole("test")
+    network.eval()
+    with torch.no_grad():
+        right = sum(int((network(inputs(i)).argmax(1) == k).sum()) for i, k in zip(*parts(images, labels), strict=True))
+    return network, right / len(images)
+
+
+def parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [tensor.split(1000) for tensor in tensors]
+
+
+def whole(split: str) -> tuple[Tensor, Tensor]:
+    source = open_source("fashion-mnist", channels=1, split=split)
+    images, labels = source.gather(torch.arange(len(source)))
+    assert labels is not None
+    return images, labels
+
+
+@torch.no_grad()
+def moments(network: nn.Sequential, images: Tensor) -> tuple[Tensor, Tensor]:
+    features = torch.cat([network[:-1](inputs(part)) for part in images.split(1000)]).double()
+    return features.mean(0), features.T.cov()
+
+
+def frechet(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
+    """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½), where the last trace is the sum of the roots of the eigenvalues."""
+    roots = torch.linalg.eigvals(one[1] @ two[1]).real.clamp(min=0).sqrt().sum()
+    return float((one[0] - two[0]).square().sum() + one[1].trace() + two[1].trace() - 2 * roots)
+
+
+def ours(work: Path, run: int, settings: list[str]) -> dict[str, Any]:
+    """One run from the start of the command to its end, and its samples."""
+    out, facts = work / f"ours-{run}", work / f"ours-{run}.json"
+    if not facts.exists():
+        words = ["train", "fashion-mnist", "-p", "fashion-mnist", "--out", str(out), "--set", f"train.seed={run}"]
+        words += [word for setting in settings for word in ("--set", setting)]
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "undiffuse.cli", *words, "--json"], check=True, capture_output=True)
+        seconds = time.perf_counter() - started
+        seen = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["images"]
+        facts.write_text(json.dumps({"seconds": seconds, "images": seen}))
+    if not (work / f"ours-{run}.npz").exists():
+        draw = ["sample", str(out), "-n", str(COUNT), "--steps", str(STEPS), "--solver", "ddim", "--batch", "250"]
+        npz = ["--npz", str(work / f"ours-{run}.npz")]
+        subprocess.run([sys.executable, "-m", "undiffuse.cli", *draw, *npz], check=True, capture_output=True)
+    return json.loads(facts.read_text())
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| | training | images seen | Fréchet distance |", "|---|---|---|---|"]
+    for row in result["peer"]:
+        name = f"denoising-diffusion-pytorch | {row['seconds'] / 60:.1f} min"
+        lines.append(f"| {name} | {row['images']:,} | {row['distance']:.2f} |")
+    for row in result["ours"]:
+        lines.append(f"| undiffuse | {row['seconds'] / 60:.1f} min | {row['images']:,} | {row['distance']:.2f} |")
+    middle = statistics.median(row["distance"] for row in result["ours"])
+    ran = result["machine"]
+    return "\n".join(
+        [
+            *lines,
+            f"| {COUNT:,} real test images | | | {result['floor']:.2f} |",
+            "",
+            f"Median of ours {middle:.2f}. The classifier names {100 * result['accuracy']:.1f} % of the test images. "
+            f"{ran['processor']}, {ran['threads']} threads, torch {ran['torch']}; {result['date']}. "
+            f"Made by `{result['command']}`.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--peer", help="the Python of the peer's environment; without it what it left in --work is used"
+    )
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2000, help="of each of our runs")
+    parser.add_argument("--work", type=Path, default=Path("runs/time-to-quality"))
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    network, accuracy = trained(given.work / "classifier.safetensors")
+    assert accuracy >= 0.92, f"the classifier names only {accuracy:.3f} of the test images"
+    train, test = whole("train")[0], whole("test")[0]
+    truth = moments(network, train)
+    pixels = given.work / "train.npy"
+    if given.peer and not (given.work / f"{MINUTES[-1]}.npz").exists():
+        np.save(pixels, train[:, 0].numpy())
+        command = [given.peer, str(HERE / "peer_training.py"), str(pixels), str(given.work), *map(str, MINUTES)]
+        subprocess.run(command, check=True)
+    mine = [ours(given.work, run, [f"train.steps={given.steps}"]) for run in range(given.runs)]
+
+    def distance(images: Tensor) -> float:
+        return round(frechet(moments(network, images), truth), 3)
+
+    peer = []
+    for minute in MINUTES:
+        with np.load(given.work / f"{minute}.npz") as drawn:
+            found = {"seconds": float(drawn["seconds"]), "images": int(drawn["seen"])}
+            peer.append({**found, "distance": distance(torch.from_numpy(drawn["images"])[:, None])})
+    for run, row in enumerate(mine):
+        with np.load(given.work / f"ours-{run}.npz") as drawn:
+            row["distance"] = distance(torch.from_numpy(drawn["arr_0"]).permute(0, 3, 1, 2))
+    result = {
+        "command": f"python bench/time_to_quality.py --peer PEER/bin/python --runs {given.runs} --steps {given.steps}",
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "seeds": list(range(given.runs)),
+        "accuracy": accuracy,
+        "floor": distance(test[:COUNT]),
+        "peer": peer,
+        "ours": mine,
+    }
+    store.write_atomic(HERE / "time_to_quality.json", (json.dumps(result, indent=1) + "\n").encode())
+    block = f"<!-- quality:begin -->\n{table(result)}\n<!-- quality:end -->"
+    pattern = r"<!-- quality:begin -->.*<!-- quality:end -->"
+    store.write_atomic(PAGE, re.sub(pattern, lambda _: block, PAGE.read_text(), flags=re.S).encode())
+
+
+if __name__ == "__main__":
+    main()
