@@ -49,7 +49,6 @@ def ours(task: str, batch: int, options: list[str]) -> tuple[Step, int, list[str
 
     settings = [f"train.batch={batch}", f"train.precision={'bf16' if 'bf16' in options else 'float32'}"]
     settings += [f"train.{name}=true" for name in ("compile", "channels_last") if name in options]
-    settings += [option for option in options if "=" in option]
     recipe = load_recipe(task, settings)
     channels, side = SHAPES[task]
     config = recipe.model((channels, side, side))
@@ -130,18 +129,17 @@ def denoising_diffusion_pytorch(task: str, batch: int, options: list[str]) -> tu
     from ema_pytorch import EMA
 
     channels, side = SHAPES[task]
-    net = Unet(dim=32, dim_mults=(1, 2, 4), channels=channels, flash_attn="flash" in options)
+    net = Unet(dim=32, dim_mults=(1, 2, 4), channels=channels)
     net.to(memory_format=layout(options))
     count = flops(net, SHAPES[task])
     diffusion = GaussianDiffusion(net, image_size=side)
-    called = torch.compile(diffusion) if "compile" in options else diffusion
     adam = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
     average, images = EMA(diffusion, beta=0.995, update_every=10), pictures(task, batch)
 
     def step() -> None:
         x_0 = (images.float() / 255).contiguous(memory_format=layout(options))
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in options):
-            loss = called(x_0)
+            loss = diffusion(x_0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         adam.step()

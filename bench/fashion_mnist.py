@@ -9,13 +9,12 @@ measurement is resumable: run the same command again after an interruption.
 
 import argparse
 import json
-import re
 import time
 from datetime import date
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 
 import undiffuse
 from undiffuse import evaluate, explore, log, model, store
@@ -139,12 +138,7 @@ def main() -> None:
         "bits_per_dim": measure(loaded, given.whole, given.draws, given.cache),
     }
     store.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
-    page = ROOT / "docs" / "benchmarks.md"
-    block = f"<!-- fashion-mnist:begin -->\n{table(result)}\n<!-- fashion-mnist:end -->"
-    text = re.sub(
-        r"<!-- fashion-mnist:begin -->.*<!-- fashion-mnist:end -->", lambda _: block, page.read_text(), flags=re.S
-    )
-    store.write_atomic(page, text.encode())
+    publish("benchmarks.md", "fashion-mnist", table(result))
 
 
 if __name__ == "__main__":

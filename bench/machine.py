@@ -1,11 +1,15 @@
-"""What ran a benchmark."""
+"""What ran a benchmark, and where its table goes."""
 
 import platform
+import re
 from pathlib import Path
 
 import torch
 
 import undiffuse
+from undiffuse import store
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def machine() -> dict[str, object]:
@@ -20,3 +24,13 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "undiffuse": undiffuse.__version__,
     }
+
+
+def publish(page: str, mark: str, table: str) -> None:
+    """Puts the table between the marks `<!-- mark:begin -->` and `<!-- mark:end -->` of a page of docs/."""
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    text = (DOCS / page).read_text()
+    new, count = re.subn(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.S)
+    if count != 1:
+        raise SystemExit(f"docs/{page} has {count} places between {begin} and {end}; expected one")
+    store.write_atomic(DOCS / page, new.encode())

@@ -14,7 +14,6 @@ Writes `bench/speed.json` and the table of docs/benchmarks.md.
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -24,11 +23,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import machine
+from machine import machine, publish
 
 from undiffuse import store
 
-HERE, PAGE = Path(__file__).parent, Path(__file__).parent.parent / "docs" / "benchmarks.md"
+HERE = Path(__file__).parent
 RATE_BATCH = 32  # of the convolution that measures the machine
 OWN, THEIRS, LUC = "ours", "diffusers", "denoising_diffusion_pytorch"
 Setting = tuple[str, tuple[str, ...]]
@@ -107,7 +106,7 @@ def measure(part: Part, rounds: int, peer: str | None) -> dict[str, Any]:
             for contender in (rate, *all_):
                 contender.step()
     own, passes = all_[0], 1 if part.forward else 3
-    # FLOPs of a round's convolutions over their time: what nothing on this machine exceeds.
+    # The yardstick: FLOPs of a round's convolutions over their time.
     machine_rate = statistics.median(rate.facts["flops"] * RATE_BATCH / s for s in rate.seconds)
     rows = []
     for c in all_:
@@ -176,9 +175,7 @@ def main() -> None:
         "parts": {name: parts[name] for name in PARTS if name in parts},
     }
     store.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
-    block = f"<!-- speed:begin -->\n{table(result)}\n<!-- speed:end -->"
-    text = re.sub(r"<!-- speed:begin -->.*<!-- speed:end -->", lambda _: block, PAGE.read_text(), flags=re.S)
-    store.write_atomic(PAGE, text.encode())
+    publish("benchmarks.md", "speed", table(result))
 
 
 if __name__ == "__main__":

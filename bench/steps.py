@@ -9,7 +9,6 @@ docs/benchmarks.md and docs/scaling.md.
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 
 from undiffuse import store
 
-HERE, DOCS = Path(__file__).parent, Path(__file__).parent.parent / "docs"
+HERE = Path(__file__).parent
 CORES = os.cpu_count() or 1
 ARRANGEMENTS: dict[str, tuple[int, list[str]]] = {  # processes, settings
     "1 process": (1, []),
@@ -106,10 +105,8 @@ def main() -> None:
         "arrangements": {name: middle(of) for name, of in runs.items()},
     }
     store.write_atomic(HERE / "steps.json", (json.dumps(result, indent=1) + "\n").encode())
-    for page, mark, text in (("benchmarks", "budget", budget(result)), ("scaling", "scaling", scaling(result))):
-        block, path = f"<!-- {mark}:begin -->\n{text}\n<!-- {mark}:end -->", DOCS / f"{page}.md"
-        pattern = rf"<!-- {mark}:begin -->.*<!-- {mark}:end -->"
-        store.write_atomic(path, re.sub(pattern, lambda _, b=block: b, path.read_text(), flags=re.S).encode())
+    publish("benchmarks.md", "budget", budget(result))
+    publish("scaling.md", "scaling", scaling(result))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ def test_attention_and_its_gradients_are_those_of_torch(tokens):
 def test_dropout_keeps_a_share_and_scales_it_by_one_over_it(p, shape):
     torch.manual_seed(0)
     dropped = min(round(p * 65536), 65535) / 65536
-    assert abs(dropped - p) < 2**-16
     y = Dropout(p)(torch.ones(shape))
     kept = y != 0
     assert torch.equal(y[kept], torch.full_like(y[kept], 1 / (1 - dropped)))
