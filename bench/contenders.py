@@ -66,29 +66,32 @@ def ours(task: str, batch: int, options: list[str]) -> tuple[Step, int, list[str
 
 
 def diffusers(task: str, batch: int, options: list[str]) -> tuple[Step, int, list[str]]:
-    """UNet2DModel of the same shape, in the loop of diffusers' example of unconditional training, with its EMA.
+    """UNet2DModel of the shape of our preset's network, in diffusers' own example of a training loop, with its EMA.
 
-    On Fashion-MNIST squares of 2×2 pixels are folded into channels before it, as our preset's network does.
+    Squares of pixels are folded into channels before it where that network does so.
     """
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
+    from undiffuse.network.unet import UNet
+    from undiffuse.recipe import load_recipe
+
     warnings.simplefilter("ignore")
-    cifar = task == "cifar10"
-    down, up = ["DownBlock2D", "AttnDownBlock2D"], ["AttnUpBlock2D", "UpBlock2D"]
+    shape, (channels, side) = load_recipe(task).network, SHAPES[task]
+    assert isinstance(shape, UNet)
+    patch, levels = shape.patch, range(len(shape.multipliers))
     net = UNet2DModel(
-        sample_size=32 if cifar else 14,
-        in_channels=3 if cifar else 4,
-        out_channels=3 if cifar else 4,
-        block_out_channels=(128, 256, 256, 256) if cifar else (48, 48),
-        layers_per_block=2 if cifar else 1,
-        down_block_types=(*down, *["DownBlock2D"] * (2 if cifar else 0)),
-        up_block_types=(*["UpBlock2D"] * (2 if cifar else 0), *up),
+        sample_size=side // patch,
+        in_channels=channels * patch**2,
+        out_channels=channels * patch**2,
+        block_out_channels=tuple(shape.channels * m for m in shape.multipliers),
+        layers_per_block=shape.blocks,
+        down_block_types=tuple("AttnDownBlock2D" if i in shape.attention else "DownBlock2D" for i in levels),
+        up_block_types=tuple("AttnUpBlock2D" if i in shape.attention else "UpBlock2D" for i in reversed(levels)),
         attention_head_dim=None,
-        dropout=0.1 if cifar else 0.0,
-        norm_num_groups=32 if cifar else 12,
+        dropout=shape.dropout,
+        norm_num_groups=shape.norm_groups(),
     ).to(memory_format=layout(options))
-    patch = 1 if cifar else 2
     count = flops(lambda x, t: net(F.pixel_unshuffle(x, patch), t), SHAPES[task])
     called = torch.compile(net) if "compile" in options else net
     adam = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
@@ -132,6 +135,8 @@ def denoising_diffusion_pytorch(task: str, batch: int, options: list[str]) -> tu
     net = Unet(dim=32, dim_mults=(1, 2, 4), channels=channels)
     net.to(memory_format=layout(options))
     count = flops(net, SHAPES[task])
+    if "compile" in options:
+        net.compile()
     diffusion = GaussianDiffusion(net, image_size=side)
     adam = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
     average, images = EMA(diffusion, beta=0.995, update_every=10), pictures(task, batch)

@@ -3,8 +3,9 @@
     PEER/bin/python bench/peer_training.py IMAGES.npy OUT MINUTES [MINUTES ...]
 
 Its README's settings: batches of 32, two for each update, Adam at 8e-5, EMA of 0.995 every 10 updates; dim 32 with
-multipliers 1, 2, 4; bf16 autocast. At each of the given minutes it draws 2,000 images with the averaged network by its
-own DDIM of 30 steps (eta 0) into OUT/MINUTES.npz; the clock stands still meanwhile.
+multipliers 1, 2, 4; bf16 autocast. At each of the given minutes the averaged network is kept; from each of these it
+then draws 2,000 images by its own DDIM of 30 steps (eta 0) into OUT/MINUTES.npz, the last first. What is there is not
+done again.
 """
 
 import sys
@@ -30,10 +31,19 @@ def main() -> None:
     torch.manual_seed(0)
     network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
     diffusion = GaussianDiffusion(network, image_size=28, timesteps=1000, sampling_timesteps=30)
+    snapshots = [out / f"{minute:g}.pt" for minute in minutes]
+    if not all(path.exists() for path in snapshots):
+        train(diffusion, images, list(zip(minutes, snapshots, strict=True)))
+    for path in reversed(snapshots):
+        if not path.with_suffix(".npz").exists():
+            draw(diffusion, path)
+
+
+def train(diffusion: GaussianDiffusion, images: torch.Tensor, snapshots: list[tuple[float, Path]]) -> None:
     adam = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
-    average, seen, clock, started = EMA(diffusion, beta=0.995, update_every=10), 0, 0.0, time.perf_counter()
+    average, seen, started = EMA(diffusion, beta=0.995, update_every=10), 0, time.perf_counter()
     order = torch.randperm(len(images))
-    while minutes:
+    while snapshots:
         for _ in range(ACCUMULATE):
             if seen % len(images) + BATCH > len(images):
                 order = torch.randperm(len(images))
@@ -46,20 +56,22 @@ def main() -> None:
         adam.step()
         adam.zero_grad()
         average.update()
-        if (clock + time.perf_counter() - started) / 60 >= minutes[0]:
-            clock += time.perf_counter() - started
-            draw(average.ema_model, out / f"{minutes.pop(0):g}.npz", seen, clock)
-            started = time.perf_counter()
+        seconds = time.perf_counter() - started
+        if seconds / 60 >= snapshots[0][0]:
+            path = snapshots.pop(0)[1]
+            torch.save({"network": average.ema_model.state_dict(), "seen": seen, "seconds": seconds}, path)
+            print(f"{path.name}: {seen} images in {seconds:.0f} s", flush=True)
 
 
 @torch.no_grad()
-def draw(diffusion: GaussianDiffusion, path: Path, seen: int, seconds: float) -> None:
+def draw(diffusion: GaussianDiffusion, path: Path) -> None:
+    snapshot = torch.load(path)
+    diffusion.load_state_dict(snapshot.pop("network"))
+    diffusion.eval()
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
         drawn = torch.cat([diffusion.sample(batch_size=50) for _ in range(COUNT // 50)]).float()
-    pixels = (drawn.clamp(0, 1) * 255).round().to(torch.uint8)[:, 0].numpy()
-    np.savez(path, images=pixels, seen=seen, seconds=seconds)
-    print(f"{path.name}: {seen} images in {seconds:.0f} s", flush=True)
+    np.savez(path.with_suffix(".npz"), images=(drawn * 255).round().to(torch.uint8)[:, 0].numpy(), **snapshot)
 
 
 if __name__ == "__main__":

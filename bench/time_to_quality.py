@@ -5,8 +5,9 @@
 The peer is trained once for 60 minutes (`bench/peer_training.py`), ours `--runs` times by `undiffuse train`, whole
 command timed, on an otherwise idle machine. Both are sampled by DDIM of 30 evaluations, 2,000 images, and judged by the
 Fréchet distance of a classifier's 128 features to those of the training set; beside it that of 2,000 real test images.
-What is finished is kept in `--work`, and not done again. Writes `bench/time_to_quality.json` and the table of
-docs/benchmarks.md. The environment of `--peer` is that of `bench/speed.py`.
+Training must have the machine to itself. What is finished is kept in `--work`, and not done again. Writes
+`bench/time_to_quality.json` and the table of docs/benchmarks.md. The environment of `--peer` is that of
+`bench/speed.py`.
 """
 
 import argparse
@@ -92,13 +93,13 @@ def frechet(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
     return float((one[0] - two[0]).square().sum() + one[1].trace() + two[1].trace() - 2 * roots)
 
 
-def ours(work: Path, run: int, settings: list[str]) -> dict[str, Any]:
+def ours(work: Path, run: int, images: int) -> dict[str, Any]:
     """One run from the start of the command to its end, and its samples."""
     out, facts = work / f"ours-{run}", work / f"ours-{run}.json"
     if not facts.exists():
         shutil.rmtree(out, ignore_errors=True)  # one that was interrupted: the time of a whole run is what is asked
         words = ["train", "fashion-mnist", "-p", "fashion-mnist", "--out", str(out), "--set", f"train.seed={run}"]
-        words += [word for setting in settings for word in ("--set", setting)]
+        words += ["--images", str(images)]
         started = time.perf_counter()
         command = [sys.executable, "-m", "undiffuse.cli", *words, "--json"]
         ended = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -138,7 +139,7 @@ def main() -> None:
         "--peer", help="the Python of the peer's environment; without it what it left in --work is used"
     )
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000, help="of each of our runs")
+    parser.add_argument("--images", type=int, default=200_000, help="seen by each of our runs")
     parser.add_argument("--work", type=Path, default=Path("runs/time-to-quality"))
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,7 @@ def main() -> None:
         np.save(pixels, train[:, 0].numpy())
         command = [given.peer, str(HERE / "peer_training.py"), str(pixels), str(given.work), *map(str, MINUTES)]
         subprocess.run(command, check=True)
-    mine = [ours(given.work, run, [f"train.steps={given.steps}"]) for run in range(given.runs)]
+    mine = [ours(given.work, run, given.images) for run in range(given.runs)]
 
     def distance(images: Tensor) -> float:
         return round(frechet(moments(network, images), truth), 3)
@@ -165,7 +166,8 @@ def main() -> None:
         with np.load(given.work / f"ours-{run}.npz") as drawn:
             row["distance"] = distance(torch.from_numpy(drawn["arr_0"]).permute(0, 3, 1, 2))
     result = {
-        "command": f"python bench/time_to_quality.py --peer PEER/bin/python --runs {given.runs} --steps {given.steps}",
+        "command": "python bench/time_to_quality.py --peer PEER/bin/python "
+        f"--runs {given.runs} --images {given.images}",
         "date": date.today().isoformat(),
         "machine": machine(),
         "seeds": list(range(given.runs)),

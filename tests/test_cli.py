@@ -256,6 +256,7 @@ def training(out: Path, *settings: str) -> list[object]:
     return ["train", "digits", "-p", "cifar10", "--out", out, *(w for setting in every for w in ("--set", setting))]
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_refused(tmp_path):
     with store.Run(tmp_path / "run").lock():
         done = apart(training(tmp_path / "run"))
@@ -278,6 +279,7 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(call, tmp_path):
     assert code == 0 and "resuming" in err and store.Run(tmp_path / "run").latest() == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["sample", "--npz", "OUT"], ["export", "OUT", "--to", "file"]], ids=lambda w: w[0])
 def test_a_full_disk_leaves_no_part_of_a_file(run_folder, tmp_path, words):
     command, *rest = [tmp_path / "out" if word == "OUT" else word for word in words]

@@ -22,6 +22,7 @@ def test_data_inspect_and_check(call, tmp_path):
     assert code == 2 and "broken.png" in out and out.endswith("1 bad\n")
 
 
+@pytest.mark.slow
 def test_data_pack_check_and_train(call, tmp_path, monkeypatch):
     monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
     for i in range(6):

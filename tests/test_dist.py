@@ -25,12 +25,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(processes: int, *arguments: str) -> list[subprocess.Popen]:
-    """The same command once for each process, with what torchrun would put into the environment."""
+def start(processes: int, *arguments: str, more: dict[int, list[str]] | None = None) -> list[subprocess.Popen]:
+    """The same command once for each process, or `more`'s, with what torchrun would put into the environment."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "undiffuse.cli", *arguments],
+            [sys.executable, "-m", "undiffuse.cli", *(more or {}).get(rank, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -127,6 +127,31 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     assert [code for code, _, _ in ended] == [143, 143]
     step = store.Run(tmp_path / "run").latest()
     assert f"stopped after step {step}" in ended[0][2] and f"SIGTERM: stopped after step {step}" in ended[1][2]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_before_the_update(tmp_path):
+    name = preset(tmp_path, lr=1e30, save_every=100)
+    ended = fit(2, tmp_path / "run", name)
+    assert [code for code, _, _ in ended] == [3, 3], ended
+    assert all("so the weights were not updated; examples [" in err for _, _, err in ended)
+    run = store.Run(tmp_path / "run")
+    (step,) = run.steps()
+    assert f"step {step}: the loss is" in ended[0][2]
+    assert all(tensor.isfinite().all() for file in run.load(step)[0].values() for tensor in file.values())
+    assert [code for code, _, _ in fit(2, tmp_path / "run", name)] == [3, 3]  # the same command replays the step
+    assert run.steps() == [step]
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_are_refused(tmp_path):
+    one, two = preset(tmp_path, lr=1e-3), preset(tmp_path, lr=1e-4)
+    words = ("train", "digits", "--out", str(tmp_path / "run"), "--preset")
+    running = start(2, *words, one, more={1: [*words, two]})
+    ended = finish(running)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert all("the 2 processes do not have the same settings" in err for _, _, err in ended)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ def source() -> ArraySource:
     )
 
 
+@pytest.mark.slow
 def test_another_number_of_images_in_the_same_folder_is_measured_as_if_alone(toy, source, tmp_path):
     """A longer query after a shorter one and the other way round, on both sides of a batch's border."""
     for count in (5, 6, 2, 7):

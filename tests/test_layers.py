@@ -25,7 +25,7 @@ LAYERS = (
     ("denoiser", "network.*", "data.*", "metric.*"),
     ("likelihood", "objective", "sampler.*", "guide"),
     ("codec.*", "average", "figure", "interop.*"),
-    ("recipe", "model", "trainer", "profile", "train", "evaluate", "explore", "distill"),
+    ("recipe", "model", "trainer", "profile", "resume", "train", "evaluate", "explore", "distill"),
     ("report", "demo", "cli_*", "cli"),
 )
 LEFT_TO_RIGHT = (0, 5, 6)  # in these rows also from the left

@@ -127,6 +127,7 @@ def test_a_perfect_network_reaches_the_entropy_of_the_levels(process):
     assert summary["prior"] + summary["rate"] + summary["decoder"] == pytest.approx(summary["bits_per_dim"])
 
 
+@pytest.mark.slow
 def test_stratified_times_are_unbiased():
     process, law = Linear(steps=50, beta_end=0.25), PixelMixture(shape=(1, 4, 4))
     x_0 = images(law, 400)

@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from undiffuse.data.pack import pack
+from undiffuse.data.packed import PackedSource
 from undiffuse.denoiser import X0, Denoiser, FixedLarge, FixedSmall
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
@@ -147,6 +149,16 @@ def test_pictures_are_read_as_those_of_the_training_were(tmp_path):
         assert torch.equal(toy.source(path.parent).images[0], toy.picture(path))
     with pytest.raises(DataError, match="none.png cannot be read: No such file"):
         toy.picture(tmp_path / "none.png")
+
+
+def test_packed_data_is_not_copied_into_memory(tmp_path):
+    Image.new("L", (6, 4), 7).save(tmp_path / "a.png")
+    toy = model(half)
+    packed = pack(tmp_path / "a.png", tmp_path / "packed", channels=1)
+    same = toy.source(packed.path)
+    assert isinstance(same, PackedSource) and same.fingerprint() == toy.source(tmp_path / "a.png").fingerprint()
+    other = pack(tmp_path / "a.png", tmp_path / "other", size=2, channels=1)
+    assert toy.source(other.path).images.shape == (1, 1, 4, 6)
 
 
 def test_bad_pictures_are_left_out_when_asked(tmp_path):

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from undiffuse import store, train
 from undiffuse.config import parse, plain
 from undiffuse.data.source import ArraySource
-from undiffuse.errors import DataError, NotFiniteError, Preempted, UsageError
+from undiffuse.errors import Corrupt, DataError, NotFiniteError, Preempted, UsageError
 from undiffuse.log import read_rows
 from undiffuse.model import averaged, load
 from undiffuse.objective import Loss, Objective
 from undiffuse.recipe import Recipe, learning_rate
+from undiffuse.resume import refuse_changes
 from undiffuse.trainer import Trainer
 
 SMALL = {
@@ -63,6 +65,7 @@ def test_resume_is_exact(tmp_path, data, precision):
     assert [r["loss"] for r in rows if "loss" in r] == [r["loss"] for r in whole if "loss" in r]
 
 
+@pytest.mark.slow
 def test_profiles_are_snapshot_and_resumed_exactly(tmp_path, data):
     chosen = recipe(train={"ema_profiles": [0.05, 0.1], "ema_snapshot_every": 2})
     run(chosen, data, tmp_path / "whole")
@@ -165,6 +168,53 @@ def test_budgets(tmp_path, data, budget, steps):
     assert store.Run(tmp_path).latest() == steps
 
 
+@pytest.mark.slow
+def test_a_resume_from_the_checkpoint_before_a_damaged_one_is_exact(tmp_path, data, capsys):
+    run(recipe(), data, tmp_path / "whole")
+    run(recipe(), data, tmp_path / "hurt", budget=train.Budget(steps=4))
+    file = tmp_path / "hurt" / "step-000000004" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    run(recipe(), data, tmp_path / "hurt")
+    assert "step 4 is passed over" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "hurt").glob(".bad-*")]
+    assert_equal(state(tmp_path / "whole", 6), state(tmp_path / "hurt", 6))
+    log = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "hurt" / "log.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
+    assert log == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_another_end_of_a_falling_rate_is_marked(tmp_path, data, capsys):
+    falling = recipe(train={"decay": "cosine"})
+    run(falling, data, tmp_path / "run", budget=train.Budget(steps=2))
+    run(falling, data, tmp_path / "run")
+    assert "resumed with other last step 2 -> 6: the numbers will differ" in capsys.readouterr().err
+    run(falling, data, tmp_path / "same", budget=train.Budget(minutes=1e-9))
+    run(falling, data, tmp_path / "same")
+    assert "resumed with other" not in capsys.readouterr().err
+    run(falling, data, tmp_path / "whole")
+    assert_equal(state(tmp_path / "whole", 6), state(tmp_path / "same", 6))
+
+
+def test_other_data_is_refused_unless_it_is_accepted(tmp_path, data):
+    run(recipe(), data, tmp_path, budget=train.Budget(steps=2))
+    turned = data.subset(torch.arange(len(data) - 1, -1, -1))
+    with pytest.raises(UsageError, match="64 images as before, but not the same ones in the same order"):
+        run(recipe(), turned, tmp_path)
+    with pytest.raises(UsageError, match="64 images before, 63 now"):
+        run(recipe(), data.subset(slice(63)), tmp_path)
+    assert run(recipe(), turned, tmp_path, accept_data=True).meta["step"] == 6
+    assert run(recipe(), turned, tmp_path).meta["step"] == 6  # it is the run's data from then on
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(Corrupt, match=r"data\.json is damaged: it does not say which data"):
+        run(recipe(), turned, tmp_path)
+
+
 def test_a_budget_of_minutes_stops_soon(tmp_path, data):
     assert run(recipe(train={"steps": 10**6}), data, tmp_path, budget=train.Budget(minutes=0.001)).meta["step"] < 200
 
@@ -180,6 +230,20 @@ def test_a_run_leaves_what_the_other_commands_need(tmp_path, data):
     held = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "held_out" in line]
     assert [row["step"] for row in held] == [3, 6] and all(0 < row["held_out"] < 3 for row in held)
     assert load(tmp_path / "step-000000004").meta["step"] == 4
+
+
+def test_of_a_held_out_split_only_what_is_measured_is_read(tmp_path):
+    """Spread over it, because pictures often lie in the order of their classes."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i in range(10):
+            Image.new("L", (8, 8), 20 * i).save(tmp_path / split / f"{i}.png")
+    (tmp_path / "test" / "1.png").write_bytes(b"")
+    held = train.held_out_split(str(tmp_path), recipe(train={"held_out": 5}))
+    assert held.images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160]
+    assert train.held_out_images(held, 2)[:, 0, 0, 0].tolist() == [0, 80]
+    assert train.held_out_images(held, 9).shape[0] == 5
+    assert train.held_out_split(str(tmp_path), recipe(train={"held_out": 0})) is None
 
 
 def test_fine_tuning_begins_with_the_other_weights(tmp_path, data):
@@ -215,16 +279,10 @@ def test_a_setting_that_is_younger_than_the_run_had_its_default(data):
     now = {"model": {}, "recipe": plain(recipe())}
     saved = {"model": {}, "recipe": {**now["recipe"], "train": dict(now["recipe"]["train"])}}
     del saved["recipe"]["train"]["ema_profiles"]
-    train.refuse_changes(saved, now)
+    refuse_changes(saved, now)
     now["recipe"]["train"] = {**now["recipe"]["train"], "ema_profiles": [0.05]}
     with pytest.raises(UsageError, match=r"train.ema_profiles: \[\] -> \[0.05\]"):
-        train.refuse_changes(saved, now)
-
-
-def test_changed_data_is_refused(tmp_path, data):
-    run(recipe(), data, tmp_path, budget=train.Budget(steps=2))
-    with pytest.raises(UsageError, match="64 images before, 63 now"):
-        run(recipe(), data.subset(slice(63)), tmp_path)
+        refuse_changes(saved, now)
 
 
 def test_another_list_of_what_is_left_out_is_refused(tmp_path, data):
@@ -281,6 +339,7 @@ def test_a_size_that_the_strides_do_not_divide(tmp_path, data):
     assert not (tmp_path / "lock").exists()
 
 
+@pytest.mark.slow
 def test_labels_train_a_conditional_model(tmp_path, data):
     model = run(
         recipe(data={"labels": True}, train={"drop_label": 0.5, "steps": 40, "sample_every": 40}), data, tmp_path

@@ -35,12 +35,23 @@ def test_a_hang_is_ended_with_the_stacks_of_all_threads(tmp_path, monkeypatch, c
     monkeypatch.setattr(watch, "TICK", 0.01)
     ended = []
     with Watchdog(tmp_path / "stacks.txt", patience=0.1, end=ended.append) as dog:
-        dog.beat()
+        dog.stepped()
         here_it_hangs(ended)
     assert ended == [8]
     stacks = (tmp_path / "stacks.txt").read_text()
     assert "here_it_hangs" in stacks and stacks.count("Thread 0x") >= 1
-    assert "no step has ended for" in capsys.readouterr().err
+    assert "nothing has moved for" in capsys.readouterr().err
+
+
+def test_a_hang_is_ended_where_there_is_no_folder_to_write_to(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(watch, "TICK", 0.01)
+    ended = []
+    with Watchdog(tmp_path / "gone" / "stacks.txt", patience=0.1, end=ended.append) as dog:
+        dog.stepped()
+        here_it_hangs(ended)
+    assert ended == [8]
+    said = capfd.readouterr().err
+    assert "here_it_hangs" in said and "where each thread stands is above" in said
 
 
 def here_it_hangs(ended: list[int]) -> None:
@@ -53,18 +64,29 @@ def test_what_moves_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "TICK", 0.01)
     ended = []
     with Watchdog(tmp_path / "stacks.txt", patience=0.2, end=ended.append) as dog:
-        for _ in range(40):
+        for mark in (dog.stepped, dog.beat) * 20:
             time.sleep(0.02)
-            dog.beat()
+            mark()
+        with dog.slow():
+            time.sleep(0.5)
     assert ended == [] and not (tmp_path / "stacks.txt").exists()
 
 
-def test_the_limit_is_ten_times_the_median_step_but_a_minute_at_least(tmp_path):
+def test_the_limit_is_ten_times_the_median_step_but_a_minute_at_least(tmp_path, monkeypatch):
     dog = Watchdog(tmp_path / "stacks.txt")
     assert dog.limit() == 600  # the first step may compile
-    dog._steps.extend([1.0, 1.0, 500.0])
-    assert dog.limit() == 60
-    dog._steps.extend([20.0] * 5)
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    dog.beat()
+    for seconds in (1.0, 1.0, 500.0, *[20.0] * 5):
+        now[0] += seconds
+        dog.stepped()
+        if seconds == 500:
+            assert dog.limit() == 60
+        dog.beat()  # as after a preview, which is no step
+    assert dog.limit() == 200
+    with dog.slow():
+        assert dog.limit() == 2000
     assert dog.limit() == 200
 
 

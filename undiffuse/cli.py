@@ -65,7 +65,7 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="25 steps, and where their time and memory go")] = False,
     use_cache: Annotated[
         bool | None,
-        typer.Option("--pack/--no-pack", help="Decode once into $UNDIFFUSE_CACHE; unless given, if over 1 GB"),
+        typer.Option("--pack/--no-pack", help="Decode once into $UNDIFFUSE_CACHE; unless given, if large"),
     ] = None,
     device: DeviceOpt = "cpu",
     as_json: JsonOpt = False,
@@ -87,7 +87,12 @@ def train(
     recipe = open_recipe(preset, [*(settings or []), *([f"data.size={size_value(size)}"] if size is not None else [])])
     shape = {"size": recipe.data.size, "channels": recipe.data.channels, "background": recipe.data.background}
     source = open_data(
-        data, **shape, skip_bad=skip_bad, use_cache=use_cache, workers=WORKERS, show_progress=not as_json
+        data,
+        **shape,
+        skip_bad=skip_bad,
+        use_cache=use_cache,
+        workers=WORKERS,
+        show_progress=not as_json and dist.is_first(),
     )
     device_ = str(check_device(dist.local_device(device)))
     begin = open_model(init, device) if init else None
@@ -162,7 +167,7 @@ def nll(
     loaded = open_model(model, device, clip, variance)
     source = open_like(loaded, data, split, skip_bad)
     query = evaluate.Nll(n, draws, steps, seed, batch)
-    with dist.joined(), ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
+    with dist.joined(dist.LONG), ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
         terms = evaluate.nll(loaded, source, query, out, tick)
     if not dist.is_first():
         return

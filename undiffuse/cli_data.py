@@ -63,7 +63,7 @@ def check(path: PathArg, split: SplitOpt = "train", as_json: JsonOpt = False) ->
     """
     from undiffuse.data.inspect import check
 
-    bad = check(path, split)
+    bad = check(path, split, show_progress=not as_json)
     if as_json:
         typer.echo(json.dumps({"bad": {item.path: item.reason for item in bad}}))
     else:

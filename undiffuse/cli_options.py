@@ -13,6 +13,7 @@ from undiffuse.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from undiffuse.data.packed import PackedSource
     from undiffuse.data.source import ArraySource
     from undiffuse.model import Model
 
@@ -66,7 +67,7 @@ def check_device(name: str) -> "torch.device":
     return device
 
 
-def open_like(model: "Model", data: str, split: str, skip_bad: bool) -> "ArraySource":
+def open_like(model: "Model", data: str, split: str, skip_bad: bool) -> "ArraySource | PackedSource":
     """A data set in the shape that the model was trained on; what is left out of it is told."""
     from undiffuse import log
 

@@ -63,7 +63,7 @@ def sample(
     if npz is not None and npz.is_dir():
         raise UsageError(f"{npz} is a folder; give the name of a file")
     loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
-    with dist.joined(), ticking(loaded.sampling_steps(n, chosen, batch), "sampling", as_json) as tick:
+    with dist.joined(dist.LONG), ticking(loaded.sampling_steps(n, chosen, batch), "sampling", as_json) as tick:
         images = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, batch, label, tick)
     if not dist.is_first():
         return
@@ -205,7 +205,7 @@ def neighbours(
     with ticking(loaded.sampling_steps(n, chosen), "sampling", as_json) as tick:
         samples = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, progress=tick)
     near = explore.neighbours(samples, source, k, box)
-    rows = torch.stack([torch.cat([s[None], source.images[i]]) for s, i in zip(samples, near.indices, strict=True)])
+    rows = torch.stack([torch.cat([s[None], source.gather(i)[0]]) for s, i in zip(samples, near.indices, strict=True)])
     explore.write_grid(rows, out)
     show({"picture": out, "rmse_of_nearest": near.distance[:, 0].tolist(), "index": near.indices.tolist()}, as_json)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from undiffuse.errors import Error, Stalled, UsageError
 
 PATIENCE = timedelta(minutes=10)  # how long a sum waits for a process that is alive but does not come
+LONG = timedelta(days=1)  # the same where one process may have a whole batch of a long chain more to do than another
 
 
 def size() -> int:
@@ -38,7 +39,7 @@ def local_device(name: str) -> str:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
     """Inside, the processes that were started together can sum; a process started alone is not affected.
 
     Raises Stalled when one of the others has ended or does not answer.
@@ -51,7 +52,7 @@ def joined() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with lost():
-        group.init_process_group(backend, timeout=PATIENCE)
+        group.init_process_group(backend, timeout=patience)
     try:
         with lost():
             yield

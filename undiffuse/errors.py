@@ -69,9 +69,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("DefaultCPUAllocator: ", "not enough memory: ", "backend out of memory")
-    )
+    # The last is oneDNN's answer where it cannot have what a convolution needs beside its operands.
+    signs = ("DefaultCPUAllocator: ", "not enough memory: ", "backend out of memory", "could not create a primitive")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

@@ -63,7 +63,7 @@ def nll(
             if tick is not None:
                 tick(part.bits.size)
         else:
-            x_0 = to_float(torch.stack([source[i].image for i in rows.tolist()]).to(model.device))
+            x_0 = to_float(source.gather(rows)[0].to(model.device))
             keys = Key(query.seed).fold("nll").rows(rows, model.device)
             part = bound(model.denoiser, x_0, keys, query.steps, query.draws, tick)
             if out is not None and path is not None:

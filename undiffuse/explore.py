@@ -189,7 +189,7 @@ def neighbours(samples: UInt8[Tensor, "n c h w"], source: Source, k: int = 1, cr
     chunk = max(1, CHUNK // max(queries.shape))
     for first in range(0, len(source), chunk):
         numbers = range(first, min(first + chunk, len(source)))
-        images = _flat(torch.stack([source[i].image for i in numbers]), crop)  # (m, d)
+        images = _flat(source.gather(torch.tensor(numbers))[0], crop)  # (m, d)
         squared = queries.square().sum(1, keepdim=True) - 2 * queries @ images.T + images.square().sum(1)
         candidates = torch.cat([index, torch.tensor(numbers).expand(len(samples), -1)], 1)
         best, order = torch.sort(torch.cat([best, squared], 1), dim=1, stable=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from undiffuse import average, dist, store
 from undiffuse.config import parse, plain
 from undiffuse.data import picture
-from undiffuse.data.source import ArraySource, open_source
+from undiffuse.data.packed import PackedSource
+from undiffuse.data.source import ArraySource, open_raw, unify
 from undiffuse.denoiser import VARIANCES, Denoiser, Prediction, Variance
 from undiffuse.errors import Corrupt, DataError, UsageError, unknown
 from undiffuse.interop import diffusers
@@ -76,10 +77,16 @@ class Model:
         denoiser = Denoiser(it.network, it.process, it.parameterisation, new, it.time, clip).eval()
         return replace(self, config=replace(self.config, variance=new), denoiser=denoiser)
 
-    def source(self, data: str | Path, split: str = "train", skip_bad: bool = False) -> ArraySource:
-        """A data set made into images as those of the training were: of this shape, on the same background."""
+    def source(self, data: str | Path, split: str = "train", skip_bad: bool = False) -> ArraySource | PackedSource:
+        """A data set made into images as those of the training were: of this shape, on the same background.
+
+        In memory, or as it is if it is packed in this shape.
+        """
         c, h, w = self.image_shape
-        return open_source(data, (h, w), c, background=self.data.background, split=split, skip_bad=skip_bad)
+        raw = open_raw(data, split, self.data.background)
+        if isinstance(raw, PackedSource) and raw.image_shape == (c, h, w):
+            return raw
+        return unify(raw, (h, w), c, skip_bad)
 
     def picture(self, path: Path) -> UInt8[Tensor, "c h w"]:
         """One picture file made into such an image. Raises DataError."""
@@ -123,7 +130,7 @@ class Model:
             raise UsageError(f"n = {n} images were asked for; give 1 or more")
         if batch < 1:
             raise UsageError(f"batch = {batch} images at a time is not possible; give 1 or more")
-        keys = Key(seed).fold("sample").rows(n)
+        keys, batch = Key(seed).fold("sample").rows(n), _share(n, batch)
         images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8), self.times(steps)
         for i in range(dist.rank() * batch, n, dist.size() * batch):
             x = self.chain(keys[i : i + batch], times, self.sampler(solver), label=label, progress=progress)
@@ -131,8 +138,9 @@ class Model:
         return dist.total(images)
 
     def sampling_steps(self, n: int, steps: int | Sequence[float | int] | None = None, batch: int = 64) -> int:
-        """How many steps of a batch `sample` takes in this process."""
-        return len(range(dist.rank() * max(1, batch), n, dist.size() * max(1, batch))) * (len(self.times(steps)) - 1)
+        """How many steps of a batch `sample` takes in this process, of which each has a batch if there are enough."""
+        batch = _share(n, batch)
+        return len(range(dist.rank() * batch, n, dist.size() * batch)) * (len(self.times(steps)) - 1)
 
     def times(self, steps: int | Sequence[float | int] | None = None) -> Float[Tensor, "times"]:
         """The grid that sampling walks: all of the table, that many steps spread evenly, or these times and 0.
@@ -198,6 +206,11 @@ class Model:
 
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.denoiser.parameters())
+
+
+def _share(n: int, batch: int) -> int:
+    """A batch small enough that each process of the run has one."""
+    return max(1, min(batch, -(-n // dist.size())))
 
 
 def from_weights(

@@ -12,7 +12,7 @@ from undiffuse import dist, store
 from undiffuse.trainer import Trainer
 
 WARM_UP, STEPS = 5, 20
-PARTS = ("data", "noise", "forward", "backward", "optimizer", "ema")
+PARTS = ("data", "noise", "forward", "backward", "clip", "optimizer", "ema")
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ def measure(trainer: Trainer, run: store.Run, last: int, flop: int) -> Profile:
         trainer.update(last)
     _wait(trainer)
     step = (time.perf_counter() - started) / (STEPS // 2)
-    started = time.perf_counter()
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
     with profile(activities=kinds) as profiler:
+        started = time.perf_counter()
         for _ in range(STEPS // 2):
             trainer.update(last)
         _wait(trainer)
-    slower = (time.perf_counter() - started) / (STEPS // 2) / step
+        slower = (time.perf_counter() - started) / (STEPS // 2) / step  # without what the profiler does at its ends
     seconds = {event.key: _seconds(event) / (STEPS // 2) / slower for event in profiler.key_averages()}
     started = time.perf_counter()
     if dist.rank() == 0:
@@ -81,7 +81,7 @@ def measure(trainer: Trainer, run: store.Run, last: int, flop: int) -> Profile:
         (time.perf_counter() - started) / every,
         batch / step,
         3 * flop * batch / step / dist.size(),
-        _peak(trainer),
+        peak_bytes(trainer.device),
     )
 
 
@@ -95,9 +95,9 @@ def _seconds(event: Any) -> float:
     return max(event.cpu_time_total, event.device_time_total) / 1e6
 
 
-def _peak(trainer: Trainer) -> int:
+def peak_bytes(device: torch.device) -> int:
     """The most memory that was in use: the device's, else that of the whole process, or 0 where it is not told."""
-    if trainer.device.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
         return 0

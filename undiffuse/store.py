@@ -133,6 +133,11 @@ def _entry(size: int, sha256: str) -> dict[str, Any]:
     return {"bytes": size, "sha256": sha256}
 
 
+def _whole(path: Path) -> bytes:
+    with reading(path) as file:
+        return file.read()
+
+
 def _compare(path: Path, found: dict[str, Any], expected: Any, head: bytes) -> None:
     if found != expected:
         raise _damaged(path, head, "its size or sha256 is not what the manifest says")
@@ -292,8 +297,7 @@ class Run:
             path = self.folder(step) / name
             if name != META and only is not None and path.stem not in only:
                 continue
-            with reading(path) as file:
-                data = file.read()
+            data = disk.read_small(path) if name == META else _whole(path)
             _compare(path, _entry(len(data), hashlib.sha256(data).hexdigest()), expected, data[:9])
             if name == META:
                 meta = from_json(path, data)

@@ -1,5 +1,6 @@
 """The loop, flat: budgets, checkpoints, previews, what ends a run. The same command again goes on as if unbroken."""
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -12,13 +13,24 @@ from torch import Tensor
 
 from undiffuse import dist, log, sink, store
 from undiffuse.config import plain, to_toml
-from undiffuse.data.source import Source, open_source
-from undiffuse.errors import Corrupt, DataError, Error, MemoryExhausted, NotFiniteError, Preempted, Stalled, UsageError
+from undiffuse.data.source import Source, open_raw, spread, unify
+from undiffuse.errors import (
+    Corrupt,
+    DataError,
+    Error,
+    MemoryExhausted,
+    NotFiniteError,
+    Preempted,
+    Stalled,
+    UsageError,
+    is_out_of_memory,
+)
 from undiffuse.figure import grid, png
 from undiffuse.key import Key
 from undiffuse.model import Model, to_uint8
-from undiffuse.profile import measure
-from undiffuse.recipe import FORMAT, FREE, Recipe, TrainConfig
+from undiffuse.profile import measure, peak_bytes
+from undiffuse.recipe import FORMAT, Recipe, TrainConfig
+from undiffuse.resume import claim_data, differences, refuse_changes
 from undiffuse.sampler.ddim import DDIM
 from undiffuse.trainer import Trainer, forward_flops
 from undiffuse.watch import Asked, Flag, Watchdog, listening
@@ -72,7 +84,9 @@ def train(
         say, warn = (say, log.warn) if first else (_silent, _silent)
         run, saved = store.Run(out), None
         trainer = _build(recipe, data, device, init, _settings(run))
+        last = budget.last_step(recipe.train)
         dist.agree(data.fingerprint(), "data")
+        dist.agree(hashlib.sha256(repr((plain(trainer.recipe), last)).encode()).hexdigest(), "settings")
         failure: Error | None = None
         if first:
             try:
@@ -84,22 +98,35 @@ def train(
             raise failure or Stalled("process 0 could not begin, and says why")
         trainer.share_state()
         trainer.fit_micro_batch(say)
-        last = budget.last_step(recipe.train)
         if trainer.step == 0:
             say(trainer.plan(last))
+            if budget.minutes is not None and recipe.train.decay != "constant":
+                say(f"the learning rate falls until step {last:,}, which --minutes may not let it reach")
+        loop = _Loop(trainer, run, last, budget, flag, held_out, show_progress and first, saved, sinks)
         try:
-            loop = _Loop(trainer, run, last, budget, flag, held_out, show_progress and first, saved, sinks)
             if profile:
                 _profile(trainer, run, last, say)
+                if flag.name is not None:
+                    raise Preempted(f"{flag.name}: stopped after the profile, whose state is saved")
             else:
                 loop.go()
-        except torch.OutOfMemoryError as error:
-            raise MemoryExhausted(
-                f"out of memory at step {trainer.step} with micro-batches of {trainer.micro} ({trainer.plan(last)}). "
-                "The last checkpoint is good; fine-tune from it with --init and a smaller one, --set train.micro_batch="
-                f"{max(1, trainer.micro // 2)}, or with --set train.recompute=true"
-            ) from error
+        except NotFiniteError:
+            loop.save()
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _out_of_memory(trainer, last) from error
         return trainer.model()
+
+
+def _out_of_memory(trainer: Trainer, last: int) -> MemoryExhausted:
+    return MemoryExhausted(
+        f"out of memory at step {trainer.step} with micro-batches of {trainer.micro}, when "
+        f"{peak_bytes(trainer.device) / 1e9:.1f} GB had been in use ({trainer.plan(last)}). The last checkpoint is "
+        "good; fine-tune from it with --init and a smaller one, --set train.micro_batch="
+        f"{max(1, trainer.micro // 2)}, or with --set train.recompute=true"
+    )
 
 
 def _profile(trainer: Trainer, run: store.Run, last: int, say: Say) -> None:
@@ -195,27 +222,27 @@ class _Loop:
             if self.first
             else nullcontext(sink.Nowhere()) as lines,
             log.progress(self.last, "training", self.show, done=trainer.step) as bar,
-            Watchdog(path / f"stacks-{dist.rank()}.txt") as dog,
+            # The others wait inside a step for what process 0 does between two; a sum that fails ends them.
+            Watchdog(path / f"stacks-{dist.rank()}.txt", None if self.first else dist.PATIENCE.seconds) as dog,
         ):
             if self.resumed is not None:
-                self._compare(lines)
+                if differs := differences(self.resumed, trainer, self.last):
+                    text = ", ".join(differs)
+                    log.warn(f"resumed with other {text}: the numbers will differ from those of an unbroken run")
+                    lines.write({"step": trainer.step, "exact": False, "differs": differs})
             while trainer.step < self.last:
-                try:
-                    self.window.append(trainer.update(self.last))
-                except NotFiniteError:
-                    self._save()
-                    raise
-                dog.beat()
+                self.window.append(trainer.update(self.last))
+                dog.stepped()
                 asked, over = self._agreed()
-                ended = trainer.step == self.last or asked or over
-                self._log(lines, bar, ended)
-                if trainer.step % self.config.ema_snapshot_every == 0 or (ended and not asked):
-                    self._snapshot()  # before the checkpoint, for nothing makes it again after one
-                if trainer.step % self.config.save_every == 0 or ended:
-                    self._save()
+                done = trainer.step == self.last or over
+                self._log(lines, bar, done or asked)
+                with dog.slow():
+                    if trainer.step % self.config.ema_snapshot_every == 0 or done:
+                        self._snapshot()  # before the checkpoint, for nothing makes it again after one
+                    if trainer.step % self.config.save_every == 0 or done or asked:
+                        self.save()
                 with suppress(Asked):
-                    self._look(lines, ended and not asked)
-                dog.beat()
+                    self._look(lines, done and not asked, dog)
                 if asked:
                     name = self.flag.name or "a signal to another process"
                     raise Preempted(
@@ -253,58 +280,34 @@ class _Loop:
         if self.first:
             trainer.profiles.snapshot(self.run.path, trainer.step, trainer.names, trainer.meta())
 
-    def _save(self) -> None:
+    def save(self) -> None:
         if self.first:
-            self.run.save(self.trainer.step, self.trainer.tensors(), self.trainer.meta())
+            self.run.save(self.trainer.step, self.trainer.tensors(), {**self.trainer.meta(), "last_step": self.last})
             self.run.retain(2)
 
-    def _look(self, lines: Journal, ended: bool) -> None:
+    def _look(self, lines: Journal, ended: bool, dog: Watchdog) -> None:
         """Held-out loss and previews, by process 0. A signal leaves them undone: they are no part of the state."""
-        trainer, step, check = self.trainer, self.trainer.step, self.flag.check
+        trainer, step = self.trainer, self.trainer.step
         if not self.first:
             return
+
+        def check(*_: object) -> None:
+            dog.beat()
+            self.flag.check()
+
         if self.held is not None and (step % self.config.held_out_every == 0 or ended):
             lines.write({"step": step, "held_out": trainer.held_out_loss(self.held, check)})
         if step % self.config.sample_every == 0 or ended:
             save_grids(trainer, self.run.path / "samples", lines, check)
 
-    def _compare(self, lines: Journal) -> None:
-        """Says what differs from where the run was begun, where equal bits are no longer promised."""
-        assert self.resumed is not None
-        before, now = self.resumed.get("environment", {}), self.trainer.environment()
-        differs = [
-            f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
-        ]
-        if differs:
-            log.warn(f"resumed with other {', '.join(differs)}: the last bits will differ from an unbroken run")
-            lines.write({"step": self.trainer.step, "exact": False, "differs": differs})
-
-
-def claim_data(path: Path, data: Source, accept: bool = False) -> None:
-    """A run belongs to one data set: writes what it is, or refuses another unless it is accepted."""
-    now = {"format": FORMAT, "images": len(data), "fingerprint": data.fingerprint(), "skipped": list(data.skipped)}
-    before = store.read_json(path) if path.exists() else now
-    if before["fingerprint"] != now["fingerprint"] and not accept:
-        raise UsageError(
-            f"the data has changed since this run began ({before['images']} images before, {now['images']} now); "
-            "give the same data, --accept-data to go on with this one, or another --out"
-        )
-    if (
-        before.get("skipped", []) != now["skipped"] and not accept
-    ):  # a run from before there was a list has left nothing out
-        changed = sorted(set(before.get("skipped", [])) ^ set(now["skipped"]))
-        raise UsageError(
-            f"other images are left out than when this run began ({', '.join(changed[:20])}); "
-            "give the same data, or another --out"
-        )
-    store.write_json(path, now)
-
 
 def held_out_split(data: str, recipe: Recipe, skip_bad: bool = False) -> Source | None:
-    """The test split of a data set in the recipe's shape, or None where it has none."""
-    config = recipe.data
+    """What is measured of the test split of a data set, in the recipe's shape, or None where it has none."""
+    config, count = recipe.data, recipe.train.held_out
+    if count < 1:
+        return None
     try:
-        return open_source(data, config.size, config.channels, config.background, split="test", skip_bad=skip_bad)
+        return unify(open_raw(data, "test", config.background), config.size, config.channels, skip_bad, count)
     except DataError as error:
         log.warn(f"no held-out loss: {error}")
         return None
@@ -316,10 +319,10 @@ def count_classes(data: Source) -> int | None:
 
 
 def held_out_images(source: Source | None, count: int) -> Tensor | None:
-    """The first `count` images of a held-out split, or None."""
+    """`count` images of a held-out split, spread evenly over it, or None."""
     if source is None or count < 1:
         return None
-    return torch.stack([source[i].image for i in range(min(count, len(source)))])
+    return torch.stack([source[i].image for i in spread(len(source), count)])
 
 
 def save_grids(trainer: Trainer, folder: Path, lines: Journal, check: Callable[[], None]) -> None:
@@ -339,26 +342,3 @@ def save_grids(trainer: Trainer, folder: Path, lines: Journal, check: Callable[[
         picture = grid(to_uint8(x))
         store.write_atomic(folder / name, png(picture))
         lines.image(trainer.step, "samples" if averaged else "samples of the raw weights", picture)
-
-
-def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """What decides the numbers must be what it was; how often to save or look may change."""
-
-    def flat(value: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {
-                k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()
-            }
-        return {path: value}
-
-    # A setting that is younger than the run had its default.
-    before, after = flat({"train": plain(TrainConfig())}) | flat(saved["recipe"]), flat(now["recipe"])
-    free = {f"train.{name}" for name in FREE}
-    changed = [
-        f"{name}: {before.get(name)} -> {after.get(name)}"
-        for name in sorted((before.keys() | after.keys()) - free)
-        if before.get(name) != after.get(name) and name.split(".")[0] not in ("about", "expected")
-    ]
-    if changed or saved["model"] != now["model"]:
-        what = "; ".join(changed) or f"model: {saved['model']['image']} -> {now['model']['image']}"
-        raise UsageError(f"this run was started with other settings ({what}); give the old ones, or another --out")

@@ -5,6 +5,7 @@ summed: by DistributedDataParallel, or, with `exact_shards`, shard by shard in a
 processes there are.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from undiffuse.config import plain
 from undiffuse.data.loader import Batch, Loader, Prefetched
 from undiffuse.data.source import Source
 from undiffuse.denoiser import Denoiser
-from undiffuse.errors import MemoryExhausted, NotFiniteError, UsageError
+from undiffuse.errors import MemoryExhausted, NotFiniteError, UsageError, is_out_of_memory
 from undiffuse.key import Key
 from undiffuse.model import Model, from_weights, to_float
 from undiffuse.objective import by_quartile, quartile_sums
@@ -84,9 +85,11 @@ class Trainer:
         with record_function("undiffuse data"):
             batch = self.batches.at(step)
         losses, sums = self._gradients(batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
-        loss = float(sums[0].sum()) / train.batch
-        if not torch.isfinite(norm) or not torch.isfinite(sums).all():
+        with record_function("undiffuse clip"):
+            norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
+            loss = float(sums[0].sum()) / train.batch
+            finite = bool(norm.isfinite() and sums.isfinite().all())
+        if not finite:
             raise self._not_finite(batch, losses, loss, float(norm))
         rate = learning_rate(train, step, last)
         for group in self.adam.param_groups:
@@ -239,7 +242,7 @@ class Trainer:
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "device": self.device.type,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "capability": torch.backends.cpu.get_cpu_capability(),
             "micro_batch": self.micro,
             "processes": "any" if exact else dist.size(),
@@ -265,9 +268,12 @@ class Trainer:
                 loss, _ = self._loss(self.batches.at(0), slice(0, size))
                 loss.sum().backward()
             del moments, loss
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             failed = 1
         self.adam.zero_grad(set_to_none=True)
+        gc.collect()  # what failed half-way is held by cycles of its traceback
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return int(dist.total(torch.tensor(failed))) == 0
@@ -289,10 +295,10 @@ class Trainer:
         denoiser = self.model().denoiser
         denoiser.clip = False
         total = 0.0
-        for first in range(0, len(images), 256):
+        for first in range(0, len(images), self.micro):
             if check is not None:
                 check()
-            x_0 = to_float(images[first : first + 256].to(self.device))
+            x_0 = to_float(images[first : first + self.micro].to(self.device))
             keys = Key(0).fold("held out").rows(torch.arange(first, first + len(x_0)), self.device)
             total += float(self.recipe.objective(denoiser, x_0, None, keys).per_example.double().sum())
         return total / len(images)
@@ -340,5 +346,6 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             trim_threshold, mmap_threshold = -1, -3
-            libc.mallopt(mmap_threshold, 1 << 30)
+            # Before 2.35 glibc refuses more than 32 MiB, and the other line alone would map and unmap every tensor.
+            _ = libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)
             libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -59,26 +59,40 @@ def listening() -> Iterator[Flag]:
 
 
 class Watchdog:
-    """Ends a process in which no step has ended for max(60 s, 10 × the median step), with the stacks of all threads.
+    """Ends a process in which nothing has moved for max(60 s, 10 × the median step), with the stacks of all threads.
 
     A thread of its own counts the time in its own ticks, so that a process which was stopped as a whole, or a machine
-    that slept, is not taken for one that hangs. `beat()` marks the end of a step.
+    that slept, is not taken for one that hangs. `stepped()` marks the end of a step, `beat()` that something else has
+    moved, and inside `slow()`, for what gives no sign until it is done, ten times as long may pass.
     """
 
-    def __init__(self, stacks: Path, patience: float = PATIENCE, end: Callable[[int], None] = os._exit):
-        self.stacks, self.patience, self._end = stacks, patience, end
-        self._idle, self._last = 0.0, time.monotonic()
+    def __init__(self, stacks: Path, patience: float | None = None, end: Callable[[int], None] = os._exit):
+        self.stacks, self.patience, self._end = stacks, PATIENCE if patience is None else patience, end
+        self._idle, self._last, self._slack = 0.0, time.monotonic(), 1
         self._steps: deque[float] = deque(maxlen=101)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def beat(self) -> None:
-        now = time.monotonic()
-        self._steps.append(now - self._last)
-        self._idle, self._last = 0.0, now
+        self._idle, self._last = 0.0, time.monotonic()
+
+    def stepped(self) -> None:
+        self._steps.append(time.monotonic() - self._last)
+        self.beat()
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        self.beat()
+        self._slack = MULTIPLE
+        try:
+            yield
+        finally:
+            self.beat()
+            self._slack = 1
 
     def limit(self) -> float:
-        return max(self.patience, MULTIPLE * median(self._steps)) if self._steps else 10 * self.patience
+        usual = max(self.patience, MULTIPLE * median(self._steps)) if self._steps else MULTIPLE * self.patience
+        return self._slack * usual
 
     def _run(self) -> None:
         while not self._stop.wait(TICK):
@@ -88,11 +102,16 @@ class Watchdog:
                 return
 
     def _give_up(self) -> None:
-        with open(self.stacks, "w") as file:
-            faulthandler.dump_traceback(file)
+        try:
+            with open(self.stacks, "w") as file:
+                faulthandler.dump_traceback(file)
+            where = f"in {self.stacks}"
+        except OSError:  # a full disk, or the run folder is another machine's
+            faulthandler.dump_traceback(sys.__stderr__ or 2)
+            where = "above"
         print(
-            f"no step has ended for {self._idle:.0f} s; where each thread stands is in {self.stacks}. The last "
-            "checkpoint is good, and the same command goes on from it",
+            f"nothing has moved for {self._idle:.0f} s; where each thread stands is {where}. The last checkpoint is "
+            "good, and the same command goes on from it",
             file=sys.stderr,
             flush=True,
         )

@@ -77,6 +77,22 @@ def test_splits(packed):
     assert test.images.flatten().unique().tolist() == [2]
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_other_names_of_the_held_out_split(packed, name):
+    """As in ImageNet; what is in neither is passed over."""
+    path = packed(["train/cat/1.png", "train/dog/2.png", f"{name}/dog/3.png", "4.png"])
+    train, held_out = open_source(path), open_source(path, split="test")
+    assert train.classes == held_out.classes == ("cat", "dog")
+    assert train.images.flatten().unique().tolist() == [0, 1]
+    assert held_out.images.flatten().unique().tolist() == [2]
+
+
+def test_of_test_and_validation_neither_is_trained_on(packed):
+    both = packed(["train/1.png", "val/2.png", "test/3.png"])
+    assert open_source(both).images.flatten().unique().tolist() == [0]
+    assert open_source(both, split="test").images.flatten().unique().tolist() == [2]
+
+
 def test_no_test_split(packed):
     path = packed(["cat/1.png", "dog/2.png"])
     with pytest.raises(DataError, match=f'^{path} has no test split; give .* a folder with "train" and "test"$'):

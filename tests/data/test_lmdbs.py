@@ -42,6 +42,14 @@ def test_pictures_in_the_order_of_the_keys(rooms):
         open_raw(rooms, "test")
 
 
+def test_the_held_out_split_is_the_other_database(rooms):
+    database(rooms.with_name("bedroom_val_lmdb"), {b"k": webp(7)})
+    assert [len(open_raw(rooms, split)) for split in ("train", "test")] == [5, 1]
+    assert int(open_raw(rooms, "test")[0].image[0, 0, 0]) == 7
+    with pytest.raises(DataError, match="bedroom_val_lmdb has no test split"):
+        open_raw(rooms.with_name("bedroom_val_lmdb"), "test")
+
+
 def test_it_can_be_packed(rooms, tmp_path):
     assert pack(rooms, tmp_path / "out").fingerprint() == open_source(rooms).fingerprint()
 

@@ -5,8 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from undiffuse import disk
 from undiffuse.data import pack as packing
+from undiffuse.data.folder import Pictures
 from undiffuse.data.pack import cache_folder, open_data, pack
 from undiffuse.data.packed import PackedSource
 from undiffuse.data.source import ArraySource, First, Wanted, open_source
@@ -273,6 +275,30 @@ def test_data_is_packed_in_the_cache_when_it_is_large(pictures, tmp_path, monkey
     assert isinstance(open_data(packed.path, size=2, use_cache=False), ArraySource)
 
 
+def test_many_small_pictures_are_large_too(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    for many, kind in ((7, ArraySource), (6, PackedSource)):
+        monkeypatch.setattr(packing, "MANY", many)
+        assert isinstance(open_data(pictures), kind)
+
+
+def test_of_processes_that_want_the_same_one_packs_and_the_others_wait(pictures, tmp_path, monkeypatch, capsys):
+    """As the processes of torchrun do, which all begin at once."""
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    done = open_data(pictures, use_cache=True)
+    shutil.copytree(done.path, tmp_path / "whole")
+    shutil.rmtree(done.path)
+    with ThreadPoolExecutor(1) as other:
+        with Run(done.path).lock():
+            waiting = other.submit(open_data, pictures, use_cache=True, show_progress=True)
+            time.sleep(1)
+            assert not waiting.done()
+            shutil.copytree(tmp_path / "whole", done.path, dirs_exist_ok=True)  # this process has packed it
+            monkeypatch.setattr(packing, "_build", lambda *_: pytest.fail("it was packed twice"))
+        assert waiting.result(timeout=60).fingerprint() == done.fingerprint()
+    assert capsys.readouterr().err.count("waiting for another process that packs this data") == 1
+
+
 def test_an_array_is_packed_only_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path))
     monkeypatch.setattr(packing, "LARGE", 0)
@@ -288,6 +314,24 @@ def test_other_content_is_another_entry(pictures, tmp_path, monkeypatch):
     assert first.path != second.path and first.verify() is None
     with pytest.raises(DataError, match="^2 of 7 images cannot be read"):
         open_data(pictures, use_cache=True)
+
+
+def test_files_that_were_not_written_since_are_not_read_to_find_the_cache(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    first = open_data(pictures, use_cache=True)
+    assert not (tmp_path / "cache/fingerprints").exists()  # the pictures are too young to be trusted
+    monkeypatch.setattr(packing, "RACY", -(10**12))
+    assert open_data(pictures, use_cache=True).path == first.path
+    with monkeypatch.context() as patch:
+        patch.setattr(Pictures, "fingerprint", lambda self: pytest.fail("all of it was read"))
+        assert open_data(pictures, use_cache=True).path == first.path
+    picture = pictures / "a/0.png"
+    picture.write_bytes((pictures / "b/1.png").read_bytes())
+    assert open_data(pictures, use_cache=True).path != first.path
+    shutil.copy2(pictures / "a/2.png", picture)  # an older time is another time
+    assert len(list((tmp_path / "cache/packed").iterdir())) == 2
+    open_data(pictures, use_cache=True)
+    assert len(list((tmp_path / "cache/packed").iterdir())) == 3
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

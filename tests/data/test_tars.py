@@ -75,6 +75,22 @@ def test_splits(shards, tmp_path):
     assert levels(open_raw(tmp_path / "both", "test")) == [4, 5]
 
 
+def test_splits_by_the_names_of_the_shards(shards):
+    for k, name in enumerate(("set-train-0.tar", "set-train-1.tar", "set-validation-0.tar")):
+        (shards / f"set-0{k}.tar").rename(shards / name)
+    assert levels(open_raw(shards)) == [0, 1, 2, 3]
+    assert levels(open_raw(shards, "test")) == [4, 5]
+
+
+def test_shards_of_one_name_in_several_folders(shards):
+    for k in range(2):
+        (shards / f"part-{k}").mkdir()
+        (shards / f"set-0{k}.tar").rename(shards / f"part-{k}" / "0.tar")
+    source = open_raw(shards / "part-{0..1}" / "0.tar")
+    assert levels(source) == [0, 1, 2, 3]
+    assert source.name(3) == f"{shards}/part-1/0.tar/x/003.png"
+
+
 def test_labels_in_json(tmp_path):
     members = {}
     for i, key in enumerate(("label", "cls", "label")):

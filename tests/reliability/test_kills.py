@@ -115,6 +115,71 @@ def test_a_signal_is_honoured_in_every_phase(tmp_path, phase):
     assert_equal(state(tmp_path / "whole", step + 3), state(tmp_path / "run", step + 3))
 
 
+HANG = """
+import sys, time
+from undiffuse import cli, trainer, watch
+watch.PATIENCE = 2.0
+real = trainer.Trainer.update
+def update(self, last):
+    while self.step == 4:
+        time.sleep(1)
+    return real(self, last)
+trainer.Trainer.update = update
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_ends_a_real_run_and_the_same_command_goes_on(tmp_path):
+    preset(tmp_path, steps=8, save_every=2)
+    words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
+    ended = subprocess.run([sys.executable, "-c", HANG, *words], capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 8, ended.stderr
+    assert "nothing has moved for" in ended.stderr and newest(tmp_path / "run") == 4
+    assert "in update" in (tmp_path / "run" / "stacks-0.txt").read_text()
+    complete(tmp_path / "run")
+    complete(tmp_path / "whole")
+    assert_equal(state(tmp_path / "whole", 8), state(tmp_path / "run", 8))
+
+
+@pytest.mark.slow
+def test_a_run_whose_previews_are_slow_is_no_hang(tmp_path):
+    """Steps of the chain are signs of life: here all of a preview takes longer than a step may."""
+    preset(tmp_path, steps=4, sample_every=2)
+    slow = HANG.replace("4:", "-1:").replace(
+        "cli.main()",
+        "real_chain = trainer.Model.chain\n"
+        "def chain(self, keys, times, solver, **rest):\n"
+        "    tell = rest.pop('progress')\n"
+        "    return real_chain(self, keys, times, solver, progress=lambda n: (time.sleep(0.06), tell(n)), **rest)\n"
+        "trainer.Model.chain = chain\ncli.main()",
+    )
+    words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
+    ended = subprocess.run([sys.executable, "-c", slow, *words], capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+
+
+NARROW = """
+import os, resource
+from undiffuse import cli, trainer
+size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + (1 << 29)
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_may_not_have_the_memory_says_what_to_set(tmp_path):
+    """Allocations that really fail."""
+    preset(tmp_path, steps=1, batch=2**15)
+    words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
+    narrow, environment = [sys.executable, "-c", NARROW, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(narrow, capture_output=True, text=True, timeout=240, env=environment)
+    assert ended.returncode == 6, ended.stderr
+    assert "out of memory at step 0 with micro-batches of 32768, when" in ended.stderr
+    assert "--set train.micro_batch=16384" in ended.stderr and "Traceback" not in ended.stderr
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_long_run_does_not_grow(tmp_path):

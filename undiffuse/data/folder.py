@@ -1,21 +1,22 @@
 """Pictures as files: a folder, a zip of one, or a single picture.
 
 Everything below is read, sorted by name; hidden files and files without the ending of a picture are passed over. The
-folders below the common one are the classes, or `train` and `test` with the classes inside them.
+folders below the common one are the classes, or `train` and `test` (also `val`, `valid`, `validation`) with the classes
+inside them.
 """
 
 import hashlib
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
 
 from undiffuse.data import picture
 from undiffuse.data.arrays import whole
-from undiffuse.data.source import Format, Item, Source, Split
+from undiffuse.data.source import HELD_OUT, Format, Item, Source, Split, split_name
 from undiffuse.errors import DataError
 
 
@@ -28,6 +29,7 @@ class Pictures(Source):
     labels: tuple[int, ...] | None
     classes: tuple[str, ...] | None
     background: picture.Colour
+    root: Path | None = None  # of files on their own, below which the names are
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,6 +52,15 @@ class Pictures(Source):
             digest.update(hashlib.sha256(os.fsencode(name)).digest())
             digest.update(self._digest(index))
         return digest.hexdigest()
+
+    def stamp(self) -> list[tuple[int, int, int]] | None:
+        if self.root is None:
+            return None
+        try:
+            found = [os.stat(self.root / name) for name in self.names]
+        except OSError:
+            return None
+        return [(file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in found]
 
     def _digest(self, index: int) -> bytes:
         try:
@@ -78,7 +89,8 @@ class Folder(Format):
         if path.is_file():
             whole(split, spec)
             return Pictures((path.name,), lambda name: path.read_bytes(), None, None, picture.colour(background))
-        return _pictures(spec, _walk(path), lambda name: (path / name).read_bytes(), split, background)
+        pictures = _pictures(spec, _walk(path), lambda name: (path / name).read_bytes(), split, background)
+        return replace(pictures, root=path)
 
 
 class Zip(Format):
@@ -125,14 +137,15 @@ def _pictures(spec: str, names: list[str], load: Callable[[str], bytes], split: 
             "Give the folder that holds them"
         )
     parts = _below_common([tuple(name.split("/")[:-1]) for name in found])
-    if {"train", "test"} <= {folders[0] for folders in parts if folders}:
-        classes = _classes([folders[1:] for folders in parts])
-        chosen = [i for i, folders in enumerate(parts) if folders[:1] == (split,)]
+    if named := split_name({folders[0] for folders in parts if folders}, split):
+        classes = _classes([folders[1:] for folders in parts if folders and folders[0] in ("train", *HELD_OUT)])
+        chosen = [i for i, folders in enumerate(parts) if folders[:1] == (named,)]
         found, parts = [found[i] for i in chosen], [parts[i][1:] for i in chosen]
     else:
         whole(split, spec)
         classes = _classes(parts)
-    labels = None if classes is None else tuple(classes.index(folders[0]) for folders in parts)
+    numbers = {name: number for number, name in enumerate(classes or ())}
+    labels = None if classes is None else tuple(numbers[folders[0]] for folders in parts)
     return Pictures(tuple(found), load, labels, classes, picture.colour(background))
 
 

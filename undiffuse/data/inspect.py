@@ -1,6 +1,7 @@
 """What is in a data set before it is trained on: counts, sizes, a contact sheet, and every file that is bad."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,15 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from undiffuse import log
+from undiffuse.data.pack import WORKERS
 from undiffuse.data.packed import PackedSource
 from undiffuse.data.source import Source, open_raw
 from undiffuse.errors import DataError
 
 CELLS = 8  # the contact sheet has this many rows and columns
 CELL = 64  # pixels
+PART = 256  # images between two signs of progress
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,25 @@ def inspect(source: Source) -> Summary:
     )
 
 
-def check(spec: str | Path, split: str = "train") -> list[Bad]:
+def check(spec: str | Path, split: str = "train", show_progress: bool = False) -> list[Bad]:
     """Decodes every image of a path or a named set, and lists those that fail. Corrupt for a damaged packed folder."""
-    source, bad = open_raw(spec, split), []
+    source, bad = open_raw(spec, split), list[Bad]()
     if isinstance(source, PackedSource):  # each of its bytes is a good pixel, so only the checksums can tell
         source.verify()
         return []
-    for index in range(len(source)):
+
+    def one(index: int) -> Bad | None:
         try:
             source[index]
         except DataError as error:
-            bad.append(_bad(source, index, error))
+            return _bad(source, index, error)
+        return None
+
+    with ThreadPoolExecutor(WORKERS) as pool, log.progress(len(source), "checking", show_progress) as bar:
+        for first in range(0, len(source), PART):
+            part = range(first, min(first + PART, len(source)))
+            bad += filter(None, pool.map(one, part))
+            bar.advance(len(part))
     return bad
 
 

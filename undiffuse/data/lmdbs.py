@@ -12,10 +12,14 @@ from undiffuse.data.source import Format, Source, Split, extra
 from undiffuse.errors import DataError
 
 FILE = "data.mdb"
+TRAIN, VAL = "_train_lmdb", "_val_lmdb"  # how the two splits of a category are named
 
 
 class Lmdb(Format):
-    """A folder with `data.mdb`, such as `bedroom_train_lmdb`, or that file; the order is that of the keys."""
+    """A folder with `data.mdb`, such as `bedroom_train_lmdb`, or that file; the order is that of the keys.
+
+    The test split of `bedroom_train_lmdb` is `bedroom_val_lmdb` beside it.
+    """
 
     @staticmethod
     def match(spec: str) -> int:
@@ -24,8 +28,12 @@ class Lmdb(Format):
 
     @staticmethod
     def read(spec: str, split: Split, background: str) -> Source:
-        whole(split, spec)
         path = Path(spec) if Path(spec).is_dir() else Path(spec).parent
+        held_out = path.with_name(path.name.removesuffix(TRAIN) + VAL)
+        if split == "test" and path.name.endswith(TRAIN) and (held_out / FILE).is_file():
+            path = held_out
+        else:
+            whole(split, spec)
         database = Database(path, extra("lmdb", "lmdb"))
         keys = database.keys()
         names = tuple(key.decode("utf-8", "surrogateescape") for key in keys)

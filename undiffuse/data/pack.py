@@ -13,9 +13,11 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,14 +40,18 @@ from undiffuse.data.source import (
     refuse_bad,
     unify,
 )
-from undiffuse.errors import DataError, MemoryExhausted, UsageError
+from undiffuse.errors import DataError, Locked, MemoryExhausted, UsageError
 
 CACHE = "UNDIFFUSE_CACHE"
-LARGE = 10**9  # decoded bytes: a data set of more is packed before it is trained on
+LARGE = 10**9  # decoded bytes: a data set of more is packed before it is trained on,
+MANY = 20_000  # and so is one of more pictures, which would be decoded at each start
 SHARD = 2**24  # bytes; more only where that would be over SHARDS files
 SHARDS = 4096
 DIGITS = "[0-9]" * 5  # the name of a shard
-WORKERS = min(16, os.cpu_count() or 1)
+RACY = 2 * 10**9  # nanoseconds; more than a tick of any file system's clock
+TURN = 0.2  # seconds between two looks at who packs
+# The processors that this process may use, of which a scheduler gives fewer than the machine has.
+WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 Size = int | tuple[int, int] | None
 
@@ -118,19 +124,37 @@ def open_data(
     workers: int = 1,
     show_progress: bool = False,
 ) -> ArraySource | PackedSource:
-    """The training split in one shape: in memory, or packed in the cache if it is over 1 GB or `use_cache` says so.
+    """The training split in one shape: in memory, or packed in the cache if it is large or `use_cache` says so.
 
-    What is packed already, or an array already, and fits, is given as it is.
+    Large is over 1 GB, or over 20,000 pictures to decode. What is packed already, or an array already, and fits, is
+    given as it is. Of several processes that ask for the same, one packs it and the others wait.
     """
     raw, wanted = open_raw(spec, "train", background), Wanted.of(size, channels)
     if isinstance(raw, PackedSource) and wanted.accepts(raw.image_shape):
         return raw
     if use_cache is None:
-        use_cache = not isinstance(raw, ArraySource) and len(raw) * math.prod(first_of(raw, wanted).shape) > LARGE
+        values = len(raw) * math.prod(first_of(raw, wanted).shape)
+        use_cache = not isinstance(raw, ArraySource) and (len(raw) > MANY or values > LARGE)
     if not use_cache:
         return unify(raw, size, channels, skip_bad)
-    job = Job(str(spec), "train", background, wanted, raw.fingerprint())
-    return _pack(raw, job, cache_folder() / "packed" / job.key(raw), skip_bad, workers, show_progress)
+    job = Job(str(spec), "train", background, wanted, _remembered(raw, spec))
+    return _pack(raw, job, cache_folder() / "packed" / job.key(raw), skip_bad, workers, show_progress, wait=True)
+
+
+def _remembered(raw: Source, spec: str | Path) -> str:
+    """The fingerprint; from the cache where no file was written since it was taken, because it takes reading them all.
+
+    What was written within the last seconds may be written again within the same tick of the file system's clock.
+    """
+    began, stamp = time.time_ns(), raw.stamp()
+    if stamp is None or max(map(max, stamp)) > began - RACY:
+        return raw.fingerprint()
+    names = [raw.name(i) for i in range(len(raw))]
+    key = hashlib.sha256(json.dumps([os.path.abspath(spec), names, stamp]).encode()).hexdigest()
+    path = cache_folder() / "fingerprints" / f"{key}.json"
+    if not path.exists():
+        disk.write_json(path, {"fingerprint": raw.fingerprint()})
+    return disk.read_json(path)["fingerprint"]
 
 
 def cache_folder() -> Path:
@@ -143,11 +167,14 @@ def cache_folder() -> Path:
         raise UsageError(f"there is no home folder to keep packed data in; set {CACHE} to a folder") from error
 
 
-def _pack(raw: Source, job: Job, out: Path, skip_bad: bool, workers: int, show_progress: bool) -> PackedSource:
+def _pack(
+    raw: Source, job: Job, out: Path, skip_bad: bool, workers: int, show_progress: bool, wait: bool = False
+) -> PackedSource:
     key = job.key(raw)
     if not (out / MANIFEST).exists() or (out / PLAN).exists():
         _refuse_strange(out)
-        with store.Run(out).lock():
+        with ExitStack() as stack:
+            _take_turn(stack, store.Run(out), wait, show_progress)
             if not (out / MANIFEST).exists():  # it may have been finished meanwhile
                 _build(raw, job, key, out, skip_bad, workers, show_progress)
             _tidy(out)
@@ -156,6 +183,21 @@ def _pack(raw: Source, job: Job, out: Path, skip_bad: bool, workers: int, show_p
         raise _other(out)
     refuse_bad([bad for bad in done.manifest.skipped if bad[0] not in raw.skipped], len(raw), skip_bad)
     return done
+
+
+def _take_turn(stack: ExitStack, out: store.Run, wait: bool, say: bool) -> None:
+    """The lock. Of several processes that want the same of the cache one packs, and the others wait for it."""
+    while True:
+        try:
+            stack.enter_context(out.lock())
+            return
+        except Locked as error:
+            if not wait:
+                raise
+            if say:
+                log.warn(f"waiting for another process that packs this data: {error}")
+            say = False
+            time.sleep(TURN)
 
 
 def _other(out: Path) -> UsageError:

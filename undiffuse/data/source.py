@@ -10,7 +10,7 @@ import importlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ from undiffuse.disk import SMALL
 from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
 
 Split = Literal["train", "test"]
+HELD_OUT = ("test", "val", "valid", "validation")  # what the split that is not trained on is called
 LISTED = 20
 SKIPPED = SMALL // 4  # bytes of the list of images left out, which a run and a pack keep in files of at most SMALL
 
@@ -57,6 +58,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """64 hexadecimal digits (sha256) that change when the examples or their order do."""
+
+    def stamp(self) -> list[tuple[int, int, int]] | None:
+        """(bytes, mtime, ctime in ns) of each file: what changes when the fingerprint does, unread. None if unknown."""
+        return None
 
     def gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
         """Images of one shape, and their labels; here one at a time."""
@@ -173,18 +178,38 @@ def open_source(
 
 
 def unify(
-    source: Source, size: int | tuple[int, int] | None = None, channels: int | None = None, skip_bad: bool = False
+    source: Source,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    skip_bad: bool = False,
+    count: int | None = None,
 ) -> ArraySource:
-    """Every image cropped, resized and converted to one shape; DataError if they differ and no shape was asked for."""
-    wanted = Wanted.of(size, channels)
+    """Every image cropped, resized and converted to one shape; DataError if they differ and no shape was asked for.
+
+    With `count` only that many are read, spread evenly over the source.
+    """
+    wanted, chosen = Wanted.of(size, channels), spread(len(source), count)
     if isinstance(source, ArraySource) and wanted.accepts(source.image_shape):
-        return source
+        return source if len(chosen) == len(source) else source.subset(torch.tensor(chosen))
     first = first_of(source, wanted)
-    good = decode(source, range(len(source)), wanted, first)
-    refuse_bad(good.bad, len(source), skip_bad)
+    good = decode(source, chosen, wanted, first)
+    refuse_bad(good.bad, len(chosen), skip_bad)
     labels = torch.tensor(good.labels) if first.labelled else None
     skipped = (*source.skipped, *(name for name, _ in good.bad))
     return ArraySource(torch.from_numpy(good.images), labels, source.classes, skipped)
+
+
+def split_name(names: Collection[str], split: str) -> str | None:
+    """What a split is called where there are `train` and one of HELD_OUT; None where there are not both."""
+    other = next((name for name in HELD_OUT if name in names), None)
+    if "train" not in names or other is None:
+        return None
+    return "train" if split == "train" else other
+
+
+def spread(total: int, count: int | None) -> Sequence[int]:
+    """`count` numbers below `total`, evenly: data in the order of their classes give some of each. None for all."""
+    return range(total) if count is None or count >= total else [i * total // count for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -243,7 +268,7 @@ def first_of(source: Source, wanted: Wanted) -> First:
     raise _unreadable(bad, len(source))
 
 
-def decode(source: Source, indices: range, wanted: Wanted, first: First) -> Decoded:
+def decode(source: Source, indices: Sequence[int], wanted: Wanted, first: First) -> Decoded:
     """Some images of a source as one array. DataError for one of another shape than the first."""
     images = _room(len(indices), first.shape)
     labels, bad = [], []

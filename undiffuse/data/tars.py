@@ -14,11 +14,12 @@ from pathlib import Path, PurePosixPath
 from undiffuse.data import picture
 from undiffuse.data.arrays import MAX_CLASSES, whole
 from undiffuse.data.folder import Pictures
-from undiffuse.data.source import Format, Source, Split
+from undiffuse.data.source import HELD_OUT, Format, Source, Split, split_name
 from undiffuse.errors import DataError
 
 LABELS = (".cls", ".json")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+SPLIT = re.compile(rf"(?:^|[-_.])(train|{'|'.join(HELD_OUT)})[-_.]")
 LOOKED_AT = 16  # members that tell a shard from another archive
 LABEL_BYTES = 2**20
 
@@ -33,7 +34,11 @@ class Place:
 
 
 class TarShards(Format):
-    """A tar of pictures, a folder of such (or of `train` and `test` with such), or `name-{000..123}.tar`."""
+    """A tar of pictures, a folder of such, or `name-{000..123}.tar`.
+
+    A folder has splits where it holds `train` and `test` with tars, or tars named `a-train-0.tar` and `a-test-0.tar`;
+    `val`, `valid` and `validation` are other names of `test`.
+    """
 
     @staticmethod
     def match(spec: str) -> int:
@@ -49,8 +54,10 @@ class TarShards(Format):
             whole(split, spec)
         places: dict[str, Place] = {}
         labels: dict[str, int] = {}
-        for path in _files(spec, split):
-            _index(path, places, labels)
+        files = _files(spec, split)
+        short = len({path.name for path in files}) == len(files)
+        for path in files:
+            _index(path, path.name if short else path.as_posix(), places, labels)
         if not places:
             raise DataError(
                 f"{spec} has no pictures in the tar files of its {split} split; expected members like 1.jpg"
@@ -72,7 +79,7 @@ def _files(spec: str, split: str) -> list[Path]:
         return files
     path = Path(spec)
     if path.is_dir():
-        return _in_folder(path) or _in_folder(path / split)
+        return _of_split(_in_folder(path), split) or _in_folder(_split_folder(path, split))
     return [path] if path.suffix == ".tar" and path.is_file() else []
 
 
@@ -83,8 +90,21 @@ def _in_folder(path: Path) -> list[Path]:
     return [] if other else [each for each in names if each.suffix == ".tar"]
 
 
+def _split_folder(path: Path, split: str) -> Path:
+    return path / (split_name({each.name for each in path.iterdir() if each.is_dir()}, split) or split)
+
+
+def _of_split(files: list[Path], split: str) -> list[Path]:
+    """Those that are named for the split, where both are there; else all."""
+    named = [found[1] if (found := SPLIT.search(path.name)) else "" for path in files]
+    wanted = split_name(named, split)
+    return [path for path, name in zip(files, named, strict=True) if wanted in (None, name)]
+
+
 def _is_whole(spec: str) -> bool:
-    return not Path(spec).is_dir() or bool(_in_folder(Path(spec)))
+    """Whether there is one split only."""
+    files = _in_folder(Path(spec)) if Path(spec).is_dir() else []
+    return not Path(spec).is_dir() or (bool(files) and _of_split(files, "test") == files)
 
 
 def _expand(spec: str) -> Iterator[str]:
@@ -111,12 +131,12 @@ def _is_picture(member: tarfile.TarInfo) -> bool:
     return member.isreg() and PurePosixPath(member.name).suffix.lower() in picture.suffixes()
 
 
-def _index(path: Path, places: dict[str, Place], labels: dict[str, int]) -> None:
+def _index(path: Path, shard: str, places: dict[str, Place], labels: dict[str, int]) -> None:
     """Adds the pictures of one shard, by `shard.tar/name.jpg`, and its labels, by `shard.tar/name`."""
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                name = f"{path.name}/{member.name}"
+                name = f"{shard}/{member.name}"
                 if _is_picture(member):
                     places[name] = Place(path, member.offset_data, member.size)
                 elif member.isreg() and PurePosixPath(name).suffix in LABELS and member.size <= LABEL_BYTES:
