@@ -119,14 +119,14 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {row['images']:,} | {row['distance']:.2f} |")
     for row in result["ours"]:
         lines.append(f"| undiffuse | {row['seconds'] / 60:.1f} min | {row['images']:,} | {row['distance']:.2f} |")
-    middle = statistics.median(row["distance"] for row in result["ours"])
-    ran = result["machine"]
+    ran, ours = result["machine"], [row["distance"] for row in result["ours"]]
+    middle = f"Median of ours {statistics.median(ours):.2f}. " if ours else "Ours were not run yet. "
     return "\n".join(
         [
             *lines,
             f"| {COUNT:,} real test images | | | {result['floor']:.2f} |",
             "",
-            f"Median of ours {middle:.2f}. The classifier names {100 * result['accuracy']:.1f} % of the test images. "
+            f"{middle}The classifier names {100 * result['accuracy']:.1f} % of the test images. "
             f"{ran['processor']}, {ran['threads']} threads, torch {ran['torch']}; {result['date']}. "
             f"Made by `{result['command']}`.",
         ]
@@ -159,6 +159,8 @@ def main() -> None:
 
     peer = []
     for minute in MINUTES:
+        if not (given.work / f"{minute}.npz").exists():
+            continue
         with np.load(given.work / f"{minute}.npz") as drawn:
             found = {"seconds": float(drawn["seconds"]), "images": int(drawn["seen"])}
             peer.append({**found, "distance": distance(torch.from_numpy(drawn["images"])[:, None])})
