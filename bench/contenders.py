@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 SHAPES = {"cifar10": (3, 32), "fashion-mnist": (1, 28)}  # channels, side
 Step = Callable[[], object]
+KEPT: list[torch.library.Library] = []
 
 
 def pictures(task: str, count: int) -> torch.Tensor:
@@ -35,6 +36,14 @@ def flops(network: Callable[[torch.Tensor, torch.Tensor], object], shape: tuple[
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, channels, side, side), torch.zeros(1))
     return counter.get_total_flops()
+
+
+def without_torchvision() -> None:
+    """torchvision has no CPU build. Nothing of it is called, but to import it takes these operators."""
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    KEPT.append(library)  # what it defines goes with it
 
 
 def layout(options: list[str]) -> torch.memory_format:
@@ -125,9 +134,7 @@ def diffusers(task: str, batch: int, options: list[str]) -> tuple[Step, int, lis
 
 def denoising_diffusion_pytorch(task: str, batch: int, options: list[str]) -> tuple[Step, int, list[str]]:
     """Its U-Net of dim 32 with multipliers 1, 2, 4, its loss and, as its Trainer, Adam, clipping and EMA every 10."""
-    operators = torch.library.Library("torchvision", "DEF")  # torchvision has no CPU build; nothing of it is called
-    for name in ("nms", "qnms"):
-        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    without_torchvision()
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 

@@ -11,21 +11,20 @@ done again.
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-
-OPERATORS = torch.library.Library("torchvision", "DEF")  # torchvision has no CPU build; nothing of it is called
-for name in ("nms", "qnms"):
-    OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # noqa: E402
-from ema_pytorch import EMA  # noqa: E402
+from contenders import without_torchvision
+from torch import nn
 
 BATCH, ACCUMULATE, COUNT = 32, 2, 2000
 
 
 def main() -> None:
+    without_torchvision()
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
     images = torch.from_numpy(np.load(sys.argv[1]))[:, None]
     out, minutes = Path(sys.argv[2]), sorted(map(float, sys.argv[3:]))
     torch.manual_seed(0)
@@ -39,7 +38,9 @@ def main() -> None:
             draw(diffusion, path)
 
 
-def train(diffusion: GaussianDiffusion, images: torch.Tensor, snapshots: list[tuple[float, Path]]) -> None:
+def train(diffusion: nn.Module, images: torch.Tensor, snapshots: list[tuple[float, Path]]) -> None:
+    from ema_pytorch import EMA
+
     adam = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
     average, seen, started = EMA(diffusion, beta=0.995, update_every=10), 0, time.perf_counter()
     order = torch.randperm(len(images))
@@ -64,7 +65,7 @@ def train(diffusion: GaussianDiffusion, images: torch.Tensor, snapshots: list[tu
 
 
 @torch.no_grad()
-def draw(diffusion: GaussianDiffusion, path: Path) -> None:
+def draw(diffusion: Any, path: Path) -> None:
     snapshot = torch.load(path)
     diffusion.load_state_dict(snapshot.pop("network"))
     diffusion.eval()

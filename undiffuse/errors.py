@@ -69,7 +69,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
-    # The last is oneDNN's answer where it cannot have what a convolution needs beside its operands.
+    # The last is oneDNN's answer where there is no memory for the code that it makes for a convolution.
     signs = ("DefaultCPUAllocator: ", "not enough memory: ", "backend out of memory", "could not create a primitive")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 

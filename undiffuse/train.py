@@ -223,13 +223,12 @@ class _Loop:
             else nullcontext(sink.Nowhere()) as lines,
             log.progress(self.last, "training", self.show, done=trainer.step) as bar,
             # The others wait inside a step for what process 0 does between two; a sum that fails ends them.
-            Watchdog(path / f"stacks-{dist.rank()}.txt", None if self.first else dist.PATIENCE.seconds) as dog,
+            Watchdog(path / f"stacks-{dist.rank()}.txt", None if self.first else dist.PATIENCE.total_seconds()) as dog,
         ):
-            if self.resumed is not None:
-                if differs := differences(self.resumed, trainer, self.last):
-                    text = ", ".join(differs)
-                    log.warn(f"resumed with other {text}: the numbers will differ from those of an unbroken run")
-                    lines.write({"step": trainer.step, "exact": False, "differs": differs})
+            if self.resumed is not None and (differs := differences(self.resumed, trainer, self.last)):
+                text = ", ".join(differs)
+                log.warn(f"resumed with other {text}: the numbers will differ from those of an unbroken run")
+                lines.write({"step": trainer.step, "exact": False, "differs": differs})
             while trainer.step < self.last:
                 self.window.append(trainer.update(self.last))
                 dog.stepped()

@@ -5,7 +5,6 @@ summed: by DistributedDataParallel, or, with `exact_shards`, shard by shard in a
 processes there are.
 """
 
-import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -273,7 +272,6 @@ class Trainer:
                 raise
             failed = 1
         self.adam.zero_grad(set_to_none=True)
-        gc.collect()  # what failed half-way is held by cycles of its traceback
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return int(dist.total(torch.tensor(failed))) == 0

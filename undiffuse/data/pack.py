@@ -40,7 +40,7 @@ from undiffuse.data.source import (
     refuse_bad,
     unify,
 )
-from undiffuse.errors import DataError, Locked, MemoryExhausted, UsageError
+from undiffuse.errors import Corrupt, DataError, Locked, MemoryExhausted, UsageError
 
 CACHE = "UNDIFFUSE_CACHE"
 LARGE = 10**9  # decoded bytes: a data set of more is packed before it is trained on,
@@ -133,8 +133,9 @@ def open_data(
     if isinstance(raw, PackedSource) and wanted.accepts(raw.image_shape):
         return raw
     if use_cache is None:
-        values = len(raw) * math.prod(first_of(raw, wanted).shape)
-        use_cache = not isinstance(raw, ArraySource) and (len(raw) > MANY or values > LARGE)
+        use_cache = not isinstance(raw, ArraySource) and (
+            len(raw) > MANY or len(raw) * math.prod(first_of(raw, wanted).shape) > LARGE
+        )
     if not use_cache:
         return unify(raw, size, channels, skip_bad)
     job = Job(str(spec), "train", background, wanted, _remembered(raw, spec))
@@ -154,7 +155,10 @@ def _remembered(raw: Source, spec: str | Path) -> str:
     path = cache_folder() / "fingerprints" / f"{key}.json"
     if not path.exists():
         disk.write_json(path, {"fingerprint": raw.fingerprint()})
-    return disk.read_json(path)["fingerprint"]
+    found = disk.read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("fingerprint"), str):
+        raise Corrupt(f"{path} is damaged: it holds no fingerprint; remove it")
+    return found["fingerprint"]
 
 
 def cache_folder() -> Path:
