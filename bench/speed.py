@@ -59,7 +59,7 @@ PARTS = {
     "small-step": Part(
         "Network of preset fashion-mnist, training step",
         "fashion-mnist",
-        128,
+        64,
         ("bf16",),
         ((THEIRS, ()), *BEST, (LUC, ()), *((LUC, settings) for _, settings in BEST)),
     ),

@@ -59,8 +59,9 @@ def budget(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{first['milliseconds_per_step']:.0f} ms a step of 128 images, {first['images_per_second']:.0f} images/s, "
-            f"{first['gflop_per_second']:.0f} GFLOP/s, {first['peak_memory_mb']} MB at the peak. With two EMA profiles "
+            f"{first['milliseconds_per_step']:.0f} ms a step of {first['micro_batch']} images, "
+            f"{first['images_per_second']:.0f} images/s, {first['gflop_per_second']:.0f} GFLOP/s, "
+            f"{first['peak_memory_mb']} MB at the peak. With two EMA profiles "
             f"(`train.ema_profiles`) averaging takes {profiles['parts']['ema']['ms']:.2f} ms, "
             f"{100 * profiles['parts']['ema']['share']:.1f} %. {made(result)}",
         ]

@@ -145,7 +145,8 @@ def test_average_rebuilds_a_model_from_a_run(call, tmp_path):
     settings = [*SETTINGS, "data.size=8", "data.channels=1", "train.ema_profiles=[0.05,0.1]"]
     settings += ["train.ema_snapshot_every=1"]
     words = [word for setting in settings for word in ("--set", setting)]
-    assert call("train", "digits", "-p", "cifar10", "-o", run, "--json", *words)[0] == 0
+    code, text, err = call("train", "digits", "-p", "cifar10", "-o", run, "--json", *words)
+    assert code == 0 and json.loads(text)["averages"] == str(run / "ema"), err
     code, text, err = call("average", run, "--sigma-rel", 0.2, "--out", out, "--json")
     assert code == 0, err
     made = json.loads(text)

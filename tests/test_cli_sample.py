@@ -148,6 +148,16 @@ def test_a_full_disk_says_how_many_pictures_are_written(call, folder, tmp_path, 
             picture.load()
 
 
+def test_samples_beside_others_are_refused_before_any_is_drawn(call, folder, tmp_path):
+    command = ("sample", folder / "MODEL", "-n", 2, "--out", tmp_path / "out")
+    assert call(*command)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    code, _, err = call(*command, "--seed", 1)
+    assert code == 2 and "out holds samples already (0000.png); give a new folder, or remove it" in err
+    assert "sampling" not in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 BAD = [
     ("sample MODEL -n 2 --batch 0 --out x", 2, "batch = 0 images at a time is not possible; give 1 or more"),
     ("sample MODEL -n 2 --batch -1 --out x", 2, "batch = -1 images at a time is not possible; give 1 or more"),

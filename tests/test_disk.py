@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 
 from undiffuse import disk
-from undiffuse.disk import beside, read_json, write_atomic, write_json
-from undiffuse.errors import Corrupt, StorageError
+from undiffuse.disk import beside, read_json, write_atomic, write_json, write_new
+from undiffuse.errors import Corrupt, StorageError, UsageError
 
 
 def names(folder):
@@ -60,6 +60,24 @@ def test_any_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     assert caught.value.exit_code == 4
     assert changes.count(change) == 1
     assert (tmp_path / "a").read_bytes() == b"old" and names(tmp_path) == ["a"]
+
+
+def test_a_new_file_is_never_written_over_another(tmp_path, monkeypatch):
+    changes = fail_at(monkeypatch, "none", OSError())
+    write_new(tmp_path / "new" / "a", b"one")
+    assert changes[-6:] == ["create", "write", "sync", "link", "unlink", "sync"]
+    with pytest.raises(UsageError, match="^.*/new/a is there already; give a new folder, or remove it$"):
+        write_new(tmp_path / "new" / "a", b"two")
+    assert (tmp_path / "new" / "a").read_bytes() == b"one" and names(tmp_path / "new") == ["a"]
+
+
+def test_a_new_file_on_a_disk_without_links(tmp_path, monkeypatch):
+    fail_at(monkeypatch, "link", OSError(1, "Operation not permitted"))
+    write_new(tmp_path / "a", b"one")
+    fail_at(monkeypatch, "link", OSError(1, "Operation not permitted"))
+    with pytest.raises(UsageError, match="/a is there already"):
+        write_new(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"one" and names(tmp_path) == ["a"]
 
 
 def test_an_interrupt_passes_and_leaves_nothing(tmp_path, monkeypatch):

@@ -245,6 +245,10 @@ def test_images_are_written_as_files_a_grid_and_an_array(tmp_path):
     with np.load(written["npz"], allow_pickle=False) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], images.permute(0, 2, 3, 1))
     assert explore.write_images(images, None, None) == {}
+    with pytest.raises(UsageError, match="out/0000.png is there already; give a new folder, or remove it$"):
+        explore.write_images(255 - images, tmp_path / "out", None)
+    with Image.open(tmp_path / "out" / "0000.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved), images[0].permute(1, 2, 0))
 
 
 def test_a_grid_of_rows_keeps_its_columns(tmp_path):

@@ -111,6 +111,7 @@ def train(
 
 def ended(model: "Model", out: Path, profile: bool) -> dict[str, Any]:
     """Where everything is, and what to run next."""
+    others = {"averages": out / "ema", "tensorboard": out / "tensorboard"}
     return {
         "run": out,
         "step": model.meta["step"],
@@ -118,6 +119,7 @@ def ended(model: "Model", out: Path, profile: bool) -> dict[str, Any]:
         "parameters": model.parameters(),
         "log": out / "log.jsonl",
         **({"profile": out / "profile.json"} if profile else {"previews": out / "samples"}),
+        **{name: folder for name, folder in others.items() if folder.is_dir()},
         "next": f"undiffuse sample {out} -n 64 --out samples",
     }
 

@@ -60,6 +60,8 @@ def sample(
         raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give the name of a folder")
+    if out is not None:
+        explore.refuse_drawn(out)
     if npz is not None and npz.is_dir():
         raise UsageError(f"{npz} is a folder; give the name of a file")
     loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)

@@ -11,7 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from undiffuse.errors import Corrupt, StorageError
+from undiffuse.errors import Corrupt, StorageError, UsageError
 
 CHUNK = 2**24  # bytes in one write
 SMALL = 2**20  # bytes of JSON that are read; a longer text could take seconds, and much memory, to refuse
@@ -20,7 +20,7 @@ SMALL = 2**20  # bytes of JSON that are read; a longer text could take seconds, 
 def hook(change: str, path: Path, detail: Path | memoryview | None = None) -> None:
     """Called before each change to the disk; `detail` is the target of a rename or the bytes of a write.
 
-    Does nothing: this is where a test puts its fault. All changes are made by the next five functions, but for the
+    Does nothing: this is where a test puts its fault. All changes are made by the next six functions, but for the
     two of the lock file.
     """
 
@@ -63,6 +63,12 @@ def sync_folder(path: Path) -> None:
 def rename(path: Path, target: Path) -> None:
     hook("rename", path, target)
     path.replace(target)
+
+
+def link(path: Path, target: Path) -> None:
+    """A second name for a file; FileExistsError if it is taken, and OSError on a disk that knows no second names."""
+    hook("link", path, target)
+    os.link(path, target)
 
 
 def remove(path: Path) -> None:
@@ -124,6 +130,23 @@ def write_atomic(path: Path, data: bytes | bytearray) -> None:
         make_folder(path.parent)
         create(temporary, data)
         rename(temporary, path)
+        sync_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes | bytearray) -> None:
+    """`write_atomic` of a file that must not be there yet. Raises UsageError if it is, and StorageError."""
+    temporary = beside(path, "tmp")
+    with writing(path, len(data), temporary):
+        make_folder(path.parent)
+        create(temporary, data)
+        try:
+            link(temporary, path)
+        except OSError as error:  # FAT and some file systems of networks know no links
+            if path.exists():
+                raise UsageError(f"{path} is there already; give a new folder, or remove it") from error
+            rename(temporary, path)
+        else:
+            remove(temporary)
         sync_folder(path.parent)
 
 

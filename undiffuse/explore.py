@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from undiffuse import store
+from undiffuse import disk, store
 from undiffuse.data.source import Source
 from undiffuse.errors import DataError, StorageError, UsageError
 from undiffuse.figure import grid, picture, png
@@ -228,17 +228,18 @@ def write_grid(images: UInt8[Tensor, "rows columns c h w"], path: Path) -> None:
 def write_images(images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Path | None) -> dict[str, Path]:
     """PNG files and a grid in `folder`, one array `arr_0` [n, h, w, c] in `npz`; returns what was written, by kind.
 
-    Each file is whole or not there. Raises StorageError, which says how many pictures are.
+    Each file is whole or not there, and none is written over but that of `npz`. Raises UsageError for one that is
+    there already, and StorageError, which says how many pictures are written.
     """
     written = {}
     if folder is not None:
         digits = max(4, len(str(len(images) - 1)))
         for i, image in enumerate(images):
             try:
-                store.write_atomic(folder / f"{i:0{digits}}.png", png(picture(image)))
+                disk.write_new(folder / f"{i:0{digits}}.png", png(picture(image)))
             except StorageError as error:
                 raise StorageError(f"{error}. {i} of {len(images)} pictures are written") from error
-        store.write_atomic(folder / "grid.png", png(grid(images, scale=enlarged(images.shape[-1]))))
+        disk.write_new(folder / "grid.png", png(grid(images, scale=enlarged(images.shape[-1]))))
         written |= {"folder": folder, "grid": folder / "grid.png"}
     if npz is not None:
         buffer = io.BytesIO()
@@ -246,6 +247,13 @@ def write_images(images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Pat
         store.write_atomic(npz, buffer.getvalue())
         written["npz"] = npz
     return written
+
+
+def refuse_drawn(folder: Path) -> None:
+    """UsageError for a folder with samples in it: new ones beside them would be taken for those of one model."""
+    drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob("grid.png")]
+    if drawn:
+        raise UsageError(f"{folder} holds samples already ({min(drawn)}); give a new folder, or remove it")
 
 
 def enlarged(width: int) -> int:

@@ -7,8 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from undiffuse.data.folder import Pictures
 from undiffuse.data.pack import cache_folder, open_data, pack
 from undiffuse.data.packed import PackedSource
 from undiffuse.data.source import ArraySource, First, Wanted, open_source
-from undiffuse.errors import DataError, Locked, MemoryExhausted, StorageError, UsageError
+from undiffuse.errors import DataError, Locked, StorageError, UsageError
 from undiffuse.store import Run
 
 
@@ -133,35 +132,6 @@ def test_worker_processes_write_the_same_and_end_with_a_killed_parent(pictures, 
     pack(pictures, tmp_path / "out", workers=2)
     pack(pictures, tmp_path / "serial")
     assert contents(tmp_path / "out") == contents(tmp_path / "serial")
-
-
-class Broken:
-    """A pool whose workers are ended from outside."""
-
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, *_):
-        job = Future()
-        job.set_exception(BrokenProcessPool())
-        return job
-
-    def shutdown(self, cancel_futures):
-        assert cancel_futures
-
-
-def test_a_worker_that_is_ended(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "ProcessPoolExecutor", Broken)
-    with pytest.raises(
-        MemoryExhausted, match="^a process that decodes images was ended, .* with fewer --workers goes on$"
-    ):
-        pack(pictures, tmp_path / "out", workers=2)
 
 
 def test_data_that_changes_meanwhile(pictures, tmp_path):

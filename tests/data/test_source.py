@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from undiffuse.data.source import FORMATS, ArraySource, Item, Source, open_raw, open_source, unify
+from undiffuse.data.source import FORMATS, ArraySource, Item, Source, open_raw, open_source, refuse_bad, unify
 from undiffuse.errors import DataError, MemoryExhausted, UsageError
 
 NAMES = {"cifar10", "digits", "fashion-mnist", "fashion-mnist-sample", "folder", "idx", "numpy", "rule", "zip"}
@@ -92,6 +92,22 @@ def test_more_bad_files_than_can_be_listed(tmp_path, monkeypatch):
     monkeypatch.setattr("undiffuse.data.source.SKIPPED", 40)
     with pytest.raises(DataError, match=r"^2 of 3 .* more than --skip-bad can list in 40 bytes; the first is a.png \("):
         open_source(tmp_path, skip_bad=True)
+
+
+def test_a_source_of_which_more_is_bad_is_refused(tmp_path):
+    """20, or 1 in 1,000: more is no accident of a few files."""
+    save(tmp_path / "good.png")
+    for i in range(20):
+        (tmp_path / f"{i}.png").touch()
+    assert len(open_source(tmp_path, skip_bad=True).skipped) == 20
+    (tmp_path / "20.png").touch()
+    with pytest.raises(
+        DataError, match=r"^21 of 22 .* leaves out \(20, or 1 in 1000\); .* `undiffuse data check` lists"
+    ):
+        open_source(tmp_path, skip_bad=True)
+    refuse_bad([("a", "b")] * 40, 40_000, skip_bad=True)
+    with pytest.raises(DataError, match="^41 of 40000 images cannot be read, more than"):
+        refuse_bad([("a", "b")] * 41, 40_000, skip_bad=True)
 
 
 def test_labels_of_skipped_files_are_left_out_too(tmp_path):

@@ -8,22 +8,16 @@ import dataclasses
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from undiffuse import disk, log, store
 from undiffuse.data import packed
@@ -40,7 +34,8 @@ from undiffuse.data.source import (
     refuse_bad,
     unify,
 )
-from undiffuse.errors import Corrupt, DataError, Locked, MemoryExhausted, UsageError
+from undiffuse.data.workers import finished
+from undiffuse.errors import Corrupt, DataError, Locked, UsageError
 
 CACHE = "UNDIFFUSE_CACHE"
 LARGE = 10**9  # decoded bytes: a data set of more is packed before it is trained on,
@@ -274,34 +269,7 @@ def _write_all(raw: Source, plan: Plan, out: Path, missing: list[int], workers: 
             _write(raw, plan, out, k)
             yield k
         return
-    context = multiprocessing.get_context("spawn")  # a fork would share the source's open files, and torch's threads
-    with ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker) as pool:
-        jobs = {pool.submit(_work, plan, out, k): k for k in missing}
-        try:
-            for job in as_completed(jobs):
-                job.result()
-                yield jobs[job]
-        except BrokenProcessPool as error:
-            raise MemoryExhausted(
-                "a process that decodes images was ended, most likely for want of memory; "
-                "the same command with fewer --workers goes on"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """One thread, no answer to Ctrl-C, and an end when the parent has one: a killed parent cannot tell its workers."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent, "this runs in a worker"
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    yield from finished(partial(_work, plan, out), missing, min(workers, len(missing)))
 
 
 def _work(plan: Plan, out: Path, k: int) -> None:

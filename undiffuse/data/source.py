@@ -28,7 +28,8 @@ from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
 
 Split = Literal["train", "test"]
 HELD_OUT = ("test", "val", "valid", "validation")  # what the split that is not trained on is called
-LISTED = 20
+LISTED = 20  # bad images, in an error; and the least that `skip_bad` leaves out
+LEAST_GOOD = 1000  # to one that is bad: where there are fewer, something is wrong with the whole
 SKIPPED = SMALL // 4  # bytes of the list of images left out, which a run and a pack keep in files of at most SMALL
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -294,6 +295,12 @@ def refuse_bad(bad: Sequence[tuple[str, str]], total: int, skip_bad: bool) -> No
     """DataError if something bad, given as (name, reason), may not be left out, or is too much to be listed."""
     if bad and not skip_bad:
         raise _unreadable(bad, total)
+    if len(bad) > max(LISTED, total // LEAST_GOOD):
+        raise DataError(
+            f"{len(bad)} of {total} images cannot be read, more than --skip-bad leaves out ({LISTED}, or 1 in "
+            f"{LEAST_GOOD}); the first is {bad[0][0]} ({bad[0][1]}). `undiffuse data check` lists them all: remove or "
+            "repair them"
+        )
     if len(json.dumps(bad)) > SKIPPED:
         raise DataError(
             f"{len(bad)} of {total} images cannot be read, more than --skip-bad can list in {SKIPPED} bytes; the first "
