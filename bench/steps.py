@@ -53,6 +53,8 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def budget(result: dict[str, Any]) -> str:
     first, profiles = result["arrangements"]["1 process"], result["arrangements"]["1 process, two EMA profiles"]
+    operators = ", ".join(f"{name} {ms:.1f}" for name, ms in first["operators_ms"].items())
+    convolutions = sum(ms for name, ms in first["operators_ms"].items() if "convolution" in name)
     lines = ["| part of a step | ms | share |", "|---|---|---|"]
     lines += [f"| {name} | {part['ms']:.2f} | {100 * part['share']:.1f} % |" for name, part in first["parts"].items()]
     return "\n".join(
@@ -64,6 +66,9 @@ def budget(result: dict[str, Any]) -> str:
             f"{first['peak_memory_mb']} MB at the peak. With two EMA profiles "
             f"(`train.ema_profiles`) averaging takes {profiles['parts']['ema']['ms']:.2f} ms, "
             f"{100 * profiles['parts']['ema']['share']:.1f} %. {made(result)}",
+            "",
+            f"The longest operators of a step, in ms: {operators}. The convolutions, which torch has "
+            f"from oneDNN, are {100 * convolutions / first['milliseconds_per_step']:.0f} % of the step.",
         ]
     )
 

@@ -266,6 +266,12 @@ def test_a_run_in_use_is_refused(tmp_path):
     assert one_line(done.stderr).endswith(in_use)
 
 
+def test_a_run_in_use_is_refused_before_any_data_is_read(call, tmp_path):
+    with store.Run(tmp_path / "run").lock():
+        code, _, err = call("train", "no-such-data", "-p", "cifar10", "--out", tmp_path / "run")
+    assert code == 7 and "is in use by process" in one_line(err)
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(call, tmp_path):
     """The limit on the size of a file stands for the disk; the second checkpoint is the one that meets it."""

@@ -15,6 +15,8 @@ import torch
 from tests.test_train import assert_equal, recipe, state
 from undiffuse import dist, store
 from undiffuse.config import to_toml
+from undiffuse.data.loader import Loader
+from undiffuse.data.source import open_source
 from undiffuse.errors import Stalled, UsageError
 from undiffuse.trainer import shares
 
@@ -25,12 +27,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(processes: int, *arguments: str, more: dict[int, list[str]] | None = None) -> list[subprocess.Popen]:
+COMMAND = ["-m", "undiffuse.cli"]
+
+
+def start(
+    processes: int, *arguments: str, more: dict[int, list[str]] | None = None, command: list[str] = COMMAND
+) -> list[subprocess.Popen]:
     """The same command once for each process, or `more`'s, with what torchrun would put into the environment."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "undiffuse.cli", *(more or {}).get(rank, arguments)],
+            [sys.executable, *command, *(more or {}).get(rank, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -145,13 +152,109 @@ def test_a_loss_that_is_not_finite_ends_all_before_the_update(tmp_path):
 
 @pytest.mark.slow
 def test_processes_with_other_settings_are_refused(tmp_path):
-    one, two = preset(tmp_path, lr=1e-3), preset(tmp_path, lr=1e-4)
-    words = ("train", "digits", "--out", str(tmp_path / "run"), "--preset")
-    running = start(2, *words, one, more={1: [*words, two]})
-    ended = finish(running)
-    assert [code for code, _, _ in ended] == [2, 2]
-    assert all("the 2 processes do not have the same settings" in err for _, _, err in ended)
+    """Also such as give it another network, which would break the first sum."""
+    words = ("train", "digits", "--out", str(tmp_path / "run"), "--preset", preset(tmp_path))
+    for other in ("train.lr=1e-4", "network.channels=16", "train.precision='auto'", "train.exact_shards=4"):
+        ended = finish(start(2, *words, more={1: [*words, "--set", other]}))
+        assert [code for code, _, _ in ended] == [2, 2], (other, ended)
+        assert all("the 2 processes do not have the same settings" in err for _, _, err in ended)
+    ended = finish(start(2, *words, more={1: [*words, "--set", "data.channels=3"]}))
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert all("the 2 processes do not have the same data" in err for _, _, err in ended)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_another_layout_of_the_weights_is_shared_and_summed_exactly(tmp_path):
+    name = preset(tmp_path, exact_shards=2, channels_last=True, steps=4, lr=1e-3)
+    assert fit(1, tmp_path / "1", name)[0][0] == 0
+    for processes, last in ((2, "2"), (1, "3"), (2, "4")):
+        ended = fit(processes, tmp_path / "mixed", name, "--steps", last)
+        assert [code for code, _, _ in ended] == [0] * processes, ended
+    assert_equal(state(tmp_path / "1", 4), state(tmp_path / "mixed", 4))
+
+
+BAD_ROW = """
+from undiffuse import cli, trainer
+real = trainer.Trainer._loss
+def _loss(self, batch, part):
+    loss, t = real(self, batch, part)
+    return (loss / (batch.rows[part] != 6).float() if self.step == 3 else loss), t
+trainer.Trainer._loss = _loss
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_an_example_of_one_process_is_named_by_all(tmp_path):
+    """Row 6 of the batch of step 3, which process 1 has, is not finite: both name it, and what replays it."""
+    name = preset(tmp_path, save_every=100)
+    words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run")]
+    ended = finish(start(2, *words, command=["-c", BAD_ROW]))
+    assert [code for code, _, _ in ended] == [3, 3], ended
+    whole = recipe()
+    index = Loader(open_source("digits"), whole.train.batch, whole.train.seed).batch(3).index[6]
+    for _, _, err in ended:
+        assert "step 3: the loss is inf and the gradient norm" in err and f"examples [{index}]." in err
+        assert f"replays the step: undiffuse {' '.join(words)}" in err
+    assert store.Run(tmp_path / "run").steps() == [3]
+
+
+SLOW_SAVE = """
+import time
+from undiffuse import cli, store
+real = store.Run.save
+def save(self, *what):
+    time.sleep(2)
+    return real(self, *what)
+store.Run.save = save
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_and_all_its_processes_saves(tmp_path):
+    """As Ctrl-C and service managers send it. Process 0 gets it twice, and again when the others have ended."""
+    (tmp_path / "slow.py").write_text(SLOW_SAVE)
+    name = preset(tmp_path, steps=100_000, save_every=100_000)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "slow.py")]
+    words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run")]
+    running = subprocess.Popen(
+        [sys.executable, *launch, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+    )
+    wait_for_steps(tmp_path / "run", [running], 4)
+    os.killpg(running.pid, signal.SIGTERM)
+    _, errors = running.communicate(timeout=120)
+    step = store.Run(tmp_path / "run").latest()
+    assert step is not None and f"SIGTERM: stopped after step {step}, which is saved" in errors, errors
+
+
+SLOW_LOOK = """
+import datetime, time
+from undiffuse import cli, dist, trainer
+dist.PATIENCE = datetime.timedelta(seconds=12)
+dist.joined.__wrapped__.__defaults__ = (dist.PATIENCE,)
+real = trainer.Model.chain
+def chain(self, *what, progress):
+    return real(self, *what, progress=lambda n: (time.sleep(0.025 * (self.meta["step"] == 2)), progress(n)))
+trainer.Model.chain = chain
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_previews_may_take_longer_than_a_sum_waits(tmp_path):
+    """Two grids of 16 parts of 20 steps of 0.025 s, where a process is given up after 12 s."""
+    name = preset(tmp_path, steps=3)
+    words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run"), "--set", "train.sample_every=2"]
+    ended = finish(start(2, *words, command=["-c", SLOW_LOOK]))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert (tmp_path / "run" / "samples" / "step-000000002.png").exists()
 
 
 @pytest.mark.slow

@@ -70,6 +70,29 @@ def test_a_sink_that_fails_is_dropped_and_the_log_goes_on(tmp_path, capsys):
     assert capsys.readouterr().err == ("warning: Broken is told nothing more, for it failed: the network is gone\n")
 
 
+@dataclass(frozen=True)
+class Jammed(Broken):
+    """Works, and fails when it is closed."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, run, resume_step, settings):
+        try:
+            yield cls([])
+        finally:
+            raise OSError(28, "No space left on device")
+
+
+def test_a_sink_that_cannot_be_closed_changes_no_result(tmp_path, capsys):
+    with journal(tmp_path, 0, [Jammed]):
+        pass
+    assert capsys.readouterr().err == "warning: a log could not be closed: [Errno 28] No space left on device\n"
+    with pytest.raises(ZeroDivisionError), journal(tmp_path, 0, [Jammed]):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), journal(tmp_path, 0, [Broken]):
+        raise ZeroDivisionError
+
+
 def test_a_sink_that_cannot_be_opened_stops_the_run_before_it_begins(tmp_path):
     with (
         pytest.raises(UsageError, match=r"^Shut cannot be opened: api_key not configured \(no-tty\)\.; mend that, or"),

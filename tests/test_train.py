@@ -18,7 +18,7 @@ from undiffuse.config import parse, plain
 from undiffuse.data.source import ArraySource
 from undiffuse.errors import Corrupt, DataError, NotFiniteError, Preempted, UsageError
 from undiffuse.log import read_rows
-from undiffuse.model import averaged, load
+from undiffuse.model import Model, averaged, load
 from undiffuse.objective import Loss, Objective
 from undiffuse.recipe import Recipe, learning_rate
 from undiffuse.resume import refuse_changes
@@ -239,11 +239,22 @@ def test_of_a_held_out_split_only_what_is_measured_is_read(tmp_path):
         for i in range(10):
             Image.new("L", (8, 8), 20 * i).save(tmp_path / split / f"{i}.png")
     (tmp_path / "test" / "1.png").write_bytes(b"")
-    held = train.held_out_split(str(tmp_path), recipe(train={"held_out": 5}))
+    held = train.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (1, 8, 8))
     assert held.images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160]
     assert train.held_out_images(held, 2)[:, 0, 0, 0].tolist() == [0, 80]
     assert train.held_out_images(held, 9).shape[0] == 5
-    assert train.held_out_split(str(tmp_path), recipe(train={"held_out": 0})) is None
+    assert train.held_out_split(str(tmp_path), recipe(train={"held_out": 0}), (1, 8, 8)) is None
+    turned = train.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (3, 4, 6))
+    assert turned.image_shape == (3, 4, 6)  # of the training images, whatever its own
+
+
+def test_previews_take_no_more_images_at_once_than_a_step(tmp_path, data, monkeypatch):
+    real, sizes = Model.chain, []
+    monkeypatch.setattr(
+        Model, "chain", lambda self, keys, *a, **b: sizes.append(len(keys.rows)) or real(self, keys, *a, **b)
+    )
+    run(recipe(train={"micro_batch": 5, "steps": 1}), data, tmp_path)
+    assert sizes == [*[5] * 12, 4] * 2
 
 
 def test_fine_tuning_begins_with_the_other_weights(tmp_path, data):

@@ -41,6 +41,24 @@ def test_channels_last_is_the_same_network(data):
     assert (plain - last).norm() < 1e-5 * plain.norm()
 
 
+@pytest.mark.parametrize("fields", [{}, {"exact_shards": 4}], ids=str)
+def test_channels_last_is_trained_the_same_and_resumed_exactly(tmp_path, data, fields):
+    """Fused Adam takes the layout of a weight for that of its gradient and moments, whatever it is."""
+    chosen = recipe(train={**FLOAT, "channels_last": True, "lr": 1e-3, **fields})
+    run(chosen, data, tmp_path / "whole")
+    run(chosen, data, tmp_path / "parts", budget=train.Budget(steps=3))
+    run(chosen, data, tmp_path / "parts")
+    assert_equal(state(tmp_path / "whole", 6), state(tmp_path / "parts", 6))
+    plain, last = made(data, lr=1e-3, **fields), made(data, lr=1e-3, channels_last=True, **fields)
+    assert any(not weight.is_contiguous() for weight in last.weights)
+    begun = torch.cat([weight.detach().flatten() for weight in plain.weights])
+    for one in (plain, last):
+        for _ in range(4):
+            one.update(10)
+    moved, other = (torch.cat([w.detach().flatten() for w in one.weights]) - begun for one in (plain, last))
+    assert (moved - other).norm() < 0.01 * moved.norm()
+
+
 def test_exact_shards_are_the_sum_of_micro_batches(data):
     """Not the same bits, because the sum is taken elsewhere; but the same gradient."""
     shards, parts = gradient(made(data, exact_shards=4)), gradient(made(data, micro_batch=2))
@@ -167,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_saved_before_and_replayed(tmp_path, data, 
     for _ in range(2):  # the same command replays it
         with pytest.raises(NotFiniteError, match="step 3: the loss is inf") as raised:
             run(chosen, data, tmp_path)
-    assert "The state before this step is saved, so the same command replays it" in str(raised.value)
+    assert "The state before this step is saved. To go on," in str(raised.value)
     named = json.loads(str(raised.value).partition("examples ")[2].partition("]")[0] + "]")
     assert sorted(named) == sorted(made(data).batches.at(3).index.tolist())
     assert store.Run(tmp_path).latest() == 3
@@ -225,7 +243,10 @@ def test_a_profile_accounts_for_the_step(tmp_path, data):
     of_the_step = [part["ms"] for name, part in parts.items() if name != "checkpoint"]
     assert sum(of_the_step) == pytest.approx(found["milliseconds_per_step"], rel=1e-3)
     assert all(parts[name]["ms"] > 0 for name in parts if name != "rest") and found["peak_memory_mb"] > 50
-    assert "GFLOP/s" in said[-1] and "backward" in said[-1]
+    own = found["operators_ms"]
+    assert len(own) == 10 and "convolution_backward" in own and sum(own.values()) < found["milliseconds_per_step"]
+    assert list(own.values()) == sorted(own.values(), reverse=True)
+    assert "GFLOP/s" in said[-1] and "backward" in said[-1] and "longest operators, ms a step: " in said[-1]
     assert store.Run(tmp_path).latest() == 25
 
 

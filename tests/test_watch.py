@@ -1,5 +1,6 @@
 """Signals and hangs: a flag that is looked at, and a thread that ends what does not move."""
 
+import math
 import os
 import signal
 import subprocess
@@ -88,6 +89,29 @@ def test_the_limit_is_ten_times_the_median_step_but_a_minute_at_least(tmp_path, 
     with dog.slow():
         assert dog.limit() == 2000
     assert dog.limit() == 200
+
+
+def test_a_process_that_waits_for_another_is_given_any_time(tmp_path):
+    dog = Watchdog(tmp_path / "stacks", 60.0)
+    with dog.waiting():
+        assert dog.limit() == math.inf
+    assert dog.limit() == 600
+
+
+@pytest.mark.parametrize("launched, ended", [(False, [143]), (True, [])])
+def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch, launched, ended):
+    """Ctrl-C, and the stop of a service, reaches the processes twice: by itself, and by way of torchrun."""
+    now, exits = [100.0], []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("RANK", "0") if launched else monkeypatch.delenv("RANK", raising=False)
+    flag = Flag()
+    flag(signal.SIGTERM, None)
+    flag(signal.SIGTERM, None)
+    assert flag.name == "SIGTERM" and exits == ended
+    now[0] += 6
+    flag(signal.SIGINT, None)
+    assert exits == [*ended, 130]
 
 
 def test_a_flag_outside_the_main_thread_is_only_a_flag():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +29,7 @@ from undiffuse.cli_options import (
     ticking,
 )
 from undiffuse.cli_tools import JsonOpt, show
-from undiffuse.errors import Error, MemoryExhausted, UsageError, is_out_of_memory
+from undiffuse.errors import Error, MemoryExhausted, NotFiniteError, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from undiffuse.model import Model
@@ -76,7 +77,7 @@ def train(
     `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`,
     `undiffuse train photos/ -p cifar10 --size 32 -o runs/photos --log tensorboard`
     """
-    from undiffuse import dist
+    from undiffuse import dist, store
     from undiffuse import train as engine
     from undiffuse.data.pack import WORKERS, open_data
 
@@ -84,6 +85,8 @@ def train(
         from undiffuse.recipe import presets
 
         raise UsageError(f"no preset was given; choose one with --preset. Known: {', '.join(presets())}")
+    if not dist.together():  # so that a second writer need not read all data to be told so; the first looks again
+        store.Run(out).refuse_second()
     recipe = open_recipe(preset, [*(settings or []), *([f"data.size={size_value(size)}"] if size is not None else [])])
     shape = {"size": recipe.data.size, "channels": recipe.data.channels, "background": recipe.data.background}
     source = open_data(
@@ -97,7 +100,7 @@ def train(
     device_ = str(check_device(dist.local_device(device)))
     begin = open_model(init, device) if init else None
     budget = engine.Budget(steps, images, minutes)
-    held = engine.held_out_split(data, recipe, skip_bad)
+    held = engine.held_out_split(data, recipe, source.image_shape, skip_bad)
     silent = as_json or not dist.is_first()
     say = (lambda text: None) if silent else (lambda text: typer.echo(text, err=True))
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
@@ -234,6 +237,8 @@ def main() -> None:
     """The entry point: an error is one line on standard error and the exit code of its kind."""
     try:
         code = app(standalone_mode=False)
+    except NotFiniteError as error:
+        code = _fail(f"{error}: undiffuse {shlex.join(sys.argv[1:])}", error.exit_code)
     except Error as error:
         code = _fail(str(error), error.exit_code)
     except typer.TyperException as error:

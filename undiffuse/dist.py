@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as group
@@ -18,6 +19,8 @@ from undiffuse.errors import Error, Stalled, UsageError
 
 PATIENCE = timedelta(minutes=10)  # how long a sum waits for a process that is alive but does not come
 LONG = timedelta(days=1)  # the same where one process may have a whole batch of a long chain more to do than another
+
+_patient: list[Any] = []  # the one whose sums wait LONG, while the processes are joined
 
 
 def size() -> int:
@@ -33,6 +36,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def together() -> bool:
+    """Whether this process was started as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def local_device(name: str) -> str:
     """`cuda` becomes this process's own card on its machine; any other name stays."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
@@ -44,7 +52,7 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
 
     Raises Stalled when one of the others has ended or does not answer.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or group.is_initialized():
+    if not together() or group.is_initialized():
         yield
         return
     backend = "gloo"
@@ -53,10 +61,12 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with lost():
         group.init_process_group(backend, timeout=patience)
+        _patient.append(group.new_group(timeout=LONG, backend="gloo"))
     try:
         with lost():
             yield
     finally:
+        _patient.clear()
         group.destroy_process_group()
 
 
@@ -104,7 +114,10 @@ def share(tensors: Iterable[Shaped[Tensor, "..."]], source: int = 0) -> None:
     """Overwrites the tensors with those of one process."""
     if size() > 1:
         for tensor in tensors:
-            group.broadcast(tensor, source)
+            sent = tensor.contiguous()
+            group.broadcast(sent, source)
+            if sent is not tensor:  # another layout
+                tensor.copy_(sent)
 
 
 def decide(number: int) -> int:
@@ -112,6 +125,12 @@ def decide(number: int) -> int:
     value = torch.tensor(number)
     share([value])
     return int(value)
+
+
+def wait_for_first() -> None:
+    """Until process 0 comes here too, however long what it does alone may take."""
+    if size() > 1:
+        group.broadcast(torch.zeros(1), 0, group=_patient[0])
 
 
 def agree(digest: str, what: str) -> None:

@@ -11,13 +11,16 @@ from torch.profiler import ProfilerActivity, profile
 from undiffuse import dist, store
 from undiffuse.trainer import Trainer
 
-WARM_UP, STEPS = 5, 20
+WARM_UP, STEPS, LONGEST = 5, 20, 10
 PARTS = ("data", "noise", "forward", "backward", "clip", "optimizer", "ema")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds a step in each part; `noise` is inside `forward`. A checkpoint is spread over the steps between two."""
+    """Seconds a step in each part; `noise` is inside `forward`. A checkpoint is spread over the steps between two.
+
+    `operators` has the seconds of torch's longest ones, wherever they run, without those of what they call.
+    """
 
     step: float
     parts: dict[str, float]
@@ -25,6 +28,7 @@ class Profile:
     images_per_second: float
     flop_per_second: float
     peak_bytes: int
+    operators: dict[str, float]
 
     def rows(self) -> list[tuple[str, float, float]]:
         """(part, milliseconds, share of the step), with what no part accounts for."""
@@ -40,13 +44,17 @@ class Profile:
             "gflop_per_second": round(self.flop_per_second / 1e9, 1),
             "peak_memory_mb": round(self.peak_bytes / 1e6),
             "parts": {name: {"ms": round(ms, 3), "share": round(share, 4)} for name, ms, share in self.rows()},
+            "operators_ms": {name: round(1000 * seconds, 3) for name, seconds in self.operators.items()},
         }
 
     def __str__(self) -> str:
         rates = f"{self.images_per_second:.1f} images/s, {self.flop_per_second / 1e9:.0f} GFLOP/s"
         head = f"{1000 * self.step:.1f} ms a step, {rates}"
         lines = [f"{name:>11} {ms:10.2f} ms {share:7.1%}" for name, ms, share in self.rows()]
-        return "\n".join([f"{head}, {self.peak_bytes / 1e6:,.0f} MB at the peak", *lines])
+        longest = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in self.operators.items())
+        return "\n".join(
+            [f"{head}, {self.peak_bytes / 1e6:,.0f} MB at the peak", *lines, f"longest operators, ms a step: {longest}"]
+        )
 
 
 def measure(trainer: Trainer, run: store.Run, last: int, flop: int) -> Profile:
@@ -69,10 +77,13 @@ def measure(trainer: Trainer, run: store.Run, last: int, flop: int) -> Profile:
             trainer.update(last)
         _wait(trainer)
         slower = (time.perf_counter() - started) / (STEPS // 2) / step  # without what the profiler does at its ends
-    seconds = {event.key: _seconds(event) / (STEPS // 2) / slower for event in profiler.key_averages()}
+    events, count = profiler.key_averages(), STEPS // 2 * slower
+    seconds = {event.key: _seconds(event) / count for event in events}
+    own = {event.key.removeprefix("aten::"): _own_seconds(event) / count for event in events if "aten::" in event.key}
     started = time.perf_counter()
     if dist.rank() == 0:
         run.save(trainer.step, trainer.tensors(), trainer.meta())
+        run.retain(2)
     every = trainer.recipe.train.save_every
     batch = trainer.recipe.train.batch
     return Profile(
@@ -82,6 +93,7 @@ def measure(trainer: Trainer, run: store.Run, last: int, flop: int) -> Profile:
         batch / step,
         3 * flop * batch / step / dist.size(),
         peak_bytes(trainer.device),
+        dict(sorted(own.items(), key=lambda item: -item[1])[:LONGEST]),
     )
 
 
@@ -93,6 +105,10 @@ def _wait(trainer: Trainer) -> None:
 def _seconds(event: Any) -> float:
     """On the device where there is one, because there the processor only queues the work."""
     return max(event.cpu_time_total, event.device_time_total) / 1e6
+
+
+def _own_seconds(event: Any) -> float:
+    return max(event.self_cpu_time_total, event.self_device_time_total) / 1e6
 
 
 def peak_bytes(device: torch.device) -> int:

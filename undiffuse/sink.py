@@ -140,6 +140,23 @@ class Nowhere:
     def image(self, step: int, name: str, picture: Image.Image) -> None: ...
 
 
+class _forgiving(AbstractContextManager[Sink]):  # noqa: N801
+    """A sink that fails when it is closed is told of too, and no more than that."""
+
+    def __init__(self, opening: AbstractContextManager[Sink]):
+        self._opening = opening
+
+    def __enter__(self) -> Sink:
+        return self._opening.__enter__()
+
+    def __exit__(self, *why: Any) -> None:
+        try:
+            self._opening.__exit__(*why)
+        except Exception as error:  # likewise
+            if error is not why[1]:
+                log.warn(f"a log could not be closed: {_first_line(error)}")
+
+
 @contextmanager
 def journal(
     run: Path, resume_step: int, sinks: Sequence[type[Sink]] = (), settings: Mapping[str, Any] | None = None
@@ -150,7 +167,7 @@ def journal(
         lines = stack.enter_context(log.JsonLines(run / "log.jsonl", resume_step))
         for kind in sinks:
             try:
-                opened.append(stack.enter_context(kind.open(run, resume_step, settings or {})))
+                opened.append(stack.enter_context(_forgiving(kind.open(run, resume_step, settings or {}))))
             except Exception as error:  # likewise, such as a key that wandb lacks
                 raise UsageError(
                     f"{kind.__name__} cannot be opened: {_first_line(error)}; mend that, or leave its --log out"

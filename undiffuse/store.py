@@ -193,6 +193,12 @@ class Run:
             finally:
                 self._let_go()
 
+    def refuse_second(self) -> None:
+        """Locked if another process writes in this folder; the folder is not made."""
+        if (self.path / "lock").exists():
+            with self.lock():
+                pass
+
     def _take(self, file: BinaryIO, path: Path) -> None:
         if not _try_lock(file.fileno()):
             file.seek(0)

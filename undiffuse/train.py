@@ -83,10 +83,10 @@ def train(
         first = dist.rank() == 0
         say, warn = (say, log.warn) if first else (_silent, _silent)
         run, saved = store.Run(out), None
-        trainer = _build(recipe, data, device, init, _settings(run))
         last = budget.last_step(recipe.train)
-        dist.agree(data.fingerprint(), "data")
-        dist.agree(hashlib.sha256(repr((plain(trainer.recipe), last)).encode()).hexdigest(), "settings")
+        dist.agree(data.fingerprint(), "data")  # before anything that differs with them could break a sum
+        dist.agree(hashlib.sha256(repr((plain(recipe), last)).encode()).hexdigest(), "settings")
+        trainer = _build(recipe, data, device, init, _settings(run))
         failure: Error | None = None
         if first:
             try:
@@ -112,6 +112,7 @@ def train(
                 loop.go()
         except NotFiniteError:
             loop.save()
+            dist.wait_for_first()  # else torchrun, which sees the first process end, ends process 0 in its save
             raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -240,9 +241,9 @@ class _Loop:
                         self._snapshot()  # before the checkpoint, for nothing makes it again after one
                     if trainer.step % self.config.save_every == 0 or done or asked:
                         self.save()
-                with suppress(Asked):
-                    self._look(lines, done and not asked, dog)
+                self._look(lines, done and not asked, dog)
                 if asked:
+                    dist.wait_for_first()
                     name = self.flag.name or "a signal to another process"
                     raise Preempted(
                         f"{name}: stopped after step {trainer.step}, which is saved; the same command goes on"
@@ -287,26 +288,30 @@ class _Loop:
     def _look(self, lines: Journal, ended: bool, dog: Watchdog) -> None:
         """Held-out loss and previews, by process 0. A signal leaves them undone: they are no part of the state."""
         trainer, step = self.trainer, self.trainer.step
-        if not self.first:
+        held, drawn = (ended or step % every == 0 for every in (self.config.held_out_every, self.config.sample_every))
+        if not held and not drawn:
             return
 
         def check(*_: object) -> None:
             dog.beat()
             self.flag.check()
 
-        if self.held is not None and (step % self.config.held_out_every == 0 or ended):
-            lines.write({"step": step, "held_out": trainer.held_out_loss(self.held, check)})
-        if step % self.config.sample_every == 0 or ended:
-            save_grids(trainer, self.run.path / "samples", lines, check)
+        with suppress(Asked):
+            if held and self.held is not None:
+                lines.write({"step": step, "held_out": trainer.held_out_loss(self.held, check)})
+            if drawn and self.first:
+                save_grids(trainer, self.run.path / "samples", lines, check)
+        with dog.waiting():
+            dist.wait_for_first()
 
 
-def held_out_split(data: str, recipe: Recipe, skip_bad: bool = False) -> Source | None:
-    """What is measured of the test split of a data set, in the recipe's shape, or None where it has none."""
-    config, count = recipe.data, recipe.train.held_out
-    if count < 1:
+def held_out_split(data: str, recipe: Recipe, shape: tuple[int, int, int], skip_bad: bool = False) -> Source | None:
+    """What process 0 measures of the test split of a data set, in the training images' shape; None without one."""
+    count = recipe.train.held_out
+    if count < 1 or not dist.is_first():
         return None
     try:
-        return unify(open_raw(data, "test", config.background), config.size, config.channels, skip_bad, count)
+        return unify(open_raw(data, "test", recipe.data.background), shape[1:], shape[0], skip_bad, count)
     except DataError as error:
         log.warn(f"no held-out loss: {error}")
         return None
@@ -337,7 +342,9 @@ def save_grids(trainer: Trainer, folder: Path, lines: Journal, check: Callable[[
             log.warn(f"no preview at step {trainer.step}: {error}")
             return
         times = model.times(min(50, model.process.steps or 50))
-        x = model.chain(Key(0).fold("preview").rows(64), times, DDIM(), progress=lambda n: check())
+        keys, size = Key(0).fold("preview").rows(64), trainer.micro  # more at once than in a step may not fit
+        parts = (keys[i : i + size] for i in range(0, 64, size))
+        x = torch.cat([model.chain(part, times, DDIM(), progress=lambda n: check()) for part in parts])
         picture = grid(to_uint8(x))
         store.write_atomic(folder / name, png(picture))
         lines.image(trainer.step, "samples" if averaged else "samples of the raw weights", picture)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
@@ -126,7 +126,7 @@ class Trainer:
         if exact:
             flat = dist.ordered_total(gradients)
             for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
-                weight.grad = part.view_as(weight)
+                weight.grad = like(weight, part.view(weight.shape))
             return torch.cat(losses), dist.ordered_total(sums)
         return torch.cat(losses), dist.total(torch.stack(sums).sum(0))
 
@@ -163,9 +163,9 @@ class Trainer:
         named = (bad[bad > 0] - 1).tolist() or batch.index.tolist()
         return NotFiniteError(
             f"step {self.step}: the loss is {loss} and the gradient norm {norm}, so the weights were not updated; "
-            f"examples {named[:8]}{' …' if len(named) > 8 else ''}. The state before this step is saved, so the same "
-            "command replays it. To go on, start a run from it with --init and a lower --set train.lr, or with --set "
-            "train.precision=float32"
+            f"examples {named[:8]}{' …' if len(named) > 8 else ''}. The state before this step is saved. To go on, "
+            "start a run from it with --init and a lower --set train.lr, or with --set train.precision=float32; the "
+            "same command replays the step"
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -190,10 +190,9 @@ class Trainer:
             weight.copy_(tensors["model"][name])
             shadow.copy_(tensors["ema"][name])
             if f"step/{name}" in tensors["adam"]:
-                self.adam.state[weight] = {
-                    moment: tensors["adam"][f"{moment}/{name}"].to(self.device)
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                }
+                saved = {moment: tensors["adam"][f"{moment}/{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+                moments = {moment: like(weight, saved[moment]) for moment in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[weight] = {"step": saved["step"].to(self.device), **moments}
         self.profiles.restore(tensors.get("profiles", {}), self.names)
         self.step = step
 
@@ -203,9 +202,9 @@ class Trainer:
         if self.step > 0:
             for weight in self.weights:
                 state = self.adam.state[weight]
-                for moment in ("step", "exp_avg", "exp_avg_sq"):
-                    shape = () if moment == "step" else weight.shape
-                    state.setdefault(moment, torch.zeros(shape, device=self.device))
+                state.setdefault("step", torch.zeros((), device=self.device))
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(moment, torch.zeros_like(weight))
                 dist.share(state.values())
         with torch.no_grad():
             dist.share([*self.weights, *self.ema.shadow, *self.profiles.tensors(self.names).values()])
@@ -308,6 +307,11 @@ def forward_flops(config: ModelConfig) -> int:
         network = config.build(clip=False).network
         network(torch.empty(1, *config.image), torch.empty(1))
     return counter.get_total_flops()
+
+
+def like(weight: Tensor, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The values in the layout of a weight, which a fused optimiser takes for that of its gradient and moments too."""
+    return torch.empty_like(weight, requires_grad=False).copy_(values)
 
 
 def grad_of(weight: nn.Parameter) -> Tensor:

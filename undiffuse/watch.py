@@ -1,6 +1,7 @@
 """Signals that ask a run to end, and a watchdog for one that neither ends nor moves."""
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from undiffuse.errors import Stalled
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 TICK = 0.5  # seconds between two looks of the watchdog
+ECHO = 5.0  # seconds in which torchrun passes a signal on to processes that have had it already
 PATIENCE, MULTIPLE = 60.0, 10  # a step may take this many seconds, or this many times the median
 
 
@@ -24,15 +26,18 @@ class Asked(Exception):
 
 
 class Flag:
-    """Set by a signal; looked at once a step. A second signal ends the process at once."""
+    """Set by a signal; looked at once a step. A second one, if not the first again by way of torchrun, ends all now."""
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._since, self._echo = 0.0, ECHO if "RANK" in os.environ else 0.0
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.name is not None:
+        now = time.monotonic()
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, now
+        elif now - self._since >= self._echo:
             os._exit(128 + number)
-        self.name = signal.Signals(number).name
 
     def check(self, *_: object) -> None:
         """For the inner loops of what may be left undone: previews and held-out losses."""
@@ -68,7 +73,7 @@ class Watchdog:
 
     def __init__(self, stacks: Path, patience: float | None = None, end: Callable[[int], None] = os._exit):
         self.stacks, self.patience, self._end = stacks, PATIENCE if patience is None else patience, end
-        self._idle, self._last, self._slack = 0.0, time.monotonic(), 1
+        self._idle, self._last, self._slack = 0.0, time.monotonic(), 1.0
         self._steps: deque[float] = deque(maxlen=101)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -84,6 +89,16 @@ class Watchdog:
     def slow(self) -> Iterator[None]:
         self.beat()
         self._slack = MULTIPLE
+        try:
+            yield
+        finally:
+            self.beat()
+            self._slack = 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, no time is too long: another process, which has a watchdog of its own, is at work."""
+        self._slack = math.inf
         try:
             yield
         finally:

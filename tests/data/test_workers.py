@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from functools import partial
 
@@ -57,6 +58,23 @@ def test_work_that_ends_every_worker_is_given_up(warnings):
     assert len(warnings) == 1
 
 
+def stop_when_idle(folder, number):
+    """The first is stopped as soon as it has nothing more to do, while the other is at work."""
+    if number == 1:
+        (folder / "begun").touch()
+        time.sleep(1.5)
+        return
+    while not (folder / "begun").exists():
+        time.sleep(0.01)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_when_it_has_done_its_part_holds_nothing_up(tmp_path, warnings):
+    assert sorted(finished(partial(stop_when_idle, tmp_path), range(2), 2)) == [0, 1]
+    assert not warnings
+
+
 @pytest.mark.slow
 def test_an_error_of_the_work_is_passed_on(warnings):
     with pytest.raises(DataError, match=r"^number \d is bad$"):
@@ -68,11 +86,11 @@ def test_time_in_which_all_were_stopped_does_not_count(monkeypatch):
     """As of a laptop that was closed, or Ctrl-Z: the parent did not look either."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    beats = [1234, 1, 0, 0]  # the second has not begun yet
+    beats = [1, 0]  # the second has not begun yet
     look = workers._Look(beats)
     now = 10_000.0
     assert not look.stands_still()
-    beats[1] += 1
+    beats[0] += 1
     now += 1
     assert not look.stands_still()
     waited = 0
@@ -80,3 +98,10 @@ def test_time_in_which_all_were_stopped_does_not_count(monkeypatch):
         now += workers.BEAT
         waited += 1
     assert waited == workers.STILL / workers.BEAT + 1
+    beats = [0]
+    look = workers._Look(beats)
+    for _ in range(round(workers.START / workers.BEAT)):
+        now += workers.BEAT
+        assert not look.stands_still()
+    now += workers.BEAT
+    assert look.stands_still()

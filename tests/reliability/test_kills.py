@@ -28,10 +28,10 @@ def preset(folder: Path, **train) -> Path:
     return path
 
 
-def start(out: Path, *more: str) -> subprocess.Popen:
+def start(out: Path, *more: str, script: str = "from undiffuse import cli; cli.main()") -> subprocess.Popen:
     words = ["train", "digits", "--preset", str(out.parent / "small.toml"), "--out", str(out), *more]
     return subprocess.Popen(
-        [sys.executable, "-m", "undiffuse.cli", *words],
+        [sys.executable, "-c", script, *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -93,22 +93,39 @@ def test_25_kills_end_where_no_kill_would_have(tmp_path):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))  # none twice, none missing
 
 
+SLOW = """
+import time
+from pathlib import Path
+from undiffuse import cli, watch
+real = watch.Flag.check
+def check(self, *rest):
+    Path("MARK").touch()
+    time.sleep(0.3)
+    real(self)
+watch.Flag.check = check
+cli.main()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["step", "preview"])
-def test_a_signal_is_honoured_in_every_phase(tmp_path, phase):
-    """During a preview too, which is left undone; the state that is saved goes on as if nothing had been."""
-    often = {"sample_every": 2} if phase == "preview" else {}
-    preset(tmp_path, steps=10**6, save_every=10**6, **often)
-    process = start(tmp_path / "run")
-    pictures = tmp_path / "run" / "samples"
-    ready = pictures.exists if phase == "preview" else (tmp_path / "run" / "log.jsonl").exists
-    assert wait(process, ready)
+@pytest.mark.parametrize("phase, name", [
+    ("step", "SIGUSR1"), ("step", "SIGINT"), ("sample_every", "SIGTERM"), ("held_out_every", "SIGTERM"),
+])  # fmt: skip
+def test_a_signal_is_honoured_in_every_phase(tmp_path, phase, name):
+    """Previews and the held-out loss are left undone; the state that is saved goes on as if nothing had been."""
+    preset(tmp_path, steps=10**6, save_every=10**6, **({phase: 2} if phase != "step" else {}))
+    mark = tmp_path / "run" / "log.jsonl" if phase == "step" else tmp_path / "inside"
+    process = start(tmp_path / "run", script=SLOW.replace("MARK", str(mark)))
+    assert wait(process, mark.exists)
     asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "SIGTERM: stopped after step" in errors
+    assert process.returncode == 143 and f"{name}: stopped after step" in errors
     assert time.monotonic() - asked < 30
     step = newest(tmp_path / "run")
+    if phase != "step":  # it came while that was at work, and that was not done
+        assert step == 3 and not list((tmp_path / "run" / "samples").glob("*.png"))
+        assert "held_out" not in (tmp_path / "run" / "log.jsonl").read_text()
     complete(tmp_path / "run", "--steps", str(step + 3))
     preset(tmp_path)
     complete(tmp_path / "whole", "--steps", str(step + 3))

@@ -293,28 +293,21 @@ def _bad(source: Source, index: int, error: DataError) -> tuple[str, str]:
 
 def refuse_bad(bad: Sequence[tuple[str, str]], total: int, skip_bad: bool) -> None:
     """DataError if something bad, given as (name, reason), may not be left out, or is too much to be listed."""
+    most = max(LISTED, total // LEAST_GOOD)
     if bad and not skip_bad:
         raise _unreadable(bad, total)
-    if len(bad) > max(LISTED, total // LEAST_GOOD):
-        raise DataError(
-            f"{len(bad)} of {total} images cannot be read, more than --skip-bad leaves out ({LISTED}, or 1 in "
-            f"{LEAST_GOOD}); the first is {bad[0][0]} ({bad[0][1]}). `undiffuse data check` lists them all: remove or "
-            "repair them"
-        )
+    if len(bad) > most:
+        raise _unreadable(bad, total, f"; --skip-bad leaves out {most} at most. `undiffuse data check` lists them all")
     if len(json.dumps(bad)) > SKIPPED:
-        raise DataError(
-            f"{len(bad)} of {total} images cannot be read, more than --skip-bad can list in {SKIPPED} bytes; the first "
-            f"is {bad[0][0]} ({bad[0][1]}). Remove or repair them"
-        )
+        raise _unreadable(bad, total, f"; --skip-bad can list no more than {SKIPPED} bytes of them")
 
 
-def _unreadable(bad: Sequence[tuple[str, str]], total: int) -> DataError:
+def _unreadable(
+    bad: Sequence[tuple[str, str]], total: int, why: str = ", or leave them out with --skip-bad"
+) -> DataError:
     more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
     listed = ", ".join(f"{name} ({reason})" for name, reason in bad[:LISTED])
-    return DataError(
-        f"{len(bad)} of {total} images cannot be read: {listed}{more}. Remove or repair them, "
-        "or leave them out with --skip-bad"
-    )
+    return DataError(f"{len(bad)} of {total} images cannot be read: {listed}{more}. Remove or repair them{why}")
 
 
 def _room(count: int, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n c h w"]:

@@ -16,14 +16,16 @@ from undiffuse import log
 from undiffuse.errors import MemoryExhausted
 
 BEAT = 0.5  # seconds between two signs of life of a worker
-STILL = 8  # seconds without one after which it is ended: stopped, or lost in a call that never returns
+STILL = 8  # seconds without one after which it is ended: stopped, or lost in a call that keeps the interpreter
+START = 120  # the same before the first, while it imports what it needs
 
 
 def finished(work: Callable[[int], None], numbers: Iterable[int], workers: int) -> Iterator[int]:
     """Does `work` for each number, in any order and perhaps more than once, and yields each as it is done.
 
-    `work` is pickled. When a worker is ended, or stands still, all are, and half as many do what is left: what ends
-    them is most often a want of memory. Raises MemoryExhausted where one alone does not last either.
+    `work` is pickled, and may be ended at any time. When a worker is ended, or stands still, all are, and half as many
+    do what is left: what ends them is most often a want of memory. Raises MemoryExhausted where one alone does not last
+    either.
     """
     left = set(numbers)
     while left:
@@ -43,23 +45,25 @@ def finished(work: Callable[[int], None], numbers: Iterable[int], workers: int) 
 
 def _in_pool(work: Callable[[int], None], numbers: Sequence[int], workers: int) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")  # a fork would share the source's open files, and torch's threads
-    slots, beats = context.Value("q", 0), context.Array("q", 2 * workers)  # (pid, count of beats) of each
-    with ProcessPoolExecutor(workers, context, _begin, (slots, beats)) as pool:
-        jobs = {pool.submit(work, number): number for number in numbers}
-        pending, look = set(jobs), _Look(beats)
-        try:
-            while pending:
-                done, pending = wait(pending, BEAT, FIRST_COMPLETED)
-                for job in done:
-                    job.result()
-                    yield jobs[job]
-                if look.stands_still():
-                    look.kill()
-        except BrokenProcessPool:
-            look.kill()  # the pool waits for the others, of which one may stand still
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+    # No lock: one that ends while it holds it would stop the parent too.
+    slots, beats = context.Value("q", 0), context.RawArray("q", workers)
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, _begin, (slots, beats))
+    jobs = {pool.submit(work, number): number for number in numbers}
+    crew = [process for process in multiprocessing.active_children() if process not in before]
+    pending, look = set(jobs), _Look(beats)
+    try:
+        while pending:
+            done, pending = wait(pending, BEAT, FIRST_COMPLETED)
+            for job in done:
+                job.result()
+                yield jobs[job]
+            if look.stands_still():
+                raise BrokenProcessPool
+    finally:
+        for process in crew:  # the pool would wait for one that stands still
+            process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 class _Look:
@@ -70,19 +74,14 @@ class _Look:
         self._still = [0.0] * len(self._seen)
 
     def stands_still(self) -> bool:
-        now, now_seen = time.monotonic(), list(self._beats)
+        now, beats = time.monotonic(), list(self._beats)
         passed, self._looked = min(now - self._looked, 2 * BEAT), now
-        pairs = zip(self._still, self._seen, now_seen, strict=True)
-        self._still = [still + passed if old == new else 0 for still, old, new in pairs]
-        self._seen = now_seen
-        started = [self._still[i + 1] for i in range(0, len(now_seen), 2) if now_seen[i]]
-        return max(started, default=0) > STILL
-
-    def kill(self) -> None:
-        pids = set(self._beats[::2])
-        for process in multiprocessing.active_children():
-            if process.pid in pids:
-                process.kill()
+        self._still = [
+            still + passed if old == new else 0.0
+            for still, old, new in zip(self._still, self._seen, beats, strict=True)
+        ]
+        self._seen = beats
+        return any(still > (STILL if beat else START) for still, beat in zip(self._still, beats, strict=True))
 
 
 def _begin(slots: Any, beats: Any) -> None:
@@ -93,11 +92,10 @@ def _begin(slots: Any, beats: Any) -> None:
     assert parent, "this runs in a worker"
     with slots.get_lock():
         mine, slots.value = slots.value, slots.value + 1
-    beats[2 * mine] = os.getpid()
 
     def follow() -> None:
         while parent.is_alive():
-            beats[2 * mine + 1] += 1
+            beats[mine] += 1
             parent.join(BEAT)
         os._exit(1)
 
