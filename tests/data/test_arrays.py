@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -159,6 +160,18 @@ def test_a_folder_with_the_names_of_mnist(tmp_path, ending, infix):
     assert torch.equal(train.images, torch.from_numpy(IMAGES[:4, :1]))
     assert train.labels.tolist() == LABELS[:4].tolist()
     assert (len(test), test.labels.tolist()) == (1, [2])
+
+
+def test_room_is_not_taken_for_what_an_idx_file_only_claims(tmp_path):
+    path = tmp_path / "a-images-idx3-ubyte"
+    path.write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, 1000, 1000, 1000) + bytes(100))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"does not hold the 1000000000 bytes of its shape \[1000, 1000, 1000\]"):
+            read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_single_idx_file_takes_the_labels_beside_it(tmp_path):

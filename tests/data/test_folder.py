@@ -150,6 +150,19 @@ def test_a_damaged_zip(tmp_path):
         open_source(path)
 
 
+@pytest.mark.parametrize("at, value, message", [(6, 84, "zip file version 8.4"), (46, 255, "'utf-8' codec can't")])
+def test_a_zip_that_zipfile_has_errors_of_its_own_for(tmp_path, at, value, message):
+    """The version that is needed, and a name that is said to be UTF-8, in the directory at the end."""
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("\xe9.png", b"")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + at] = value
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"^.*set.zip cannot be read as a zip: {message}"):
+        open_source(path)
+
+
 def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
     fill(tmp_path / "set", ["a.png"])
     path = zipped(tmp_path / "set", tmp_path / "set.zip")

@@ -179,6 +179,8 @@ def attack(victim: Victim, honest: bytes, cases: int, told: mmap.mmap) -> None:
     """In a child of its own, which tells the number of the case it is at, and what went wrong with the last."""
     room = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    torch.set_num_threads(1)  # the threads of the parent are not here to share work with
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest's own handler would wait for a call that hangs to return
     for case in range(cases):
         data = damaged(honest, np.random.default_rng(case))
         forged = victim.forge is not None and case % 2 == 0

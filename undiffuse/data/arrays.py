@@ -18,6 +18,7 @@ LABEL_KEYS = ("labels", "y", "arr_1")
 CHANNELS = (1, 3, 4)
 MAX_CLASSES = 100_000
 MAX_BYTES = 2**32
+PIECE = 2**24  # bytes of one read
 
 
 def array_source(
@@ -162,7 +163,10 @@ def _read_idx(file: io.BufferedIOBase, path: Path) -> np.ndarray:
         raise DataError(f"{path} ends within its header; it is damaged")
     shape = np.frombuffer(lengths, ">u4").tolist()
     size = math.prod(shape)
-    values = file.read(size + 1) if size <= MAX_BYTES else b""
+    values = bytearray()
+    # In pieces, because room for what a header only claims would be taken at once.
+    while size <= MAX_BYTES and len(values) <= size and (piece := file.read(min(PIECE, size + 1 - len(values)))):
+        values += piece
     if len(values) != size:
         raise DataError(f"{path} does not hold the {size} bytes of its shape {shape}; it is damaged")
-    return np.frombuffer(bytearray(values), np.uint8).reshape(shape)
+    return np.frombuffer(values, np.uint8).reshape(shape)

@@ -7,7 +7,9 @@ inside them.
 
 import hashlib
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -18,6 +20,9 @@ from undiffuse.data import picture
 from undiffuse.data.arrays import whole
 from undiffuse.data.source import HELD_OUT, Format, Item, Source, Split, split_name
 from undiffuse.errors import DataError
+
+# What a file and zipfile raise for bytes that are not as they should be; RuntimeError for what zipfile does not know.
+UNREADABLE = (OSError, EOFError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +76,8 @@ class Pictures(Source):
     def _bytes(self, index: int) -> bytes:
         try:
             return self.load(self.names[index])
-        except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
-            raise DataError(getattr(error, "strerror", None) or str(error)) from error
+        except UNREADABLE as error:
+            raise DataError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 class Folder(Format):
@@ -104,13 +109,16 @@ class Zip(Format):
     def read(spec: str, split: Split, background: str) -> Source:
         try:
             archive = zipfile.ZipFile(spec)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{spec} cannot be read as a zip: {error}") from error
+        except (*UNREADABLE, MemoryError) as error:  # for a directory that is only said to be of gigabytes
+            raise DataError(f"{spec} cannot be read as a zip: {str(error) or 'its directory is too long'}") from error
 
         def load(name: str) -> bytes:
             if archive.getinfo(name).file_size > picture.MAX_BYTES:
                 raise DataError(f"unpacks to more than {picture.MAX_BYTES} bytes")
-            return archive.read(name)
+            try:
+                return archive.read(name)
+            except MemoryError as error:  # LZMA takes at once what its header asks for
+                raise DataError("its compression asks for more memory than there is") from error
 
         names = [name for name in archive.namelist() if not name.endswith("/")]
         return _pictures(spec, names, load, split, background)
