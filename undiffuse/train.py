@@ -84,8 +84,7 @@ def train(
         say, warn = (say, log.warn) if first else (_silent, _silent)
         run, saved = store.Run(out), None
         last = budget.last_step(recipe.train)
-        dist.agree(data.fingerprint(), "data")  # before anything that differs with them could break a sum
-        dist.agree(hashlib.sha256(repr((plain(recipe), last)).encode()).hexdigest(), "settings")
+        _agree(recipe, data, last)  # before anything that differs with them could break a sum
         trainer = _build(recipe, data, device, init, _settings(run))
         failure: Error | None = None
         if first:
@@ -138,6 +137,12 @@ def _profile(trainer: Trainer, run: store.Run, last: int, say: Say) -> None:
 
 
 def _silent(text: str) -> None: ...
+
+
+def _agree(recipe: Recipe, data: Source, last: int) -> None:
+    """Raises UsageError in every process unless all were given the same."""
+    dist.agree(data.fingerprint(), "data")
+    dist.agree(hashlib.sha256(repr((plain(recipe), last)).encode()).hexdigest(), "settings")
 
 
 def _settings(run: store.Run) -> dict[str, Any] | None:
