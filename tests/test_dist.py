@@ -214,7 +214,7 @@ cli.main()
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_and_all_its_processes_saves(tmp_path):
-    """As Ctrl-C and service managers send it. Process 0 gets it twice, and again when the others have ended."""
+    """As service managers send it: the processes get it twice, and torchrun ends process 0 once the other has ended."""
     (tmp_path / "slow.py").write_text(SLOW_SAVE)
     name = preset(tmp_path, steps=100_000, save_every=100_000)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "slow.py")]
@@ -228,7 +228,10 @@ def test_a_signal_to_torchrun_and_all_its_processes_saves(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
     )
     wait_for_steps(tmp_path / "run", [running], 4)
-    os.killpg(running.pid, signal.SIGTERM)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    assert len(children) >= 2
+    for process in (*children, running.pid):
+        os.kill(int(process), signal.SIGTERM)
     _, errors = running.communicate(timeout=120)
     step = store.Run(tmp_path / "run").latest()
     assert step is not None and f"SIGTERM: stopped after step {step}, which is saved" in errors, errors
@@ -255,6 +258,35 @@ def test_previews_may_take_longer_than_a_sum_waits(tmp_path):
     ended = finish(start(2, *words, command=["-c", SLOW_LOOK]))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert (tmp_path / "run" / "samples" / "step-000000002.png").exists()
+
+
+HANG = """
+import time
+from undiffuse import cli, dist, trainer, watch
+watch.PATIENCE = 3.0
+real = trainer.Trainer.update
+def update(self, last):
+    while self.step == 3 and dist.rank() == 1:
+        time.sleep(1)
+    return real(self, last)
+trainer.Trainer.update = update
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run(tmp_path):
+    """By the watchdog of process 0, which waits for it in a sum; torchrun then ends the one that hangs."""
+    words = ["train", "digits", "--preset", preset(tmp_path, save_every=1), "--out", str(tmp_path / "run")]
+    running = start(2, *words, command=["-c", HANG])
+    try:
+        _, err = running[0].communicate(timeout=120)
+        assert running[0].returncode == Stalled.exit_code and "nothing has moved for" in err, err
+        assert running[1].poll() is None  # it did hang
+        assert store.Run(tmp_path / "run").latest() == 3 and (tmp_path / "run" / "stacks-0.txt").exists()
+    finally:
+        running[1].kill()
+        finish(running[1:])
 
 
 @pytest.mark.slow

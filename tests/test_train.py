@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -246,6 +247,11 @@ def test_of_a_held_out_split_only_what_is_measured_is_read(tmp_path):
     assert train.held_out_split(str(tmp_path), recipe(train={"held_out": 0}), (1, 8, 8)) is None
     turned = train.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (3, 4, 6))
     assert turned.image_shape == (3, 4, 6)  # of the training images, whatever its own
+    (tmp_path / "four").mkdir()
+    for split in ("train", "test"):
+        np.savez(tmp_path / "four" / f"{split}.npz", images=np.zeros((3, 8, 8, 4), np.uint8))
+    four = train.held_out_split(str(tmp_path / "four"), recipe(train={"held_out": 5}), (4, 8, 8))
+    assert four.image_shape == (4, 8, 8)
 
 
 def test_previews_take_no_more_images_at_once_than_a_step(tmp_path, data, monkeypatch):

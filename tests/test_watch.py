@@ -100,7 +100,7 @@ def test_a_process_that_waits_for_another_is_given_any_time(tmp_path):
 
 @pytest.mark.parametrize("launched, ended", [(False, [143]), (True, [])])
 def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch, launched, ended):
-    """Ctrl-C, and the stop of a service, reaches the processes twice: by itself, and by way of torchrun."""
+    """The stop of a service reaches the processes twice: by itself, and by way of torchrun."""
     now, exits = [100.0], []
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -130,7 +130,7 @@ def decide(number: int) -> int:
 def wait_for_first() -> None:
     """Until process 0 comes here too, however long what it does alone may take."""
     if size() > 1:
-        group.broadcast(torch.zeros(1), 0, group=_patient[0])
+        group.broadcast(torch.zeros(1), 0, group=_patient[0] if _patient else None)
 
 
 def agree(digest: str, what: str) -> None:

@@ -195,7 +195,7 @@ class Run:
 
     def refuse_second(self) -> None:
         """Locked if another process writes in this folder; the folder is not made."""
-        if (self.path / "lock").exists():
+        if os.path.exists(self.path / "lock"):
             with self.lock():
                 pass
 

@@ -106,6 +106,7 @@ def train(
             if profile:
                 _profile(trainer, run, last, say)
                 if flag.name is not None:
+                    dist.wait_for_first()
                     raise Preempted(f"{flag.name}: stopped after the profile, whose state is saved")
             else:
                 loop.go()
@@ -306,7 +307,7 @@ class _Loop:
                 lines.write({"step": step, "held_out": trainer.held_out_loss(self.held, check)})
             if drawn and self.first:
                 save_grids(trainer, self.run.path / "samples", lines, check)
-        with dog.waiting():
+        with nullcontext() if self.first else dog.waiting():
             dist.wait_for_first()
 
 
@@ -315,8 +316,9 @@ def held_out_split(data: str, recipe: Recipe, shape: tuple[int, int, int], skip_
     count = recipe.train.held_out
     if count < 1 or not dist.is_first():
         return None
+    channels = shape[0] if shape[0] in (1, 3) else None  # arrays may have other numbers, which nothing is turned into
     try:
-        return unify(open_raw(data, "test", recipe.data.background), shape[1:], shape[0], skip_bad, count)
+        return unify(open_raw(data, "test", recipe.data.background), shape[1:], channels, skip_bad, count)
     except DataError as error:
         log.warn(f"no held-out loss: {error}")
         return None

@@ -163,6 +163,17 @@ def test_a_zip_that_zipfile_has_errors_of_its_own_for(tmp_path, at, value, messa
         open_source(path)
 
 
+def test_a_damaged_lzma_zip(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.png", bytes(range(256)) * 4)
+    whole = path.read_bytes()
+    for at in range(39, 80):  # behind the name: the properties of the compression, and the stream
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        with pytest.raises(DataError, match="^1 of 1 images cannot be read: a.png "):
+            open_source(path)
+
+
 def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
     fill(tmp_path / "set", ["a.png"])
     path = zipped(tmp_path / "set", tmp_path / "set.zip")

@@ -16,7 +16,7 @@ from undiffuse.errors import DataError, MemoryExhausted
 
 def note(folder, number):
     (folder / f"{number}-{os.getpid()}").touch()
-    time.sleep(0.2)
+    time.sleep(0.4)
 
 
 def die(number):

@@ -113,7 +113,7 @@ cli.main()
 ])  # fmt: skip
 def test_a_signal_is_honoured_in_every_phase(tmp_path, phase, name):
     """Previews and the held-out loss are left undone; the state that is saved goes on as if nothing had been."""
-    preset(tmp_path, steps=10**6, save_every=10**6, **({phase: 2} if phase != "step" else {}))
+    preset(tmp_path, steps=10**6, save_every=10**6, held_out=64, **({phase: 2} if phase != "step" else {}))
     mark = tmp_path / "run" / "log.jsonl" if phase == "step" else tmp_path / "inside"
     process = start(tmp_path / "run", script=SLOW.replace("MARK", str(mark)))
     assert wait(process, mark.exists)

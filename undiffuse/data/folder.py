@@ -21,8 +21,13 @@ from undiffuse.data.arrays import whole
 from undiffuse.data.source import HELD_OUT, Format, Item, Source, Split, split_name
 from undiffuse.errors import DataError
 
+try:
+    from lzma import LZMAError
+except ImportError:  # Python can be built without it, and zipfile then says so
+    LZMAError = RuntimeError
+
 # What a file and zipfile raise for bytes that are not as they should be; RuntimeError for what zipfile does not know.
-UNREADABLE = (OSError, EOFError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error, struct.error)
+UNREADABLE = (OSError, EOFError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error, struct.error, LZMAError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +118,14 @@ class Zip(Format):
             raise DataError(f"{spec} cannot be read as a zip: {str(error) or 'its directory is too long'}") from error
 
         def load(name: str) -> bytes:
-            if archive.getinfo(name).file_size > picture.MAX_BYTES:
+            info = archive.getinfo(name)
+            if info.file_size > picture.MAX_BYTES:
                 raise DataError(f"unpacks to more than {picture.MAX_BYTES} bytes")
             try:
                 return archive.read(name)
-            except MemoryError as error:  # LZMA takes at once what its header asks for
+            except MemoryError as error:
+                if info.compress_type != zipfile.ZIP_LZMA:  # which takes at once what its header asks for
+                    raise
                 raise DataError("its compression asks for more memory than there is") from error
 
         names = [name for name in archive.namelist() if not name.endswith("/")]

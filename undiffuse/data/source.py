@@ -294,10 +294,10 @@ def _bad(source: Source, index: int, error: DataError) -> tuple[str, str]:
 def refuse_bad(bad: Sequence[tuple[str, str]], total: int, skip_bad: bool) -> None:
     """DataError if something bad, given as (name, reason), may not be left out, or is too much to be listed."""
     most = max(LISTED, total // LEAST_GOOD)
-    if bad and not skip_bad:
-        raise _unreadable(bad, total)
     if len(bad) > most:
         raise _unreadable(bad, total, f"; --skip-bad leaves out {most} at most. `undiffuse data check` lists them all")
+    if bad and not skip_bad:
+        raise _unreadable(bad, total)
     if len(json.dumps(bad)) > SKIPPED:
         raise _unreadable(bad, total, f"; --skip-bad can list no more than {SKIPPED} bytes of them")
 

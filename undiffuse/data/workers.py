@@ -16,7 +16,8 @@ from undiffuse import log
 from undiffuse.errors import MemoryExhausted
 
 BEAT = 0.5  # seconds between two signs of life of a worker
-STILL = 8  # seconds without one after which it is ended: stopped, or lost in a call that keeps the interpreter
+STILL = 8  # seconds without one after which it is ended: stopped, or lost in a call that keeps the interpreter;
+# four times as many in the next try, for a picture that only takes so long
 START = 120  # the same before the first, while it imports what it needs
 
 
@@ -27,10 +28,10 @@ def finished(work: Callable[[int], None], numbers: Iterable[int], workers: int) 
     do what is left: what ends them is most often a want of memory. Raises MemoryExhausted where one alone does not last
     either.
     """
-    left = set(numbers)
+    left, patience = set(numbers), float(STILL)
     while left:
         try:
-            for number in _in_pool(work, sorted(left), min(workers, len(left))):
+            for number in _in_pool(work, sorted(left), min(workers, len(left)), patience):
                 left.remove(number)
                 yield number
         except BrokenProcessPool as error:
@@ -39,20 +40,23 @@ def finished(work: Callable[[int], None], numbers: Iterable[int], workers: int) 
                     "a process that decodes images was ended or stood still, most likely for want of memory; with more "
                     "of it free the same command goes on"
                 ) from error
-            workers = max(1, min(workers, len(left)) // 2)
+            workers, patience = max(1, min(workers, len(left)) // 2), 4 * patience
             log.warn(f"a process that decodes images was ended or stood still; going on with {workers}")
 
 
-def _in_pool(work: Callable[[int], None], numbers: Sequence[int], workers: int) -> Iterator[int]:
+def _in_pool(work: Callable[[int], None], numbers: Sequence[int], workers: int, patience: float) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")  # a fork would share the source's open files, and torch's threads
     # No lock: one that ends while it holds it would stop the parent too.
     slots, beats = context.Value("q", 0), context.RawArray("q", workers)
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _begin, (slots, beats))
-    jobs = {pool.submit(work, number): number for number in numbers}
-    crew = [process for process in multiprocessing.active_children() if process not in before]
-    pending, look = set(jobs), _Look(beats)
+    look = _Look(beats, patience)
     try:
+        try:
+            jobs = {pool.submit(work, number): number for number in numbers}
+        except OSError as error:  # no memory for one more process
+            raise BrokenProcessPool from error
+        pending = set(jobs)
         while pending:
             done, pending = wait(pending, BEAT, FIRST_COMPLETED)
             for job in done:
@@ -61,15 +65,16 @@ def _in_pool(work: Callable[[int], None], numbers: Sequence[int], workers: int) 
             if look.stands_still():
                 raise BrokenProcessPool
     finally:
-        for process in crew:  # the pool would wait for one that stands still
-            process.kill()
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()  # the pool would wait for one that stands still
         pool.shutdown(cancel_futures=True)
 
 
 class _Look:
     """The parent's view of its workers, in its own time: what stopped them all together is not held against them."""
 
-    def __init__(self, beats: Any):
+    def __init__(self, beats: Any, patience: float = STILL):
+        self._patience = patience
         self._beats, self._seen, self._looked = beats, list(beats), time.monotonic()
         self._still = [0.0] * len(self._seen)
 
@@ -81,7 +86,7 @@ class _Look:
             for still, old, new in zip(self._still, self._seen, beats, strict=True)
         ]
         self._seen = beats
-        return any(still > (STILL if beat else START) for still, beat in zip(self._still, beats, strict=True))
+        return any(still > (self._patience if beat else START) for still, beat in zip(self._still, beats, strict=True))
 
 
 def _begin(slots: Any, beats: Any) -> None:
