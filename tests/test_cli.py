@@ -221,6 +221,7 @@ BAD = [
     (["average", "RUN", "--sigma-rel", "0.1", "--out", "x"], 2, "no EMA snapshots; train with --set train.ema"),
     (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.ema_profiles=[0.3]"], 2, "ema_profiles.0"),
     (["train", "digits", "-p", "digits", "--out", "x", "--log", "wandbb"], 2, 'log "wandbb" is not known. Did you'),
+    (["train", "digits", "-p", "digits", "--out", "n" * 300], 4, "cannot be read: File name too long"),
     (["data", "inspect", "EMPTY"], 2, NO_IMAGES),
     (["data", "check", "EMPTY"], 2, NO_IMAGES),
     (["data", "pack", "EMPTY", "--out", "x"], 2, "EMPTY has no images: 0 files"),
