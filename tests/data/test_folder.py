@@ -163,6 +163,18 @@ def test_a_zip_that_zipfile_has_errors_of_its_own_for(tmp_path, at, value, messa
         open_source(path)
 
 
+def test_room_is_not_taken_for_what_a_zip_only_claims(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", bytes(100))
+    data = bytearray(path.read_bytes())
+    start = data.index(b"PK\x01\x02")
+    data[start + 20 : start + 24] = (3 * 10**9).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"a.png \(is said to have 3000000000 bytes in a zip of {len(data)}\)"):
+        open_source(path)
+
+
 def test_a_damaged_lzma_zip(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:

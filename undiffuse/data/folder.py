@@ -113,7 +113,7 @@ class Zip(Format):
     @staticmethod
     def read(spec: str, split: Split, background: str) -> Source:
         try:
-            archive = zipfile.ZipFile(spec)
+            archive, length = zipfile.ZipFile(spec), Path(spec).stat().st_size
         except (*UNREADABLE, MemoryError) as error:  # for a directory that is only said to be of gigabytes
             raise DataError(f"{spec} cannot be read as a zip: {str(error) or 'its directory is too long'}") from error
 
@@ -121,6 +121,8 @@ class Zip(Format):
             info = archive.getinfo(name)
             if info.file_size > picture.MAX_BYTES:
                 raise DataError(f"unpacks to more than {picture.MAX_BYTES} bytes")
+            if info.compress_size > length:  # zipfile takes room for all of it at once
+                raise DataError(f"is said to have {info.compress_size} bytes in a zip of {length}")
             try:
                 return archive.read(name)
             except MemoryError as error:
