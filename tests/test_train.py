@@ -19,7 +19,7 @@ from undiffuse.config import parse, plain
 from undiffuse.data.source import ArraySource
 from undiffuse.errors import Corrupt, DataError, NotFiniteError, Preempted, UsageError
 from undiffuse.log import read_rows
-from undiffuse.model import Model, averaged, load
+from undiffuse.model import averaged, load
 from undiffuse.objective import Loss, Objective
 from undiffuse.recipe import Recipe, learning_rate
 from undiffuse.resume import refuse_changes
@@ -252,15 +252,6 @@ def test_of_a_held_out_split_only_what_is_measured_is_read(tmp_path):
         np.savez(tmp_path / "four" / f"{split}.npz", images=np.zeros((3, 8, 8, 4), np.uint8))
     four = train.held_out_split(str(tmp_path / "four"), recipe(train={"held_out": 5}), (4, 8, 8))
     assert four.image_shape == (4, 8, 8)
-
-
-def test_previews_take_no_more_images_at_once_than_a_step(tmp_path, data, monkeypatch):
-    real, sizes = Model.chain, []
-    monkeypatch.setattr(
-        Model, "chain", lambda self, keys, *a, **b: sizes.append(len(keys.rows)) or real(self, keys, *a, **b)
-    )
-    run(recipe(train={"micro_batch": 5, "steps": 1}), data, tmp_path)
-    assert sizes == [*[5] * 12, 4] * 2
 
 
 def test_fine_tuning_begins_with_the_other_weights(tmp_path, data):

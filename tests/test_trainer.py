@@ -13,7 +13,7 @@ from undiffuse import store, train, trainer
 from undiffuse.data.loader import Loader, Prefetched
 from undiffuse.data.source import ArraySource
 from undiffuse.errors import MemoryExhausted, NotFiniteError, UsageError
-from undiffuse.model import load
+from undiffuse.model import Model, load
 from undiffuse.recipe import FREE, load_recipe
 from undiffuse.resume import refuse_changes
 from undiffuse.trainer import Trainer, forward_flops
@@ -156,6 +156,15 @@ def test_auto_precision_is_what_the_processor_has_and_stays_so(tmp_path, data, m
         assert load(tmp_path / name).meta["recipe"]["train"]["precision"] == name
     monkeypatch.setattr(train, "native_bf16", lambda device: True)
     assert run(recipe(), data, tmp_path / "float32").meta["recipe"]["train"]["precision"] == "float32"
+
+
+def test_previews_take_no_more_images_at_once_than_a_step(tmp_path, data, monkeypatch):
+    real, sizes = Model.chain, []
+    monkeypatch.setattr(
+        Model, "chain", lambda self, keys, *a, **b: sizes.append(len(keys.rows)) or real(self, keys, *a, **b)
+    )
+    run(recipe(train={"micro_batch": 5, "steps": 1}), data, tmp_path)
+    assert sizes == [*[5] * 12, 4] * 2
 
 
 def test_the_plan_is_said_before_step_0_and_once(tmp_path, data):

@@ -104,10 +104,7 @@ def train(
         loop = _Loop(trainer, run, last, budget, flag, held_out, show_progress and first, saved, sinks)
         try:
             if profile:
-                _profile(trainer, run, last, say)
-                if flag.name is not None:
-                    dist.wait_for_first()
-                    raise Preempted(f"{flag.name}: stopped after the profile, whose state is saved")
+                _profile(trainer, run, last, say, flag)
             else:
                 loop.go()
         except NotFiniteError:
@@ -130,11 +127,14 @@ def _out_of_memory(trainer: Trainer, last: int) -> MemoryExhausted:
     )
 
 
-def _profile(trainer: Trainer, run: store.Run, last: int, say: Say) -> None:
+def _profile(trainer: Trainer, run: store.Run, last: int, say: Say, flag: Flag) -> None:
     measured = measure(trainer, run, last, forward_flops(trainer.config))
     if dist.rank() == 0:
         store.write_json(run.path / "profile.json", {"format": FORMAT, **trainer.environment(), **measured.plain()})
     say(str(measured))
+    if flag.name is not None:
+        dist.wait_for_first()
+        raise Preempted(f"{flag.name}: stopped after the profile, whose state is saved")
 
 
 def _silent(text: str) -> None: ...
