@@ -244,7 +244,7 @@ dist.PATIENCE = datetime.timedelta(seconds=12)
 dist.joined.__wrapped__.__defaults__ = (dist.PATIENCE,)
 real = trainer.Model.chain
 def chain(self, *what, progress):
-    return real(self, *what, progress=lambda n: (time.sleep(0.025 * (self.meta["step"] == 2)), progress(n)))
+    return real(self, *what, progress=lambda n: (time.sleep(0.05 * (self.meta["step"] == 2)), progress(n)))
 trainer.Model.chain = chain
 cli.main()
 """
@@ -252,7 +252,7 @@ cli.main()
 
 @pytest.mark.slow
 def test_previews_may_take_longer_than_a_sum_waits(tmp_path):
-    """Two grids of 16 parts of 20 steps of 0.025 s, where a process is given up after 12 s."""
+    """Two grids of 8 parts of 20 steps of 0.05 s, where a process is given up after 12 s."""
     name = preset(tmp_path, steps=3)
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run"), "--set", "train.sample_every=2"]
     ended = finish(start(2, *words, command=["-c", SLOW_LOOK]))

@@ -349,7 +349,8 @@ def save_grids(trainer: Trainer, folder: Path, lines: Journal, check: Callable[[
             log.warn(f"no preview at step {trainer.step}: {error}")
             return
         times = model.times(min(50, model.process.steps or 50))
-        keys, size = Key(0).fold("preview").rows(64), trainer.micro  # more at once than in a step may not fit
+        # Without a backward pass an image takes less than half the room of one in a step; all at once may not fit.
+        keys, size = Key(0).fold("preview").rows(64), trainer.micro * (1 if trainer.recipe.train.recompute else 2)
         parts = (keys[i : i + size] for i in range(0, 64, size))
         x = torch.cat([model.chain(part, times, DDIM(), progress=lambda n: check()) for part in parts])
         picture = grid(to_uint8(x))
