@@ -140,7 +140,7 @@ class Nowhere:
     def image(self, step: int, name: str, picture: Image.Image) -> None: ...
 
 
-class _forgiving(AbstractContextManager[Sink]):  # noqa: N801
+class _Forgiving(AbstractContextManager[Sink]):
     """A sink that fails when it is closed is told of too, and no more than that."""
 
     def __init__(self, opening: AbstractContextManager[Sink]):
@@ -167,7 +167,7 @@ def journal(
         lines = stack.enter_context(log.JsonLines(run / "log.jsonl", resume_step))
         for kind in sinks:
             try:
-                opened.append(stack.enter_context(_forgiving(kind.open(run, resume_step, settings or {}))))
+                opened.append(stack.enter_context(_Forgiving(kind.open(run, resume_step, settings or {}))))
             except Exception as error:  # likewise, such as a key that wandb lacks
                 raise UsageError(
                     f"{kind.__name__} cannot be opened: {_first_line(error)}; mend that, or leave its --log out"

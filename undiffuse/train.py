@@ -132,8 +132,8 @@ def _profile(trainer: Trainer, run: store.Run, last: int, say: Say, flag: Flag) 
     if dist.rank() == 0:
         store.write_json(run.path / "profile.json", {"format": FORMAT, **trainer.environment(), **measured.plain()})
     say(str(measured))
+    dist.wait_for_first()  # by all, whichever of them was sent a signal
     if flag.name is not None:
-        dist.wait_for_first()
         raise Preempted(f"{flag.name}: stopped after the profile, whose state is saved")
 
 
