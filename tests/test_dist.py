@@ -137,6 +137,20 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_of_a_profile_ends_that_one_alone(tmp_path):
+    """The profile is written all the same, and process 0 comes to its end."""
+    words = ["train", "digits", "--preset", preset(tmp_path, steps=100), "--out", str(tmp_path / "run"), "--profile"]
+    running = start(2, *words)
+    while not (tmp_path / "run" / "config.toml").exists():
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.02)
+    running[1].send_signal(signal.SIGTERM)
+    ended = finish(running)
+    assert [code for code, _, _ in ended] == [0, 143], ended
+    assert "SIGTERM: stopped after the profile" in ended[1][2] and (tmp_path / "run" / "profile.json").exists()
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_before_the_update(tmp_path):
     name = preset(tmp_path, lr=1e30, save_every=100)
     ended = fit(2, tmp_path / "run", name)

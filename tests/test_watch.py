@@ -93,7 +93,7 @@ def test_the_limit_is_ten_times_the_median_step_but_a_minute_at_least(tmp_path, 
 
 def test_a_process_that_waits_for_another_is_given_any_time(tmp_path):
     dog = Watchdog(tmp_path / "stacks", 60.0)
-    with dog.waiting():
+    with dog.slow(math.inf):
         assert dog.limit() == math.inf
     assert dog.limit() == 600
 

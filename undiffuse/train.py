@@ -1,6 +1,7 @@
 """The loop, flat: budgets, checkpoints, previews, what ends a run. The same command again goes on as if unbroken."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -307,7 +308,7 @@ class _Loop:
                 lines.write({"step": step, "held_out": trainer.held_out_loss(self.held, check)})
             if drawn and self.first:
                 save_grids(trainer, self.run.path / "samples", lines, check)
-        with nullcontext() if self.first else dog.waiting():
+        with nullcontext() if self.first else dog.slow(math.inf):
             dist.wait_for_first()
 
 

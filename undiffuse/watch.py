@@ -1,7 +1,6 @@
 """Signals that ask a run to end, and a watchdog for one that neither ends nor moves."""
 
 import faulthandler
-import math
 import os
 import signal
 import sys
@@ -68,7 +67,8 @@ class Watchdog:
 
     A thread of its own counts the time in its own ticks, so that a process which was stopped as a whole, or a machine
     that slept, is not taken for one that hangs. `stepped()` marks the end of a step, `beat()` that something else has
-    moved, and inside `slow()`, for what gives no sign until it is done, ten times as long may pass.
+    moved, and inside `slow()`, for what gives no sign until it is done, ten times as long may pass, or
+    as many times as it is given.
     """
 
     def __init__(self, stacks: Path, patience: float | None = None, end: Callable[[int], None] = os._exit):
@@ -86,19 +86,9 @@ class Watchdog:
         self.beat()
 
     @contextmanager
-    def slow(self) -> Iterator[None]:
+    def slow(self, times: float = MULTIPLE) -> Iterator[None]:
         self.beat()
-        self._slack = MULTIPLE
-        try:
-            yield
-        finally:
-            self.beat()
-            self._slack = 1
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside, no time is too long: another process, which has a watchdog of its own, is at work."""
-        self._slack = math.inf
+        self._slack = times
         try:
             yield
         finally:
