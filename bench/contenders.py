@@ -53,8 +53,8 @@ def layout(options: list[str]) -> torch.memory_format:
 def ours(task: str, batch: int, options: list[str]) -> tuple[Step, int, list[str]]:
     """A step of `undiffuse train` as the command makes it: keyed noise, clipping, Adam, EMA, checks for NaN."""
     from undiffuse.data.source import ArraySource
-    from undiffuse.recipe import load_recipe
-    from undiffuse.trainer import Trainer, forward_flops
+    from undiffuse.model.recipe import load_recipe
+    from undiffuse.training.trainer import Trainer, forward_flops
 
     settings = [f"train.batch={batch}", f"train.precision={'bf16' if 'bf16' in options else 'float32'}"]
     settings += [f"train.{name}=true" for name in ("compile", "channels_last") if name in options]
@@ -82,8 +82,8 @@ def diffusers(task: str, batch: int, options: list[str]) -> tuple[Step, int, lis
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
+    from undiffuse.model.recipe import load_recipe
     from undiffuse.network.unet import UNet
-    from undiffuse.recipe import load_recipe
 
     warnings.simplefilter("ignore")
     shape, (channels, side) = load_recipe(task).network, SHAPES[task]

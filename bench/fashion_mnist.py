@@ -17,9 +17,12 @@ import numpy as np
 from machine import machine, publish
 
 import undiffuse
-from undiffuse import evaluate, explore, log, model, store
 from undiffuse.data.source import open_source
 from undiffuse.figure import grid, line_plot, png
+from undiffuse.machine import log, store
+from undiffuse.measure import evaluate
+from undiffuse.model import model
+from undiffuse.view import explore
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import undiffuse
-from undiffuse import store
+from undiffuse.machine import store
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from machine import machine, publish
 
-from undiffuse import store
+from undiffuse.machine import store
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -36,7 +36,7 @@ def curve(work: Path, precision: str, seed: int, steps: int) -> Curve:
     }
     words = ["train", "fashion-mnist", "-p", "fashion-mnist", "--out", str(out)]
     words += [word for name, value in fields.items() for word in ("--set", f"train.{name}={value}")]
-    subprocess.run([sys.executable, "-m", "undiffuse.cli", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "undiffuse", *words], check=True, capture_output=True)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return {row["step"]: row["held_out"] for row in rows if "held_out" in row}
 

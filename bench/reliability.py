@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from machine import machine, publish
 
-from undiffuse import store
+from undiffuse.machine import store
 
 HERE = Path(__file__).parent
 

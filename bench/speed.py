@@ -25,7 +25,7 @@ from typing import Any
 
 from machine import machine, publish
 
-from undiffuse import store
+from undiffuse.machine import store
 
 HERE = Path(__file__).parent
 RATE_BATCH = 32  # of the convolution that measures the machine

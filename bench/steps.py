@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from machine import machine, publish
 
-from undiffuse import store
+from undiffuse.machine import store
 
 HERE = Path(__file__).parent
 CORES = os.cpu_count() or 1
@@ -40,7 +40,7 @@ def profile(folder: Path, processes: int, settings: list[str]) -> dict[str, Any]
         words = ["train", str(folder), "-p", "fashion-mnist", "--out", out, "--profile"]
         words += [word for setting in settings for word in ("--set", setting)]
         threads = {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
-        command = [sys.executable, *launch, "-m", "undiffuse.cli", *words]
+        command = [sys.executable, *launch, "-m", "undiffuse", *words]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, **threads})
         return json.loads((Path(out) / "profile.json").read_text())
 

@@ -28,8 +28,8 @@ from machine import machine, publish
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from undiffuse import store
 from undiffuse.data.source import open_source
+from undiffuse.machine import store
 
 HERE = Path(__file__).parent
 MINUTES = (15, 30, 60)  # the peer's samples, at each of these
@@ -101,14 +101,14 @@ def ours(work: Path, run: int, images: int) -> dict[str, Any]:
         words = ["train", "fashion-mnist", "-p", "fashion-mnist", "--out", str(out), "--set", f"train.seed={run}"]
         words += ["--images", str(images)]
         started = time.perf_counter()
-        command = [sys.executable, "-m", "undiffuse.cli", *words, "--json"]
+        command = [sys.executable, "-m", "undiffuse", *words, "--json"]
         ended = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds, seen = time.perf_counter() - started, json.loads(ended.stdout)["images_seen"]
         facts.write_text(json.dumps({"seconds": seconds, "images": seen}))
     if not (work / f"ours-{run}.npz").exists():
         draw = ["sample", str(out), "-n", str(COUNT), "--steps", str(STEPS), "--solver", "ddim", "--batch", "250"]
         npz = ["--npz", str(work / f"ours-{run}.npz")]
-        subprocess.run([sys.executable, "-m", "undiffuse.cli", *draw, *npz], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "undiffuse", *draw, *npz], check=True, capture_output=True)
     return json.loads(facts.read_text())
 
 

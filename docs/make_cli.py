@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from undiffuse.cli import app
+from undiffuse.cli.main import app
 from undiffuse.errors import Error
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -35,7 +35,7 @@ def commands(group: typer.core.TyperGroup, prefix: str) -> Iterator[tuple[str, t
 
 
 def is_tool(command: typer.core.TyperCommand) -> bool:
-    return getattr(command.callback, "__module__", "") == "undiffuse.cli_tools"
+    return getattr(command.callback, "__module__", "") == "undiffuse.cli.tools"
 
 
 def cell(text: str) -> str:

@@ -23,7 +23,7 @@ settings.load_profile("undiffuse")
 def call(monkeypatch, capsys):
     """Runs a command line; gives its exit code, standard output and standard error."""
 
-    from undiffuse import cli
+    from undiffuse.cli import main as cli
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["undiffuse", *map(str, words)])

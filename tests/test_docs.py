@@ -13,18 +13,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from undiffuse import model, store, train
-from undiffuse.data.procedural import PROCEDURAL
+from undiffuse.data.format.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
-from undiffuse.denoiser import PARAMETERISATIONS, VARIANCES, X0, Denoiser, FixedLarge, FixedSmall, Prediction
+from undiffuse.diffusion.denoiser import (
+    PARAMETERISATIONS,
+    VARIANCES,
+    X0,
+    Denoiser,
+    FixedLarge,
+    FixedSmall,
+    Prediction,
+)
+from undiffuse.diffusion.objective import OBJECTIVES, Simple
+from undiffuse.diffusion.process import F64, PROCESSES, Cosine, Edm, Linear, Straight, per_image
+from undiffuse.diffusion.sampler.base import SAMPLERS, sample
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
+from undiffuse.machine import store
+from undiffuse.machine.sink import SINKS
+from undiffuse.model import model
+from undiffuse.model.recipe import load_recipe
 from undiffuse.network.base import NETWORKS
-from undiffuse.objective import OBJECTIVES, Simple
-from undiffuse.process import F64, PROCESSES, Cosine, Edm, Linear, Straight, per_image
-from undiffuse.recipe import load_recipe
-from undiffuse.sampler.base import SAMPLERS, sample
-from undiffuse.sink import SINKS
+from undiffuse.training import loop
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -72,7 +82,7 @@ CLASSES = {
 
 def test_every_example_is_tried():
     modules = {name.partition(":")[0] + ".py" for _, name in CLASSES.values()}
-    assert FILES.keys() == modules | {"undiffuse/data/raw.py", "undiffuse/data/procedural.py"}
+    assert FILES.keys() == modules | {"undiffuse/data/format/raw.py", "undiffuse/data/format/procedural.py"}
     assert len(blocks(EXTENDING, "toml")) == 1
 
 
@@ -181,7 +191,7 @@ def test_all_of_them_train_a_model_together(mine, tmp_path):
     names = [f"{kind}.name={name}" for kind, (_, name) in CLASSES.items() if kind != "sampler"]
     fields = ["process.steps=6", "process.beta_end=0.5", "network.channels=4", "data.size=8", "data.channels=1"]
     recipe = load_recipe("cifar10", [*names, *fields, *SMALL])
-    train.train(recipe, open_source("digits"), tmp_path / "run", say=lambda text: None, show_progress=False)
+    loop.train(recipe, open_source("digits"), tmp_path / "run", say=lambda text: None, show_progress=False)
     with pytest.raises(UsageError, match="is code outside undiffuse, which a checkpoint may not name"):
         model.load(tmp_path / "run")
     mine_too = model.load(tmp_path / "run", trusted=True)
@@ -201,7 +211,7 @@ def test_a_name_works_on_the_command_line(mine, tmp_path):
     settings = [f"process.name={CLASSES['process'][1]}", "process.beta_end=0.03", "process.steps=4", "data.size=8"]
     settings += ["data.channels=1", "network.channels=8", "network.blocks=1", *SMALL]
     words = ["train", "digits", "-p", "cifar10", "-o", "run", *(w for s in settings for w in ("--set", s))]
-    done = python(tmp_path, "-m", "undiffuse.cli", *words)
+    done = python(tmp_path, "-m", "undiffuse", *words)
     assert done.returncode == 0, done.stderr
     assert 'name = "my_schedule:Cubic"' in (tmp_path / "run" / "config.toml").read_text()
 
@@ -211,19 +221,19 @@ def extended(tmp_path_factory) -> Path:
     """A copy of the package with the two examples that belong inside it."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(ROOT / "undiffuse", folder / "undiffuse", ignore=shutil.ignore_patterns("__pycache__", "assets"))
-    (folder / "undiffuse" / "data" / "raw.py").write_text(FILES["undiffuse/data/raw.py"])
-    with open(folder / "undiffuse" / "data" / "procedural.py", "a") as file:
-        file.write("\n\n" + FILES["undiffuse/data/procedural.py"])
+    (folder / "undiffuse/data/format/raw.py").write_text(FILES["undiffuse/data/format/raw.py"])
+    with open(folder / "undiffuse/data/format/procedural.py", "a") as file:
+        file.write("\n\n" + FILES["undiffuse/data/format/procedural.py"])
     return folder
 
 
 @pytest.mark.slow
 def test_the_procedural_set(extended):
     code = """
-from undiffuse.data.procedural import PROCEDURAL
+from undiffuse.data.format.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
 from undiffuse.key import Key
-from undiffuse.data.procedural import PROCEDURAL
+from undiffuse.data.format.procedural import PROCEDURAL
 waves = open_source("procedural:stripes", split="test")
 rule, key = PROCEDURAL.build("stripes"), Key(3)
 assert (rule.draw(key.rows(5))[0][3:] == rule.draw(key.rows(5)[3:])[0]).all()
@@ -239,7 +249,7 @@ def test_the_data_format(extended):
     (extended / "cells-3x2x1.raw").write_bytes(bytes(range(12)))
     (extended / "short-3x2x1.raw").write_bytes(bytes(13))
     code = """
-from undiffuse.data.procedural import PROCEDURAL
+from undiffuse.data.format.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
 print(open_source("cells-3x2x1.raw").images.tolist())
 open_source("short-3x2x1.raw")
@@ -304,17 +314,12 @@ def test_the_tests_that_are_named_exist():
     assert named - defined == set()
 
 
-def test_the_picture_of_the_layers_is_the_table_that_is_tested():
-    layers = load(ROOT / "tests" / "test_layers.py").LAYERS
-    (picture,) = blocks((DOCS / "architecture.md").read_text("utf-8"), "layers")
-    rows = [line.split() for line in picture.splitlines()]
-    assert [(int(row), *(name.strip("()") for name in names)) for row, *names in rows] == list(
-        (i, *names) for i, names in enumerate(layers)
-    )
-    for _, *names in rows:
-        for name in names:
-            path = ROOT / "undiffuse" / name.strip("()").replace(".", "/")
-            assert bool(list(path.parent.glob(f"{path.name}.py"))) == ("(" not in name), name
+def test_the_picture_of_the_rows_is_the_table_that_is_tested():
+    rows = load(ROOT / "tests" / "test_layers.py").ROWS
+    (picture,) = blocks((DOCS / "architecture.md").read_text("utf-8"), "rows")
+    drawn = [line.split("  ")[0].split() for line in picture.splitlines()]
+    wanted = [[f"{place}/" if place else "undiffuse/", *names] for place, names in rows]
+    assert drawn == wanted
 
 
 def test_architecture_counts_what_there_is():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from undiffuse import __version__
-from undiffuse.recipe import presets
+from undiffuse.model.recipe import presets
 
 ROOT = Path(__file__).parent.parent
 PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input")
@@ -64,10 +64,10 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
 @pytest.mark.slow
 def test_what_is_installed_runs_with_its_data(installed):
     assert python("-c", "import undiffuse; print(undiffuse.__file__)", path=installed).startswith(str(installed))
-    assert "sample" in python("-m", "undiffuse.cli", "--help", path=installed)
+    assert "sample" in python("-m", "undiffuse", "--help", path=installed)
     found = json.loads(python(installed / "bin" / "undiffuse", "presets", "--json", path=installed))
     assert sorted(found) == presets()
-    model = json.loads(python("-m", "undiffuse.cli", "inspect", "fashion-mnist", "--json", path=installed))
+    model = json.loads(python("-m", "undiffuse", "inspect", "fashion-mnist", "--json", path=installed))
     assert model["parameters"] == found["fashion-mnist"]["expected"]["parameters"]
-    digits = json.loads(python("-m", "undiffuse.cli", "data", "inspect", "digits", "--json", path=installed))
+    digits = json.loads(python("-m", "undiffuse", "data", "inspect", "digits", "--json", path=installed))
     assert digits["images"] == 1500

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from undiffuse import cli
+from undiffuse.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "getting-started.md"]

@@ -4,7 +4,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"load": "undiffuse.model", "Model": "undiffuse.model", "Key": "undiffuse.key", "Error": "undiffuse.errors"}
+_LAZY = {
+    "load": "undiffuse.model.model",
+    "Model": "undiffuse.model.model",
+    "Key": "undiffuse.key",
+    "Error": "undiffuse.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from undiffuse.denoiser import (
+from undiffuse.diffusion.denoiser import (
     PARAMETERISATIONS,
     VARIANCES,
     X0,
@@ -23,9 +23,9 @@ from undiffuse.denoiser import (
     network_time,
     reverse,
 )
+from undiffuse.diffusion.gaussian import decoder_nll, kl
+from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Straight
 from undiffuse.errors import UsageError
-from undiffuse.gaussian import decoder_nll, kl
-from undiffuse.process import PROCESSES, Edm, Jsd, Linear, Straight
 
 F64 = torch.float64
 TABLES = {"const", "cosine", "jsd", "linear", "quad", "warmup10", "warmup50"}

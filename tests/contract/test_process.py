@@ -7,8 +7,8 @@ import mpmath
 import pytest
 import torch
 
+from undiffuse.diffusion.process import PROCESSES, Const, Cosine, Jsd, Linear, Process, Sigmoid, TableProcess
 from undiffuse.errors import UsageError
-from undiffuse.process import PROCESSES, Const, Cosine, Jsd, Linear, Process, Sigmoid, TableProcess
 
 F64 = torch.float64
 NAMES = sorted(PROCESSES.classes)

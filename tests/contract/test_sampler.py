@@ -6,14 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from undiffuse.denoiser import FixedLarge, FixedSmall, Learned, Mu, Prediction
+from undiffuse.diffusion.denoiser import FixedLarge, FixedSmall, Learned, Mu, Prediction
+from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight, per_image
+from undiffuse.diffusion.sampler.ancestral import Ancestral
+from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, renoise, sample
+from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.sampler.heun import Heun
 from undiffuse.errors import UsageError
 from undiffuse.key import Key, Keys
-from undiffuse.process import PROCESSES, Edm, Jsd, Linear, Process, Straight, per_image
-from undiffuse.sampler.ancestral import Ancestral
-from undiffuse.sampler.base import SAMPLERS, Sampler, renoise, sample
-from undiffuse.sampler.ddim import DDIM
-from undiffuse.sampler.heun import Heun
 
 F64 = torch.float64
 MEAN, STD = 0.3, 0.4  # of the data

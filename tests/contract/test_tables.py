@@ -3,11 +3,11 @@
 import pytest
 
 from undiffuse.config import plain
-from undiffuse.denoiser import PARAMETERISATIONS, VARIANCES
+from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES
+from undiffuse.diffusion.objective import OBJECTIVES
+from undiffuse.diffusion.process import PROCESSES
+from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.network.base import NETWORKS
-from undiffuse.objective import OBJECTIVES
-from undiffuse.process import PROCESSES
-from undiffuse.sampler.base import SAMPLERS
 
 NAMES = {
     PROCESSES: "linear quad const warmup10 warmup50 jsd cosine continuous-cosine sigmoid edm straight",

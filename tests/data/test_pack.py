@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from undiffuse import disk
 from undiffuse.data import pack as packing
-from undiffuse.data.folder import Pictures
+from undiffuse.data.format.folder import Pictures
+from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.pack import cache_folder, open_data, pack
-from undiffuse.data.packed import PackedSource
 from undiffuse.data.source import ArraySource, First, Wanted, open_source
 from undiffuse.errors import DataError, Locked, StorageError, UsageError
-from undiffuse.store import Run
+from undiffuse.machine import disk
+from undiffuse.machine.store import Run
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_finished_shards_are_kept(pictures, tmp_path, no_sync, monkeypatch):
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from undiffuse import log
+from undiffuse.machine import log
 from undiffuse.data import pack
 if __name__ == "__main__":
     log.Progress.advance = lambda *_: os.kill(os.getpid(), 9)

@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 
-from undiffuse import log
 from undiffuse.data import workers
 from undiffuse.data.workers import finished
 from undiffuse.errors import DataError, MemoryExhausted
+from undiffuse.machine import log
 
 
 def note(folder, number):

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from undiffuse import disk
-from undiffuse import model as models
 from undiffuse.config import parse, plain
-from undiffuse.denoiser import X0, Eps, FixedLarge, FixedSmall, Learned, LearnedRange, Mu, V
+from undiffuse.diffusion.denoiser import X0, Eps, FixedLarge, FixedSmall, Learned, LearnedRange, Mu, V
+from undiffuse.diffusion.process import Const, Cosine, Linear, Quad
 from undiffuse.errors import Corrupt, StorageError, UsageError
 from undiffuse.interop import diffusers as interop
+from undiffuse.machine import disk
+from undiffuse.model import model as models
+from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
-from undiffuse.process import Const, Cosine, Linear, Quad
-from undiffuse.recipe import ModelConfig
 
 UNET = {
     "_class_name": "UNet2DModel",

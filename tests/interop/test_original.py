@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import save_file
 
 from undiffuse.config import parse
-from undiffuse.denoiser import Eps, FixedLarge, FixedSmall
+from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall
+from undiffuse.diffusion.process import Linear
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.original import read_file
+from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
-from undiffuse.process import Linear
-from undiffuse.recipe import ModelConfig
 
 # Of each level: input and output widths of its blocks on the way down, then up.
 CIFAR10 = (

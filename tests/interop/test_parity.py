@@ -13,15 +13,15 @@ from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_ddpm
 
 from undiffuse.config import parse, plain
-from undiffuse.denoiser import Eps, FixedLarge, FixedSmall
+from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall
+from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.sampler.ancestral import Ancestral
+from undiffuse.diffusion.sampler.base import sample
 from undiffuse.interop.diffusers import read_folder, write_folder
 from undiffuse.key import Key, Keys
+from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.block import Attention
 from undiffuse.network.unet import UNet
-from undiffuse.process import Linear
-from undiffuse.recipe import ModelConfig
-from undiffuse.sampler.ancestral import Ancestral
-from undiffuse.sampler.base import sample
 
 CIFAR10 = {"down": "Down AttnDown Down Down", "up": "Up Up AttnUp Up", "widths": [128, 256, 256, 256]}
 LARGE = {

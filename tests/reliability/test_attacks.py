@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from undiffuse.disk import to_json
 from undiffuse.errors import Corrupt, UsageError
-from undiffuse.store import WEIGHTS, Run, _seal, read_weights, write_weights
+from undiffuse.machine.disk import to_json
+from undiffuse.machine.store import WEIGHTS, Run, _seal, read_weights, write_weights
 
 
 class Evil:

@@ -10,9 +10,9 @@ import warnings
 import pytest
 import torch
 
-from undiffuse import disk
 from undiffuse.errors import Error, StorageError
-from undiffuse.store import LEFTOVER, Run
+from undiffuse.machine import disk
+from undiffuse.machine.store import LEFTOVER, Run
 
 
 def state(step):

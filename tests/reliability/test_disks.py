@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.reliability.test_kills import preset
-from tests.test_train import assert_equal, state
+from tests.training.test_loop import assert_equal, state
 
 SIZE = 16 * 2**20
 
@@ -35,7 +35,7 @@ def disk(tmp_path) -> Iterator[Path]:
 def train(out: Path, steps: int) -> tuple[int, str]:
     settings = out.parent.parent / "small.toml"
     words = ["train", "digits", "--preset", str(settings), "--out", str(out), "--steps", str(steps)]
-    command = [sys.executable, "-m", "undiffuse.cli", *words]
+    command = [sys.executable, "-m", "undiffuse", *words]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return ended.returncode, ended.stderr
 

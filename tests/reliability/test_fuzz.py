@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.data.test_cifar import NAMES, PIXELS, binary, modern_pickle
+from tests.data.format.test_cifar import NAMES, PIXELS, binary, modern_pickle
 from undiffuse.data.pack import pack
 from undiffuse.data.source import open_source
-from undiffuse.disk import to_json
 from undiffuse.errors import Error
 from undiffuse.interop.torchfile import read_tensors
-from undiffuse.store import WEIGHTS, Run, _seal, read_weights, write_weights
+from undiffuse.machine.disk import to_json
+from undiffuse.machine.store import WEIGHTS, Run, _seal, read_weights, write_weights
 
 SECONDS, ROOM, CASES = 5, 1 << 30, 100_000
 EXTREMES = (0, 1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.reliability.test_kills import preset
-from tests.test_train import assert_equal, state
+from tests.training.test_loop import assert_equal, state
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 STEPS = 300
@@ -53,7 +53,7 @@ def launch(hosts: tuple[str, str], folder: Path, *more: str) -> list[subprocess.
     running = []
     for host, address in zip(hosts, ADDRESSES, strict=True):
         out = folder / ("first" if host == hosts[0] else "second")
-        words = ["-m", "undiffuse.cli", "train", "digits", "--preset", str(folder / "small.toml"), "--out", str(out)]
+        words = ["-m", "undiffuse", "train", "digits", "--preset", str(folder / "small.toml"), "--out", str(out)]
         # Namespaces share the host's name, by which torchrun would else know where the meeting is.
         meets = ["--rdzv-conf", f"is_host={int(host == hosts[0])}", "--local-addr", address]
         command = [sys.executable, *launcher, *meeting, *meets, *words, *more]
@@ -107,5 +107,5 @@ def test_one_of_two_hosts_dies_and_the_job_goes_on_to_the_same_bits(hosts, tmp_p
     assert "images of" not in (tmp_path / "second.txt").read_text()  # process 0 alone speaks
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "alone")]
     one = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "undiffuse.cli", *words], check=True, capture_output=True, env=one)
+    subprocess.run([sys.executable, "-m", "undiffuse", *words], check=True, capture_output=True, env=one)
     assert_equal(state(tmp_path / "first", STEPS), state(tmp_path / "alone", STEPS))

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import assert_equal, recipe, state
-from undiffuse import store
+from tests.training.test_loop import assert_equal, recipe, state
 from undiffuse.config import to_toml
+from undiffuse.machine import store
 
 STEPS, EVERY = 400, 5
 
@@ -96,7 +96,8 @@ def test_25_kills_end_where_no_kill_would_have(tmp_path):
 SLOW = """
 import time
 from pathlib import Path
-from undiffuse import cli, watch
+from undiffuse.cli import main as cli
+from undiffuse.machine import watch
 real = watch.Flag.check
 def check(self, *rest):
     Path("MARK").touch()
@@ -134,7 +135,9 @@ def test_a_signal_is_honoured_in_every_phase(tmp_path, phase, name):
 
 HANG = """
 import sys, time
-from undiffuse import cli, trainer, watch
+from undiffuse.cli import main as cli
+from undiffuse.training import trainer
+from undiffuse.machine import watch
 watch.PATIENCE = 2.0
 real = trainer.Trainer.update
 def update(self, last):
@@ -178,7 +181,8 @@ def test_a_run_whose_previews_are_slow_is_no_hang(tmp_path):
 
 NARROW = """
 import os, resource
-from undiffuse import cli, trainer
+from undiffuse.cli import main as cli
+from undiffuse.training import trainer
 size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + (1 << 29)
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 cli.main()
@@ -230,7 +234,7 @@ def test_odd_surroundings(tmp_path):
         (["sample", "run", "-n", "2", "--out", "drawn"], 0),
         (["train", "digits", "--preset", "small.toml", "--out", "run2", "--steps", "0"], 2),
     ):
-        command = [sys.executable, "-O", "-m", "undiffuse.cli", *words]
+        command = [sys.executable, "-O", "-m", "undiffuse", *words]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
     assert "a budget of 0 steps is not possible" in done.stderr  # checks are raised, not asserted

@@ -11,11 +11,11 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from undiffuse import log
+from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.pack import WORKERS
-from undiffuse.data.packed import PackedSource
 from undiffuse.data.source import Source, open_raw
 from undiffuse.errors import DataError
+from undiffuse.machine import log
 
 CELLS = 8  # the contact sheet has this many rows and columns
 CELL = 64  # pixels

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from undiffuse import disk, log, store
-from undiffuse.data import packed
-from undiffuse.data.packed import MANIFEST, PLAN, Manifest, PackedSource, Shard, open_packed, shard_path
+from undiffuse.data.format import packed
+from undiffuse.data.format.packed import MANIFEST, PLAN, Manifest, PackedSource, Shard, open_packed, shard_path
 from undiffuse.data.source import (
     ArraySource,
     First,
@@ -36,6 +35,7 @@ from undiffuse.data.source import (
 )
 from undiffuse.data.workers import finished
 from undiffuse.errors import Corrupt, DataError, Locked, UsageError
+from undiffuse.machine import disk, log, store
 
 CACHE = "UNDIFFUSE_CACHE"
 LARGE = 10**9  # decoded bytes: a data set of more is packed before it is trained on,

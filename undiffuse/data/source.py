@@ -23,8 +23,8 @@ from torch import Tensor
 
 from undiffuse.config import Table
 from undiffuse.data import picture
-from undiffuse.disk import SMALL
 from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
+from undiffuse.machine.disk import SMALL
 
 Split = Literal["train", "test"]
 HELD_OUT = ("test", "val", "valid", "validation")  # what the split that is not trained on is called
@@ -134,7 +134,7 @@ class Format(ABC):
         """The images as they are. Raises DataError, or Corrupt for a pickle with anything but arrays in it."""
 
 
-FORMATS = Table("data format", Format, "undiffuse.data")
+FORMATS = Table("data format", Format, "undiffuse.data.format")
 
 
 def open_raw(spec: str | Path, split: str = "train", background: str = "white") -> Source:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from undiffuse import log
 from undiffuse.errors import MemoryExhausted
+from undiffuse.machine import log
 
 BEAT = 0.5  # seconds between two signs of life of a worker
 STILL = 8  # seconds without one after which it is ended: stopped, or lost in a call that keeps the interpreter;

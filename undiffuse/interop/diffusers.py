@@ -16,14 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from undiffuse import disk
 from undiffuse.config import Count, Fraction, parse, plain
+from undiffuse.diffusion.process import PROCESSES, Cosine
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.torchfile import read_tensors
+from undiffuse.machine import disk
 from undiffuse.network.base import NETWORKS
 from undiffuse.network.block import EPS
 from undiffuse.network.unet import UNet
-from undiffuse.process import PROCESSES, Cosine
 
 WEIGHTS = "diffusion_pytorch_model"
 WRITTEN_AS = "0.35.0"  # the release of diffusers whose names are written

@@ -1,0 +1,250 @@
+"""Drawing and measuring by command, untrained: each option reaches what it names, each mistake is one line."""
+
+import errno
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from undiffuse.cli import main as cli
+from undiffuse.diffusion.denoiser import Eps, FixedLarge, Learned
+from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.errors import is_out_of_memory
+from undiffuse.machine import disk
+from undiffuse.model import model, recipe
+from undiffuse.network.unet import UNet
+from undiffuse.view import explore
+
+LARGE = FixedLarge()
+
+
+def save(path: Path, variance=LARGE, meta=None) -> Path:
+    config = recipe.ModelConfig((1, 8, 8), Linear(12, 1e-3, 0.5), Eps(), variance, UNet(8, (1, 1), 1, ()))
+    torch.manual_seed(0)
+    denoiser = config.build(clip=True).eval().requires_grad_(False)
+    for weight in denoiser.network.parameters():
+        weight.copy_(weight + 0.1 * torch.randn_like(weight))
+    model.save(model.Model(config, denoiser, meta or {}), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Models and pictures; nothing in it is changed."""
+    root = tmp_path_factory.mktemp("folder")
+    save(root / "MODEL")
+    save(root / "LEARNED", Learned())
+    save(root / "BLACK", meta={"recipe": {"data": {"background": "black"}}})
+    for i, name in enumerate(("PICTURES/a.png", "PICTURES/b.png", "BAD/a.png", "BAD/b.png")):
+        (root / name).parent.mkdir(exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 255, (8, 8, 4), np.uint8)
+        noise[..., 3] = 0  # all of it transparent
+        Image.fromarray(noise).save(root / name)
+    (root / "BAD" / "b.png").write_bytes((root / "BAD" / "b.png").read_bytes()[:60])
+    (root / "FILE").write_text("mine")
+    return root
+
+
+def samples(call, folder: Path, tmp_path: Path, *words: object) -> torch.Tensor:
+    path = tmp_path / "x.npz"
+    code, _, err = call("sample", folder / "MODEL", "-n", 3, "--npz", path, "--json", *words)
+    assert code == 0, err
+    return torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
+
+
+def test_every_way_to_draw_is_the_one_of_python(call, folder, tmp_path):
+    loaded = model.load(folder / "MODEL")
+    same = {
+        ("--solver", "ddim", "--eta", 0.5): loaded.sample(3, solver=DDIM(0.5)),
+        ("--no-clip",): loaded.variant(clip=False).sample(3),
+        ("--variance", "fixed-small"): loaded.variant(variance="fixed-small").sample(3),
+        ("--times", "1,0.75,0.25"): loaded.sample(3, steps=(1.0, 0.75, 0.25)),
+        (): loaded.sample(3),
+    }
+    for words, expected in same.items():
+        assert torch.equal(samples(call, folder, tmp_path, *words), expected)
+    drawn = list(same.values())
+    assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_the_bound_takes_the_same_options(call, folder):
+    def bits(*words: object) -> float:
+        code, out, err = call("nll", folder / "MODEL", "digits", "-n", 3, "--json", *words)
+        assert code == 0, err
+        return json.loads(out)["bits_per_dim"]
+
+    assert len({bits(), bits("--no-clip"), bits("--variance", "fixed-small")}) == 3
+    assert bits("--variance", "fixed-large", "--clip") == bits()
+
+
+def test_figures_take_any_subset_of_steps_and_any_lambda(call, folder, tmp_path):
+    out, a, b = tmp_path / "x.png", folder / "PICTURES" / "a.png", folder / "PICTURES" / "b.png"
+    words = ["--times", "1,0.5,0.25", "--no-clip", "--variance", "fixed-small", "--out", out, "--json"]
+    assert json.loads(call("progressive", folder / "MODEL", "-n", 1, *words)[1])["t"] == [1, 0.5, 0.25]
+    assert json.loads(call("shared", folder / "MODEL", "-n", 1, "--at", 0.5, *words)[1])["t"] == [0.5]
+    code, text, err = call("interpolate", folder / "MODEL", a, b, "--lambda", 0.1, "--lambda", 1.5, *words)
+    assert code == 0 and json.loads(text) == {"picture": str(out), "t": [0.5], "lambda": [0.1, 1.5]}, err
+    with Image.open(out) as picture:
+        assert picture.width == (2 * 9 + 1) * explore.enlarged(8)
+
+
+def test_neighbours_of_a_crop_and_without_the_bad(call, folder, tmp_path):
+    def nearest(*words: object) -> tuple[float, str]:
+        code, out, err = call("neighbours", folder / "MODEL", folder / "BAD", "-n", 1, "-k", 1, "--skip-bad",
+                              "--out", tmp_path / "x.png", "--json", *words)  # fmt: skip
+        assert code == 0, err
+        return json.loads(out)["rmse_of_nearest"][0], err
+
+    image = model.load(folder / "MODEL").sample(1).double()[0, 0]
+    for crop, part in (("4x2", image[2:6, 3:5]), ("4", image[2:6, 2:6]), ("0,1,3,2", image[:3, 1:3])):
+        distance, err = nearest("--crop", crop)
+        assert distance == pytest.approx(float((part - 255).square().mean().sqrt()))  # the picture is white
+        assert "1 unreadable pictures are left out: b.png" in err
+    assert nearest()[0] == pytest.approx(float((image - 255).square().mean().sqrt()))
+
+
+def test_transparency_is_flattened_on_the_background_of_the_training(call, folder, tmp_path):
+    for name, value in (("MODEL", 255), ("BLACK", 0)):
+        picture = folder / "PICTURES" / "a.png"
+        words = [picture, picture, "--t", 0, "--lambda", 0, "--out", tmp_path / "x.png"]
+        assert call("interpolate", folder / name, *words)[0] == 0
+        with Image.open(tmp_path / "x.png") as mixed:
+            assert np.asarray(mixed)[10, 10] == value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "MODEL", "-n", 5, "--batch", 2, "--solver", "heun", "--steps", 4],
+        ["shared", "MODEL", "-n", 2, "--at", 1, "--at", 0.3, "--steps", 4],
+        ["interpolate", "MODEL", "PICTURES/a.png", "PICTURES/b.png", "--t", 0.3, "--t", 1, "--steps", 4],
+        ["progressive", "MODEL", "-n", 2, "--steps", 4],
+        ["neighbours", "MODEL", "PICTURES", "-n", 70, "-k", 1, "--steps", 4],
+    ],
+    ids=lambda words: words[0],
+)
+def test_progress_ends_at_a_hundred(call, folder, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(folder)
+    code, _, err = call(*words, "--out", tmp_path / "x")
+    done, total = map(int, re.findall(r" (\d+)/(\d+) \(100 %\)", err)[-1])
+    assert code == 0 and done == total > 0, err
+
+
+def test_a_full_disk_says_how_many_pictures_are_written(call, folder, tmp_path, monkeypatch):
+    def full(change: str, path: Path, detail=None) -> None:
+        if change == "write" and "0002.png" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "hook", full)
+    code, _, err = call("sample", folder / "MODEL", "-n", 4, "--out", tmp_path / "out", "--json")
+    assert code == 4
+    assert "0002.png cannot be written: No space left on device" in err and "2 of 4 pictures are written" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png"]  # whole; none beside
+    for path in (tmp_path / "out").iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+
+
+def test_samples_beside_others_are_refused_before_any_is_drawn(call, folder, tmp_path):
+    command = ("sample", folder / "MODEL", "-n", 2, "--out", tmp_path / "out")
+    assert call(*command)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    code, _, err = call(*command, "--seed", 1)
+    assert code == 2 and "out holds samples already (0000.png); give a new folder, or remove it" in err
+    assert "sampling" not in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+BAD = [
+    ("sample MODEL -n 2 --batch 0 --out x", 2, "batch = 0 images at a time is not possible; give 1 or more"),
+    ("sample MODEL -n 2 --batch -1 --out x", 2, "batch = -1 images at a time is not possible; give 1 or more"),
+    ("sample MODEL --out FILE", 2, "FILE is a file; give the name of a folder"),
+    ("sample MODEL --npz BAD", 2, "BAD is a folder; give the name of a file"),
+    ("sample MODEL --out x --times 1,0.5,0.5", 2, "times 1, 0.5, 0.5 do not fall strictly on the grid of 1/12"),
+    ("sample MODEL --out x --times 1;2", 2, '--times "1;2" is not a list of numbers; give for example 1,0.75'),
+    ("sample MODEL --out x --times 1,0.5 --steps 2", 2, "--steps 2 and --times 1,0.5 say the same twice"),
+    ("sample MODEL --out x --eta 0.5", 2, "eta = 0.5 belongs to the sampler ddim, not to ancestral"),
+    ("sample MODEL --out x --solver ddim --eta -1", 2, '"eta" input should be greater than or equal to 0, given -1.0'),
+    ("sample MODEL --out x --variance fixed-smal", 2, 'Did you mean "fixed-small"?'),
+    ("sample LEARNED --out x --variance fixed-small", 2, "this model says its own (learned); leave it out"),
+    ("nll LEARNED digits -n 1 --variance fixed-large", 2, "this model says its own (learned); leave it out"),
+    ("nll MODEL digits -n 2 --batch 0", 2, "batch = 0 images at a time is not possible; give 1 or more"),
+    ("nll MODEL digits -n 2 --steps 0", 2, "steps = 0 is not possible; this model takes 1 to 12"),
+    ("nll MODEL digits -n 2 --steps 9999", 2, "steps = 9999 is not possible; this model takes 1 to 12"),
+    ("nll MODEL digits -n 2 --out FILE", 2, "FILE is a file; give the name of a folder"),
+    (
+        "nll MODEL digits --draws 3 --rate-distortion --out x",
+        2,
+        "--rate-distortion needs every term of the chain; leave",
+    ),
+    ("nll MODEL BAD --split train", 2, "or leave them out with --skip-bad"),
+    ("progressive MODEL --slots 0 --out x.png", 2, "0 slots along a chain of 12 steps are not possible; give 1 to 12"),
+    ("neighbours MODEL PICTURES -k 0 --out x.png", 2, "0 neighbours are not possible in 2 images; give 1 to 2"),
+    ("neighbours MODEL PICTURES -k 1 --crop 9x8 --out x.png", 2, "crop (9, 8) (height, width) does not lie within"),
+    ("neighbours MODEL PICTURES -k 1 --crop 1,2,3 --out x.png", 2, '--crop "1,2,3" is not TOP,LEFT,HEIGHT,WIDTH'),
+    ("neighbours MODEL PICTURES -k 1 --crop big --out x.png", 2, '--crop "big" is no size; give a side such as 32'),
+    ("interpolate MODEL PICTURES/a.png PICTURES/b.png --lambda nan --out x", 2, "λ = nan is not possible"),
+    ("interpolate MODEL PICTURES/a.png PICTURES/b.png --lambda 1 --count 3 --out x", 2, "both say which mixtures"),
+    (
+        "train PICTURES -p cifar10 --size 0 --out x",
+        2,
+        '"data.size" input should be greater than or equal to 1, given 0',
+    ),
+    (
+        "train PICTURES -p cifar10 --size 8x --out x",
+        2,
+        '--size "8x" is no size; give a side such as 32, or HEIGHTxWIDTH',
+    ),
+    ("train PICTURES -p cifar10 --size 30x17 --out x", 2, "use --size 32x16 (height 32, width 16) or fewer"),
+    ("sample MODEL -n 100000000000 --out x", 6, "out of memory (tried to allocate 800000000000 bytes); give a smaller"),
+]
+
+
+@pytest.mark.parametrize("words, code, message", BAD, ids=[words for words, *_ in BAD])
+def test_bad_input_gets_one_line_and_leaves_nothing(call, folder, monkeypatch, words, code, message):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    got, out, err = call(*words.split())
+    lines = [line for line in err.splitlines() if line.startswith("undiffuse: ")]
+    assert (got, out, len(lines)) == (code, "", 1)
+    assert message in lines[0] and "Traceback" not in err
+    assert "%" not in err  # nothing had been drawn or measured: no progress was shown
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_out_of_memory_is_told_from_other_failures(call, folder, monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"), MemoryError()):
+        monkeypatch.setattr(model, "load", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
+        code, _, err = call("sample", folder / "MODEL", "--out", "x")
+        assert code == 6 and err.startswith("undiffuse: out of memory")
+        assert ("(tried to allocate 2.00 gib)" in err) == bool(str(error))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
+    monkeypatch.setattr(model, "load", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(sys, "argv", ["undiffuse", "sample", "m", "--out", "x"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
+def test_a_size_of_two_sides_trains_and_is_kept(call, folder, tmp_path):
+    settings = ["process.steps=4", "process.beta_end=0.5", "network.channels=8", "network.multipliers=[1, 1]",
+                "network.blocks=1", "network.attention=[]", "train.batch=2", "train.sample_every=100"]  # fmt: skip
+    words = ["train", folder / "PICTURES", "-p", "cifar10", "--size", "8x16", "--steps", 1, "--out", tmp_path / "run"]
+    code, _, err = call(*words, *(word for setting in settings for word in ("--set", setting)), "--json")
+    assert code == 0, err
+    loaded = model.load(tmp_path / "run")
+    assert loaded.image_shape == (3, 8, 16) and loaded.data.size == (8, 16)
+
+
+def test_presets_shows_what_is_published(call):
+    code, out, _ = call("presets")
+    assert code == 0
+    assert "inception score 9.46 ± 0.11, fid train 3.17, fid test 5.24, bits per dim test 3.75" in out
+    assert "fid 7.89, samples 50,000, released step 4,432,000 (Ho, Jain & Abbeel 2020, Table 3)" in out
+    assert "unstable True (Ho, Jain & Abbeel 2020, Table 2)" in out

@@ -1,0 +1,218 @@
+"""npy, npz and IDX: layouts, labels, splits, and every way in which they can be wrong."""
+
+import gzip
+import io
+import struct
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from undiffuse.data.format.arrays import read_idx
+from undiffuse.data.source import open_source
+from undiffuse.errors import Corrupt, DataError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 6, 5), np.uint8)  # NCHW
+LABELS = np.array([2, 0, 1, 1, 0])
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def put_mnist(folder, ending="", infix="-"):
+    folder.mkdir(exist_ok=True)
+    for prefix, count in (("train", 4), ("t10k", 1)):
+        files = {"images": ("idx3", IMAGES[:count, 0]), "labels": ("idx1", LABELS[:count].astype(np.uint8))}
+        for kind, (code, array) in files.items():
+            data = idx(array)
+            path = folder / f"{prefix}-{kind}{infix}{code}-ubyte{ending}"
+            path.write_bytes(gzip.compress(data) if ending else data)
+    return folder
+
+
+@pytest.mark.parametrize("key", ["images", "x", "arr_0"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_npz(tmp_path, key, layout):
+    np.savez(tmp_path / "a.npz", **{key: IMAGES if layout == "nchw" else IMAGES.transpose(0, 2, 3, 1)})
+    source = open_source(tmp_path / "a.npz")
+    assert torch.equal(source.images, torch.from_numpy(IMAGES))
+    assert source.labels is None
+
+
+@pytest.mark.parametrize("key", ["labels", "y", "arr_1"])
+def test_npz_labels_and_classes(tmp_path, key):
+    np.savez(tmp_path / "a.npz", images=IMAGES, **{key: LABELS.astype(np.uint8)})
+    source = open_source(tmp_path / "a.npz")
+    assert source.labels.tolist() == LABELS.tolist()
+    assert source.classes == ("0", "1", "2")
+    np.savez(tmp_path / "b.npz", images=IMAGES, classes=np.array(["a", "b", "c", "d"]), **{key: LABELS})
+    assert open_source(tmp_path / "b.npz").classes == ("a", "b", "c", "d")
+
+
+def test_npy_of_grey_images(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES[:, 0])
+    assert torch.equal(open_source(tmp_path / "a.npy").images, torch.from_numpy(IMAGES[:, :1]))
+
+
+def test_a_folder_of_npz_is_split(tmp_path):
+    np.savez(tmp_path / "train.npz", images=IMAGES)
+    np.savez(tmp_path / "test.npz", images=IMAGES[:2])
+    assert (len(open_source(tmp_path)), len(open_source(tmp_path, split="test"))) == (5, 2)
+    with pytest.raises(DataError, match="train.npz has no test split; give the path of the test images, or a folder"):
+        open_source(tmp_path / "train.npz", split="test")
+
+
+BAD = {
+    "float": ({"x": IMAGES / 255}, "holds float64 images; expected uint8 from 0 to 255, so convert them first"),
+    "flat": ({"x": IMAGES.reshape(5, -1)}, r"has shape \(5, 90\); expected images as \[n, h, w\]"),
+    "channels": ({"x": np.zeros((2, 5, 6, 7), np.uint8)}, r"has shape \(2, 5, 6, 7\); expected images as"),
+    "no pixels": (
+        {"x": np.zeros((2, 0, 4), np.uint8)},
+        r"has images of shape \(1, 0, 4\); expected at least one pixel",
+    ),
+    "name": ({"pictures": IMAGES}, "has the arrays pictures; expected one named images or x or arr_0"),
+    "label count": ({"x": IMAGES, "y": LABELS[:2]}, r"has labels int64 \[2\] for 5 images; expected an integer each"),
+    "label type": ({"x": IMAGES, "y": LABELS / 2}, r"has labels float64 \[5\] for 5 images"),
+    "label range": ({"x": IMAGES, "y": LABELS, "classes": np.array(["a"])}, "has labels from 0 to 2; expected 0 to 0"),
+    "negative label": ({"x": IMAGES, "y": LABELS - 1}, "has labels from -1 to 1; expected 0 to 99999"),
+    "huge label": ({"x": IMAGES, "y": LABELS * 10**12}, "has labels from 0 to 2000000000000; expected 0 to 99999"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_arrays_that_are_no_images(tmp_path, case):
+    arrays, message = BAD[case]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=f"a.npz {message}"):
+        open_source(tmp_path / "a.npz")
+
+
+class Evil:
+    """Would write a file if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_objects_are_never_loaded(tmp_path):
+    objects = np.array([Evil(tmp_path / "harm")], object)
+    np.save(tmp_path / "a.npy", objects, allow_pickle=True)
+    np.savez(tmp_path / "a.npz", images=objects, allow_pickle=True)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(Corrupt, match=f"{name} holds Python objects, which are never loaded"):
+            open_source(tmp_path / name)
+    objects.dump(tmp_path / "b.npy")
+    with pytest.raises(Corrupt, match="b.npy is a pickle, which is never executed"):
+        open_source(tmp_path / "b.npy")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_damaged_numpy_files(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, IMAGES)
+    (tmp_path / "a.npy").write_bytes(buffer.getvalue()[:-1])
+    with pytest.raises(DataError, match="a.npy is damaged: "):
+        open_source(tmp_path / "a.npy")
+    (tmp_path / "b.npy").write_bytes(b"not numpy")
+    with pytest.raises(DataError, match="b.npy begins with 6e6f74206e75; expected NumPy's npy or npz"):
+        open_source(tmp_path / "b.npy")
+    np.savez_compressed(tmp_path / "c.npz", images=IMAGES)
+    (tmp_path / "c.npz").write_bytes((tmp_path / "c.npz").read_bytes()[:-30])
+    with pytest.raises(DataError, match="c.npz is damaged: File is not a zip file"):
+        open_source(tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_flipped_bytes_give_an_error_or_an_array(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    np.save(path, IMAGES) if ending == "npy" else np.savez(path, images=IMAGES)
+    good, refused = path.read_bytes(), 0
+    for position in range(0, 260):
+        data = bytearray(good)
+        data[position] ^= 1 + position % 255
+        path.write_bytes(data)
+        try:
+            assert open_source(path).images.dtype == torch.uint8
+        except (DataError, Corrupt) as error:
+            assert str(path) in str(error) and "allow_pickle" not in str(error)
+            refused += 1
+    assert refused > 50
+
+
+def test_an_npz_of_other_things(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images", b"no array")
+    with pytest.raises(DataError, match="a.npz has the arrays ; expected one named images"):
+        open_source(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("infix", ["-", "."])
+def test_a_folder_with_the_names_of_mnist(tmp_path, ending, infix):
+    folder = put_mnist(tmp_path / "mnist", ending, infix)
+    train, test = open_source(folder), open_source(folder, split="test")
+    assert torch.equal(train.images, torch.from_numpy(IMAGES[:4, :1]))
+    assert train.labels.tolist() == LABELS[:4].tolist()
+    assert (len(test), test.labels.tolist()) == (1, [2])
+
+
+def test_room_is_not_taken_for_what_an_idx_file_only_claims(tmp_path):
+    path = tmp_path / "a-images-idx3-ubyte"
+    path.write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, 1000, 1000, 1000) + bytes(100))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"does not hold the 1000000000 bytes of its shape \[1000, 1000, 1000\]"):
+            read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_single_idx_file_takes_the_labels_beside_it(tmp_path):
+    folder = put_mnist(tmp_path / "mnist")
+    images = folder / "train-images-idx3-ubyte"
+    assert open_source(images).labels.tolist() == LABELS[:4].tolist()
+    (folder / "train-labels-idx1-ubyte").unlink()
+    assert open_source(images).labels is None
+    with pytest.raises(DataError, match="train-images-idx3-ubyte has no test split"):
+        open_source(images, split="test")
+
+
+def test_a_missing_part(tmp_path):
+    folder = put_mnist(tmp_path / "mnist")
+    (folder / "t10k-images-idx3-ubyte").unlink()
+    with pytest.raises(DataError, match="has no file t10k-images-idx3-ubyte or .gz; expected the four names of MNIST"):
+        open_source(folder, split="test")
+
+
+def test_damaged_idx_files(tmp_path):
+    path, good = tmp_path / "a-idx3-ubyte", idx(IMAGES[:, 0])
+    for length in range(len(good)):
+        path.write_bytes(good[:length])
+        with pytest.raises(DataError, match="a-idx3-ubyte (begins with|ends within its header|does not hold)"):
+            read_idx(path)
+    path.write_bytes(good + b"x")
+    with pytest.raises(DataError, match=r"does not hold the 150 bytes of its shape \[5, 6, 5\]; it is damaged"):
+        read_idx(path)
+    path.write_bytes(good[:4] + b"\xff" * 12)
+    with pytest.raises(DataError, match="does not hold the 79228162458924105385300197375 bytes of its shape"):
+        read_idx(path)
+    path.write_bytes(b"\0\0\x0d\x03" + good[4:])
+    with pytest.raises(DataError, match="begins with 00000d03; expected 0000080n"):
+        read_idx(path)
+
+
+def test_a_damaged_gzip(tmp_path):
+    path = tmp_path / "a-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(IMAGES[:, 0]))[:-12])
+    with pytest.raises(DataError, match="a-idx3-ubyte.gz cannot be read: Compressed file ended"):
+        open_source(path)
+    path.write_bytes(b"no gzip")
+    with pytest.raises(DataError, match="a-idx3-ubyte.gz cannot be read: Not a gzipped file"):
+        open_source(path)

@@ -1,0 +1,171 @@
+"""The object users hold: which times it walks, what a variant of it changes, and how it reads pictures."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from undiffuse.data.format.packed import PackedSource
+from undiffuse.data.pack import pack
+from undiffuse.diffusion.denoiser import X0, Denoiser, FixedLarge, FixedSmall
+from undiffuse.diffusion.likelihood import bound
+from undiffuse.diffusion.process import F64, ContinuousCosine, Linear, Process
+from undiffuse.diffusion.sampler.ancestral import Ancestral
+from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.errors import DataError, UsageError
+from undiffuse.key import Key
+from undiffuse.model.model import Model
+from undiffuse.model.recipe import ModelConfig
+from undiffuse.network.unet import UNet
+
+
+class Fixed(nn.Module):
+    """x̂_0 = answer(x_t), and the times that it was asked at."""
+
+    def __init__(self, steps: int, answer):
+        super().__init__()
+        self.steps, self.answer, self.seen = steps, answer, []
+
+    def forward(self, x, time, cond):
+        self.seen.append(round(float(time[0] + 1) / self.steps, 6))
+        return self.answer(x)
+
+
+def model(answer, process: Process | None = None, meta=None) -> Model:
+    process = process or Linear(100, 1e-3, 0.2)
+    config = ModelConfig((1, 4, 6), process, X0(), FixedSmall(), UNet(time="logsnr" if not process.steps else "index"))
+    network = Fixed(process.steps or 1, answer)
+    return Model(config, Denoiser(network, process, X0(), FixedSmall(), config.network.time), meta or {})
+
+
+def half(x):
+    return x / 2
+
+
+def test_times_are_the_ones_given_and_0():
+    toy = model(half)
+    assert toy.times((1, 0.5, 0.1)).tolist() == [1, 0.5, 0.1, 0]
+    assert toy.times([0.95, 0.0]).tolist() == [0.95, 0]
+    assert toy.times((0.504, 0.494, 0.01)).tolist() == [0.5, 0.49, 0.01, 0]  # each at the nearest n/T
+    assert torch.equal(toy.times(3), toy.times((1, 0.67, 0.33)))
+    assert model(half, ContinuousCosine()).times((0.7123, 0.5)).tolist() == [0.7123, 0.5, 0]
+    toy.sample(2, steps=(1, 0.3, 0.05), solver=DDIM(eta=0.5))
+    assert toy.denoiser.network.seen == [1, 0.3, 0.05]
+
+
+@pytest.mark.parametrize(
+    "times, message",
+    [
+        ((0.5, 0.5), r"times 0\.5, 0\.5 do not fall strictly on the grid of 1/100; sort or thin them"),
+        ((0.1, 0.5), r"times 0\.1, 0\.5 do not fall strictly"),
+        ((0.502, 0.499), r"times 0\.502, 0\.499 do not fall strictly on the grid of 1/100"),
+        ((1.5, 0.5), r"times 1\.5, 0\.5 are not possible; give one or more from 1, which is noise, down to 0\.01"),
+        ((0.5, 0.001), r"times 0\.5, 0\.001 are not possible"),
+        ((0.5, float("nan")), r"times 0\.5, nan are not possible"),
+        ((), "times none are not possible"),
+        ((0.0,), "times 0 are not possible"),
+    ],
+)
+def test_times_that_are_no_chain_are_refused(times, message):
+    with pytest.raises(UsageError, match=message):
+        model(half).times(times)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 101])
+def test_steps_that_the_table_lacks_are_refused(steps):
+    with pytest.raises(UsageError, match=f"steps = {steps} is not possible; this model takes 1 to 100"):
+        model(half).sample(1, steps)
+    if steps < 1:
+        with pytest.raises(UsageError, match=f"steps = {steps} is not possible; this model takes 1 or more"):
+            model(half, ContinuousCosine()).times(steps)
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_no_images_at_a_time_is_refused(batch):
+    with pytest.raises(UsageError, match=f"batch = {batch} images at a time is not possible; give 1 or more"):
+        model(half).sample(2, batch=batch)
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "ddim", "heun"])
+@pytest.mark.parametrize("n, batch", [(2, 64), (5, 2)])
+def test_progress_counts_to_its_total_whatever_the_solver_evaluates(solver, n, batch):
+    toy, counted = model(half), []
+    toy.sample(n, 7, solver, batch=batch, progress=counted.append)
+    assert sum(counted) == toy.sampling_steps(n, 7, batch) == 7 * -(-n // batch)
+
+
+def test_without_clipping_the_chain_is_the_bare_algorithm_2():
+    """x̂_0 = 3 everywhere: the last step of Algorithm 2 returns it, the clipped chain returns 1."""
+    toy = model(lambda x: torch.full_like(x, 3.0))
+    keys, times = Key(0).rows(2), toy.times(5)
+    bare = toy.variant(clip=False)
+    assert (toy.chain(keys, times, toy.sampler()) == 1).all()
+    assert (bare.chain(keys, times, bare.sampler()) == 3).all()
+    assert toy.denoiser.clip and not bare.denoiser.clip  # a copy, with the same weights
+    assert bare.denoiser.network is toy.denoiser.network and not bare.denoiser.training
+
+
+def test_the_variance_is_that_of_the_step_and_of_the_bound():
+    """One step to s > 0 leaves the mean and the noise, so its spread is β̃ or β of that step."""
+    toy = model(lambda x: torch.zeros_like(x))
+    times = torch.tensor([1.0, 0.5], dtype=F64)
+    x_0, found = torch.zeros(3, 1, 4, 6), {}
+    for name in ("fixed-small", "fixed-large"):
+        other = toy.variant(variance=name)
+        start = torch.zeros(400, 1, 4, 6)
+        x = other.chain(Key(1).rows(400), times, other.sampler(), start=start)
+        expected = {"fixed-small": toy.process.small_variance, "fixed-large": toy.process.large_variance}[name]
+        assert float(x.var()) == pytest.approx(float(expected(*times)), rel=0.05)
+        found[name] = bound(other.denoiser, x_0, Key(0).rows(3)).totals()
+    assert (found["fixed-large"] > found["fixed-small"]).all()  # x̂_0 = x_0: what is left is the mismatch of β
+    assert toy.sampler() == Ancestral(FixedSmall()) and toy.variant(variance=FixedLarge()).sampler() == Ancestral()
+
+
+def test_a_variance_that_the_network_does_not_say_is_refused():
+    with pytest.raises(
+        UsageError, match="variance learned-range needs a network that was trained to say it, and this "
+    ):
+        model(half).variant(variance="learned-range")
+    with pytest.raises(UsageError, match='variance "fixed-smal" is not known. Did you mean "fixed-small"'):
+        model(half).variant(variance="fixed-smal")
+
+
+def test_eta_is_ddims():
+    assert model(half).sampler("ddim", eta=0.25) == DDIM(0.25)
+    for solver in ("ancestral", "heun"):
+        with pytest.raises(UsageError, match=f"eta = 0.5 belongs to the sampler ddim, not to {solver}"):
+            model(half).sampler(solver, eta=0.5)
+    with pytest.raises(UsageError, match='sampler ddim: "eta" input should be less than or equal to 1, given 2'):
+        model(half).sampler("ddim", eta=2)
+
+
+def test_pictures_are_read_as_those_of_the_training_were(tmp_path):
+    path = tmp_path / "pictures" / "glass.png"
+    path.parent.mkdir()
+    Image.new("RGBA", (12, 8), (9, 9, 9, 0)).save(path)
+    for meta, value in (({"recipe": {"data": {"background": "#404040"}}}, 64), ({}, 255), ({"recipe": 3}, 255)):
+        toy = model(half, meta=meta)
+        assert torch.equal(toy.picture(path), torch.full((1, 4, 6), value, dtype=torch.uint8))
+        assert torch.equal(toy.source(path.parent).images[0], toy.picture(path))
+    with pytest.raises(DataError, match="none.png cannot be read: No such file"):
+        toy.picture(tmp_path / "none.png")
+
+
+def test_packed_data_is_not_copied_into_memory(tmp_path):
+    Image.new("L", (6, 4), 7).save(tmp_path / "a.png")
+    toy = model(half)
+    packed = pack(tmp_path / "a.png", tmp_path / "packed", channels=1)
+    same = toy.source(packed.path)
+    assert isinstance(same, PackedSource) and same.fingerprint() == toy.source(tmp_path / "a.png").fingerprint()
+    other = pack(tmp_path / "a.png", tmp_path / "other", size=2, channels=1)
+    assert toy.source(other.path).images.shape == (1, 1, 4, 6)
+
+
+def test_bad_pictures_are_left_out_when_asked(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (12, 8), (9, 9, 9)).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:45])
+    with pytest.raises(DataError, match="1 of 2 images cannot be read: .* or leave them out with --skip-bad"):
+        model(half).source(tmp_path)
+    kept = model(half).source(tmp_path, skip_bad=True)
+    assert len(kept) == 1 and kept.skipped == ("b.png",)

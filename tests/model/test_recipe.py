@@ -1,0 +1,79 @@
+"""The presets: each builds the network that it says, and the rows of Table 2 are the rows of Table 2."""
+
+import tomllib
+
+import pytest
+import torch
+
+from undiffuse.config import parse, to_toml
+from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall, Learned, Mu
+from undiffuse.diffusion.objective import Simple, Vlb
+from undiffuse.diffusion.process import Linear
+from undiffuse.errors import UsageError
+from undiffuse.model.recipe import Recipe, load_recipe, presets
+
+PAPER = ["celebahq-256", "cifar10", "lsun-bedroom", "lsun-bedroom-large", "lsun-cat", "lsun-church"]
+TABLE_2 = {
+    "cifar10-mu-l-learned": (Mu(), Vlb(), Learned(), 23.69),
+    "cifar10-mu-l": (Mu(), Vlb(), FixedLarge(), 13.22),
+    "cifar10-mu-mse": (Mu(), Simple(), FixedLarge(), None),
+    "cifar10-eps-l-learned": (Eps(), Vlb(), Learned(), None),
+    "cifar10-eps-l": (Eps(), Vlb(), FixedLarge(), 13.51),
+    "cifar10": (Eps(), Simple(), FixedLarge(), 3.17),
+}
+
+
+def test_the_names():
+    assert presets() == sorted([*PAPER, *TABLE_2.keys() - {"cifar10"}, "fashion-mnist", "emoji-32", "digits"])
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_survives_its_file_and_builds_what_it_says(name):
+    recipe = load_recipe(name)
+    assert parse(Recipe, tomllib.loads(to_toml(recipe)), name) == recipe
+    side = recipe.data.size or {"fashion-mnist": 28, "digits": 8}[name]
+    with torch.device("meta"):
+        denoiser = recipe.model((recipe.data.channels, side, side)).build(clip=False)
+    recipe.objective.check(denoiser)
+    count = sum(p.numel() for p in denoiser.parameters())
+    assert count == recipe.expected["parameters"]
+    assert recipe.about and (name == "emoji-32" or recipe.expected.keys() & {"source", "measured_by", "measured_in"})
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_the_rows_of_table_2(name):
+    recipe = load_recipe(name)
+    parameterisation, objective, variance, fid = TABLE_2[name]
+    assert (recipe.parameterisation, recipe.objective, recipe.variance) == (parameterisation, objective, variance)
+    assert recipe.expected.get("fid_train") == fid and (fid is None) == recipe.expected.get("unstable", False)
+    assert recipe.process == Linear(1000, 1e-4, 0.02) and recipe.network == load_recipe("cifar10").network
+    train = recipe.train
+    assert (train.steps, train.batch, train.lr, train.warmup, train.ema) == (800_000, 128, 2e-4, 5000, 0.9999)
+    assert recipe.data.flip and recipe.network.dropout == 0.1
+
+
+def test_the_256_presets():
+    expected = {
+        "celebahq-256": (500_000, True, 113_673_219, None),
+        "lsun-bedroom": (2_400_000, False, 113_673_219, 6.36),
+        "lsun-bedroom-large": (1_150_000, False, 255_677_955, 4.90),
+        "lsun-church": (1_200_000, True, 113_673_219, 7.89),
+        "lsun-cat": (1_800_000, True, 113_673_219, 19.75),
+    }
+    for name, (steps, flip, parameters, fid) in expected.items():
+        recipe = load_recipe(name)
+        assert (recipe.train.steps, recipe.data.flip, recipe.expected["parameters"]) == (steps, flip, parameters)
+        assert recipe.expected.get("fid") == fid and recipe.variance == FixedSmall()
+        assert (recipe.train.batch, recipe.train.lr, recipe.network.dropout) == (64, 2e-5, 0)
+
+
+def test_settings_reach_every_section(tmp_path):
+    recipe = load_recipe("cifar10", ["train.lr=1e-3", "process.name=cosine", "process.steps=500"])
+    assert recipe.train.lr == 1e-3 and (type(recipe.process).__name__, recipe.process.steps) == ("Cosine", 500)
+    (tmp_path / "mine.toml").write_text('base = "cifar10"\n[train]\nbatch = 7\n')
+    mine = load_recipe(tmp_path / "mine.toml")
+    assert mine.train.batch == 7 and mine.train.warmup == 5000
+    with pytest.raises(UsageError, match='recipe cifar10 has no field "trian". Did you mean "train"'):
+        load_recipe("cifar10", ["trian.lr=1"])
+    with pytest.raises(UsageError, match=r'preset "cifar" is not known. Did you mean "cifar10"\? Known: celebahq-256'):
+        load_recipe("cifar")

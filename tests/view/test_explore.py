@@ -1,0 +1,258 @@
+"""Each figure against a closed form: networks whose answers are known, so that each picture can be computed by hand."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from undiffuse.data.source import ArraySource
+from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
+from undiffuse.diffusion.process import F64, Linear, Process
+from undiffuse.errors import DataError, UsageError
+from undiffuse.key import Key
+from undiffuse.model.model import Model, to_float, to_uint8
+from undiffuse.model.recipe import ModelConfig
+from undiffuse.network.unet import UNet
+from undiffuse.view import explore
+
+VARIANCE = 0.04  # of the Gaussian data, small enough that nothing is ever clipped
+
+
+class Fixed(nn.Module):
+    """x̂_0 = answer(x_t, t)."""
+
+    def __init__(self, process: Process, answer):
+        super().__init__()
+        self.steps, self.answer = process.steps, answer
+
+    def forward(self, x, time, cond):
+        return self.answer(x, ((time.to(F64) + 1) / self.steps).reshape(-1, 1, 1, 1)).to(x)
+
+
+def model(answer, steps: int = 1000, side: int = 16) -> Model:
+    process = Linear(steps, 0.1 / steps, 20 / steps)
+    config = ModelConfig((1, side, side), process, X0(), FixedSmall(), UNet())
+    return Model(config, Denoiser(Fixed(process, answer), process, X0(), FixedSmall()), {})
+
+
+def gain(process: Process, t):
+    """E[x_0 | x_t] = gain · x_t for data N(0, VARIANCE)."""
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return alpha * VARIANCE / (alpha.square() * VARIANCE + sigma.square())
+
+
+def gaussian(steps: int = 50) -> Model:
+    process = Linear(steps, 0.1 / steps, 20 / steps)
+    return model(lambda x, t: gain(process, t) * x, steps)
+
+
+def names_t(x, t):
+    return (2 * t - 1).expand_as(x)
+
+
+def test_progressive_shows_what_the_denoiser_said_at_the_authors_times():
+    images, times = explore.progressive(model(names_t, steps=100, side=2), n=2)
+    assert torch.equal(times, (torch.arange(95, -1, -5, dtype=F64) + 1) / 100)  # of 1000 steps: 950, 900, …, 0
+    expected = to_uint8((2 * times - 1).reshape(-1, 1, 1, 1)).reshape(1, 20, 1, 1, 1)
+    assert torch.equal(images, expected.expand(2, -1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("steps", [None, 30])
+def test_progressive_ends_at_the_sample_of_the_same_seed(steps):
+    counted = []
+    toy = gaussian()
+    images, times = explore.progressive(toy, 3, seed=5, steps=steps, slots=7, progress=counted.append)
+    assert torch.equal(images[:, -1], toy.sample(3, steps, seed=5))
+    assert images.shape == (3, 7, 1, 16, 16) and len(times) == 7
+    assert sum(counted) == (steps or 50)
+    assert (times.diff() < 0).all()
+
+
+def test_progressive_refuses_more_slots_than_steps():
+    with pytest.raises(UsageError, match="11 slots along a chain of 10 steps are not possible; give 1 to 10"):
+        explore.progressive(gaussian(), 1, steps=10, slots=11)
+    with pytest.raises(UsageError, match="n = 0 images were asked for; give 1 or more"):
+        explore.progressive(gaussian(), 0)
+
+
+def spread(toy: Model, t: float, start: float = 0.0) -> float:
+    """The variance of the chain's last x, where x_t has variance `start`."""
+    times = toy.times()
+    variance = start
+    for t, s in [(t_, s_) for t_, s_ in zip(times[:-1], times[1:], strict=True) if t_ <= t]:
+        b, c = toy.process.posterior_coefficients(t, s)
+        added = toy.process.small_variance(t, s) if s > 0 else 0.0
+        variance = float((b + c * gain(toy.process, t)).square() * variance + added)
+    return variance
+
+
+def test_shared_latents_leave_the_variance_that_the_chain_has_below_them():
+    toy, n = gaussian(), 64
+    images, times = explore.shared(toy, n, at=(1.0, 0.5, 0.2, 0.02))
+    assert times.tolist() == [1.0, 0.5, 0.2, 0.02]
+    assert (images[3] == images[3, :1]).all()  # one step remains, and the last step adds no noise
+    x = images.double() / 127.5 - 1
+    for row, t in enumerate((1.0, 0.5, 0.2)):
+        assert float(x[row].var(0).mean()) == pytest.approx(spread(toy, t), rel=0.06)
+    # Row means are those of one chain: what is decided at 0.5 is part of what is decided at 0.2.
+    whole = spread(toy, 1.0, start=1.0)
+    early, late = (whole - spread(toy, t) * (1 - 1 / n) for t in (0.5, 0.2))
+    decided = x.mean(1).flatten(1)
+    expected = (whole - spread(toy, 0.5)) / (early * late) ** 0.5
+    assert float(torch.corrcoef(decided[1:3])[0, 1]) == pytest.approx(expected, abs=0.1)
+
+
+def test_shared_branches_do_not_depend_on_each_other_but_on_the_seed():
+    toy = gaussian()
+    both, _ = explore.shared(toy, 2, seed=3, at=(0.5, 0.1), steps=20)
+    alone, _ = explore.shared(toy, 2, seed=3, at=(0.5,), steps=20)
+    assert torch.equal(both[:1], alone)
+    assert not torch.equal(explore.shared(toy, 2, seed=4, at=(0.5,), steps=20)[0], alone)
+
+
+def test_shared_refuses_times_at_which_there_is_nothing_to_continue():
+    for t in (0.0, 1.1):
+        with pytest.raises(
+            UsageError, match=rf"t = {t:g} is not possible here; give 0\.02 to 1, where 1 is pure noise"
+        ):
+            explore.shared(gaussian(), 2, at=(t,))
+    with pytest.raises(UsageError, match="no t was given"):
+        explore.shared(gaussian(), 2, at=())
+
+
+def quarter(x, t):
+    return x / 4
+
+
+def pictures(seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_interpolation_mixes_the_noised_pictures():
+    """With one step from t to 0 the result is x̂_0 = x̄_t/4, so that x̄_t can be read off it."""
+    toy, a, b = model(quarter), pictures(0), pictures(1)
+    lambdas, ts = (0.0, 0.3, 1.0), (0.3, 0.6)
+    latents = 4 * to_float(explore.interpolate(toy, a, b, ts, lambdas, steps=1).flatten(0, 1)).reshape(2, 3, 256)
+    noise = []
+    for t, (first, mixed, second) in zip(ts, latents.double(), strict=True):
+        np.testing.assert_allclose(mixed, 0.7 * first + 0.3 * second, atol=4 / 127.5)
+        alpha, sigma = (f(torch.tensor(t, dtype=F64)) for f in (toy.process.alpha, toy.process.sigma))
+        ends = torch.stack([a, b]).flatten(1) / 127.5 - 1
+        noise.append((torch.stack([first, second]) - alpha * ends) / sigma)
+    resolution = 2 / 127.5 / float(toy.process.sigma(torch.tensor(0.3, dtype=F64)))
+    np.testing.assert_allclose(noise[0], noise[1], atol=2 * resolution)  # the same in each row
+    assert noise[0].std() == pytest.approx(1, abs=0.1)
+    assert abs(float(torch.corrcoef(noise[0])[0, 1])) < 0.2  # but not for both pictures
+
+
+def test_interpolation_at_0_mixes_pixels_and_calls_no_network():
+    def never(x, t):
+        raise AssertionError
+
+    a, b = pictures(0), pictures(1)
+    ends = explore.interpolate(model(never), a, b, at=(0.0,), lambdas=(0.0, 0.5, 1.0))[0]
+    assert torch.equal(ends[0], a) and torch.equal(ends[2], b)
+    assert (ends[1].double() - (a.double() + b.double()) / 2).abs().max() <= 0.5
+
+
+def test_interpolation_takes_as_many_steps_as_the_chain_has_below_t():
+    seen = []
+
+    def counting(x, t):
+        seen.append(float(t[0]))
+        return x * 0
+
+    toy = model(counting, steps=100)
+    explore.interpolate(toy, pictures(0), pictures(1), at=(0.25, 1.0), lambdas=(0.5,), steps=10)
+    assert seen == pytest.approx([0.25, 0.2, 0.1] + [k / 10 for k in range(10, 0, -1)])
+
+
+def test_rows_of_an_interpolation_do_not_depend_on_each_other():
+    toy, a, b = gaussian(), pictures(0), pictures(1)
+    rows = explore.interpolate(toy, a, b, (0.25, 0.5), (0.2, 0.8), seed=2)
+    assert torch.equal(rows[1:], explore.interpolate(toy, a, b, (0.5,), (0.2, 0.8), seed=2))
+    assert not torch.equal(rows, explore.interpolate(toy, a, b, (0.25, 0.5), (0.2, 0.8), seed=3))
+
+
+def test_interpolation_refuses_what_has_no_meaning():
+    toy, a = gaussian(), pictures(0)
+    with pytest.raises(DataError, match=r"the second picture is 1×8×16 \(channels .*\); this model needs 1×16×16"):
+        explore.interpolate(toy, a, a[:, :8])
+    with pytest.raises(UsageError, match="t = -0.1 is not possible here; give 0 to 1"):
+        explore.interpolate(toy, a, a, (-0.1,))
+    with pytest.raises(UsageError, match="0 times and 11 mixtures were asked for"):
+        explore.interpolate(toy, a, a, ())
+
+
+@pytest.mark.parametrize("crop", [None, (1, 0, 2, 3)])
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 20])
+def test_neighbours_are_those_of_integer_arithmetic(monkeypatch, crop, chunk):
+    monkeypatch.setattr(explore, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randint(0, 256, (40, 2, 4, 5), dtype=torch.uint8, generator=generator)
+    train[31] = train[7]  # a tie
+    samples = torch.cat([train[[31]], torch.randint(0, 256, (6, 2, 4, 5), dtype=torch.uint8, generator=generator)])
+    index, distance = explore.neighbours(samples, ArraySource(train), 5, crop)
+    top, left, h, w = crop or (0, 0, 4, 5)
+    cut = (slice(None), slice(None), slice(top, top + h), slice(left, left + w))
+    squared = (samples[cut][:, None].long() - train[cut].long()).square().flatten(2).sum(2)
+    for row in range(len(samples)):
+        order = sorted(range(40), key=lambda i, row=row: (int(squared[row, i]), i))[:5]
+        assert index[row].tolist() == order
+        np.testing.assert_array_equal(distance[row], (squared[row, order].double() / (2 * h * w)).sqrt())
+    assert index[0, :2].tolist() == [7, 31] and distance[0, :2].tolist() == [0, 0]
+
+
+def test_neighbours_refuse_what_cannot_be_compared():
+    source = ArraySource(torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
+    with pytest.raises(UsageError, match="4 neighbours are not possible in 3 images; give 1 to 3"):
+        explore.neighbours(source.images, source, 4)
+    with pytest.raises(DataError, match="the samples are 1×2×2 .* and the training images 1×4×4"):
+        explore.neighbours(source.images[:, :, :2, :2], source)
+    with pytest.raises(UsageError, match=r"crop \(2, 0, 3, 4\) .* does not lie within images of 4×4"):
+        explore.neighbours(source.images, source, 1, (2, 0, 3, 4))
+
+
+def test_langevin_has_the_moments_that_its_recursion_predicts():
+    process, step, repeats = Linear(1000), 0.3, 20
+    times = torch.tensor([1.0, 0.4, 0.2, 0.1], dtype=F64)
+
+    def variance_at(t):
+        return process.alpha(t).square() * VARIANCE + process.sigma(t).square()
+
+    def score(x, t):
+        return -x / variance_at(t).reshape(-1, 1, 1, 1).float()
+
+    x = explore.langevin(score, process, Key(0).rows(50), (1, 20, 20), times, repeats, step)
+    expected = 1.0
+    for t in times:
+        size = float(step * process.sigma(t).square())
+        for _ in range(repeats):
+            expected = (1 - size / 2 / float(variance_at(t))) ** 2 * expected + size
+    assert float(x.mean()) == pytest.approx(0, abs=0.01)
+    assert float(x.var()) == pytest.approx(expected, rel=0.04)
+    assert expected == pytest.approx(float(variance_at(times[-1])), rel=0.1)  # it has nearly arrived
+
+
+def test_images_are_written_as_files_a_grid_and_an_array(tmp_path):
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    written = explore.write_images(images, tmp_path / "out", tmp_path / "a" / "x.npz")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*(f"{i:04d}.png" for i in range(5)), "grid.png"]
+    for i, image in enumerate(images):
+        with Image.open(tmp_path / "out" / f"{i:04d}.png") as saved:
+            np.testing.assert_array_equal(np.asarray(saved), image.permute(1, 2, 0))
+    with np.load(written["npz"], allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], images.permute(0, 2, 3, 1))
+    assert explore.write_images(images, None, None) == {}
+    with pytest.raises(UsageError, match="out/0000.png is there already; give a new folder, or remove it$"):
+        explore.write_images(255 - images, tmp_path / "out", None)
+    with Image.open(tmp_path / "out" / "0000.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved), images[0].permute(1, 2, 0))
+
+
+def test_a_grid_of_rows_keeps_its_columns(tmp_path):
+    explore.write_grid(torch.zeros(2, 5, 1, 8, 8, dtype=torch.uint8), tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.size == ((5 * 9 + 1) * 7, (2 * 9 + 1) * 7)
+    assert [explore.enlarged(width) for width in (8, 28, 32, 56, 256)] == [7, 2, 2, 1, 1]

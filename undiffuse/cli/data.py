@@ -1,0 +1,130 @@
+"""`undiffuse data …`: look at a data set, find what is bad in it, pack it, build one."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True, rich_markup_mode=None)
+
+PathArg = Annotated[str, typer.Argument(metavar="PATH", help="A folder, zip, npz, tar shards, lmdb, …, or a named set")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on standard output")]
+SplitOpt = Annotated[str, typer.Option("--split", help="train or test, where the data has both")]
+
+
+@app.command()
+def inspect(
+    path: PathArg,
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="Write a contact sheet of 64 pictures here")] = None,
+    split: SplitOpt = "train",
+    as_json: JsonOpt = False,
+) -> None:
+    """How many pictures, of what sizes, channels and classes; and a contact sheet.
+
+    Example: `undiffuse data inspect photos/ --sheet sheet.png`
+    """
+    from undiffuse.data.inspect import inspect
+    from undiffuse.data.source import open_raw
+    from undiffuse.figure import png
+    from undiffuse.machine import store
+
+    summary = inspect(open_raw(path, split))
+    if sheet is not None:
+        store.write_atomic(sheet, png(summary.sheet))
+    result = {
+        "images": summary.count,
+        "sizes": {f"{w}x{h}": count for (h, w), count in summary.sizes.items()},
+        "channels": {str(c): count for c, count in summary.channels.items()},
+        "labels": summary.labels,
+        "mean": round(summary.mean, 4),
+        "std": round(summary.std, 4),
+        "bad": {bad.path: bad.reason for bad in summary.bad},
+    }
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for name, value in result.items():
+        typer.echo(f"{name:>10}  {_brief(value) if isinstance(value, dict) else value}")
+
+
+def _brief(counts: dict[str, int] | dict[str, str]) -> str:
+    """The first ten of a dictionary."""
+    shown = ", ".join(f"{name}: {value}" for name, value in list(counts.items())[:10])
+    return (shown + (f", and {len(counts) - 10} more" if len(counts) > 10 else "")) or "none"
+
+
+@app.command()
+def check(path: PathArg, split: SplitOpt = "train", as_json: JsonOpt = False) -> None:
+    """Decode every picture and list those that are bad; exit code 2 if there are any.
+
+    Of a packed folder every byte is compared with its checksums; exit code 5 if one differs.
+    Examples: `undiffuse data check photos/`, `undiffuse data check packed/`
+    """
+    from undiffuse.data.inspect import check
+
+    bad = check(path, split, show_progress=not as_json)
+    if as_json:
+        typer.echo(json.dumps({"bad": {item.path: item.reason for item in bad}}))
+    else:
+        for item in bad:
+            typer.echo(f"{item.path}: {item.reason}")
+        typer.echo(f"{len(bad)} bad" if bad else "all good")
+    if bad:
+        raise typer.Exit(2)
+
+
+@app.command()
+def pack(
+    data: PathArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder, or one whose packing was stopped")],
+    size: Annotated[int | None, typer.Option("--size", help="Crop to a square and resize to this side")] = None,
+    channels: Annotated[int | None, typer.Option("--channels", help="1 for grey, 3 for RGB")] = None,
+    background: Annotated[str, typer.Option("--background", help="What is behind transparency")] = "white",
+    split: SplitOpt = "train",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes; one a core, up to 16")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Decode everything once into a folder of raw pixels; the same command again goes on where it stopped.
+
+    What is packed is then data like any other; folders named train and test beside each other are its splits. Examples:
+    `undiffuse data pack photos/ --size 64 --out photos-64`, `undiffuse data pack fashion-mnist --out both/train`,
+    `undiffuse data pack fashion-mnist --split test --out both/test`
+    """
+    from undiffuse.cli.tools import show
+    from undiffuse.data.pack import WORKERS, pack
+
+    done = pack(
+        data, out, size, channels, background, split, skip_bad, WORKERS if workers is None else workers, not as_json
+    )
+    c, h, w = done.image_shape
+    result = {"images": len(done), "size": f"{w}x{h}", "channels": c, "labels": len(done.classes or ())}
+    skipped = {"skipped": dict(done.manifest.skipped)} if as_json else {"skipped": len(done.skipped)}
+    show(result | {"shards": len(done.images), "fingerprint": done.fingerprint(), **skipped, "out": out}, as_json)
+
+
+@app.command()
+def build(
+    what: Annotated[str, typer.Argument(help="What to build: emoji")],
+    packages: Annotated[
+        list[Path], typer.Argument(metavar="PACKAGE…", help="The unpacked packages, or their .tgz files")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder: train.npz, test.npz, ATTRIBUTION.txt")],
+    size: Annotated[int, typer.Option("--size", help="The side of the pictures")] = 32,
+    as_json: JsonOpt = False,
+) -> None:
+    """Build a data set from packages that you fetch: emoji, from any of four npm packages.
+
+    Example: `npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d openmoji`,
+    then `undiffuse data build emoji *.tgz --out emoji-32`
+    """
+    from dataclasses import asdict
+
+    from undiffuse.data.format import emoji
+    from undiffuse.errors import unknown
+
+    if what != "emoji":
+        raise unknown("data set to build", what, ["emoji"])
+    built = asdict(emoji.build(packages, out, size))
+    typer.echo(json.dumps(built) if as_json else "\n".join(f"{name:>10}  {value}" for name, value in built.items()))

@@ -1,0 +1,231 @@
+"""The commands that draw: sample, and the figures of the paper that a model is looked into with."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.options import (
+    BatchOpt,
+    ClipOpt,
+    DataArg,
+    DeviceOpt,
+    EtaOpt,
+    ModelArg,
+    OutOpt,
+    SeedOpt,
+    SkipBadOpt,
+    SolverOpt,
+    StepsOpt,
+    TimesOpt,
+    VarianceOpt,
+    choose_steps,
+    open_like,
+    open_model,
+    parse_sides,
+    ticking,
+)
+from undiffuse.cli.tools import JsonOpt, show
+from undiffuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from undiffuse.view.explore import Crop
+
+
+def sample(
+    model: ModelArg,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for PNGs and a grid")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many images")] = 64,
+    steps: StepsOpt = None,
+    times: TimesOpt = None,
+    solver: SolverOpt = "ancestral",
+    eta: EtaOpt = None,
+    clip: ClipOpt = True,
+    variance: VarianceOpt = None,
+    npz: Annotated[Path | None, typer.Option("--npz", help="One uint8 array arr_0 [n, h, w, c] in this file")] = None,
+    label: Annotated[int | None, typer.Option("--label", help="A class, for a model trained with labels")] = None,
+    batch: BatchOpt = 64,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "cpu",
+    as_json: JsonOpt = False,
+) -> None:
+    """Draw images: PNG files and a grid, or one array.
+
+    Examples: `undiffuse sample fashion-mnist -n 16 --out samples`,
+    `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
+    """
+    from undiffuse.machine import dist
+    from undiffuse.view import explore
+
+    if out is None and npz is None:
+        raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give the name of a folder")
+    if out is not None:
+        explore.refuse_drawn(out)
+    if npz is not None and npz.is_dir():
+        raise UsageError(f"{npz} is a folder; give the name of a file")
+    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    with dist.joined(dist.LONG), ticking(loaded.sampling_steps(n, chosen, batch), "sampling", as_json) as tick:
+        images = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, batch, label, tick)
+    if not dist.is_first():
+        return
+    written = explore.write_images(images, out, npz)
+    taken: dict[str, Any] = {"steps": len(loaded.times(chosen)) - 1, "solver": solver, "seed": seed}
+    show({"images": n, **taken, **written}, as_json)
+
+
+def progressive(
+    model: ModelArg,
+    out: OutOpt,
+    n: Annotated[int, typer.Option("-n", help="How many images")] = 8,
+    slots: Annotated[int | None, typer.Option("--slots", help="Pictures along the chain; 20 unless given")] = None,
+    steps: StepsOpt = None,
+    times: TimesOpt = None,
+    clip: ClipOpt = True,
+    variance: VarianceOpt = None,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "cpu",
+    as_json: JsonOpt = False,
+) -> None:
+    """The estimate of x_0 along the reverse chain, a row an image (Fig. 6): large features first.
+
+    Example: `undiffuse progressive fashion-mnist --steps 100 --out progressive.png`
+    """
+    from undiffuse.view import explore
+
+    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    total = len(loaded.times(chosen)) - 1
+    slots = min(20, total) if slots is None else slots
+    with ticking(total, "progressive", as_json) as tick:
+        images, at = explore.progressive(loaded, n, seed, chosen, slots, progress=tick)
+    explore.write_grid(images, out)
+    show({"picture": out, "t": [float(t) for t in at]}, as_json)
+
+
+def shared(
+    model: ModelArg,
+    out: OutOpt,
+    n: Annotated[int, typer.Option("-n", help="How many images share each latent")] = 8,
+    at: Annotated[
+        list[float] | None, typer.Option("--at", help="t of the shared latent, 0 to 1; may be repeated")
+    ] = None,
+    steps: StepsOpt = None,
+    times: TimesOpt = None,
+    clip: ClipOpt = True,
+    variance: VarianceOpt = None,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "cpu",
+    as_json: JsonOpt = False,
+) -> None:
+    """Samples that share x_t and then go their own ways, a row for each t (Fig. 7).
+
+    Example: `undiffuse shared fashion-mnist --at 1 --at 0.75 --at 0.5 --at 0.25 --out shared.png`
+    """
+    from undiffuse.view import explore
+
+    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    at = at or [1.0, 0.75, 0.5, 0.25]
+    with ticking(explore.shared_steps(loaded, at, chosen), "shared latents", as_json) as tick:
+        images, branches = explore.shared(loaded, n, seed, at, chosen, tick)
+    explore.write_grid(images, out)
+    show({"picture": out, "t": [float(t) for t in branches]}, as_json)
+
+
+def interpolate(
+    model: ModelArg,
+    first: Annotated[Path, typer.Argument(metavar="A.png", help="One picture, in any format and size")],
+    second: Annotated[Path, typer.Argument(metavar="B.png", help="Another")],
+    out: OutOpt,
+    t: Annotated[list[float] | None, typer.Option("--t", help="How far to noise, 0 to 1; a row each")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", help="How many mixtures, from A to B; 11 unless given")
+    ] = None,
+    mix: Annotated[
+        list[float] | None, typer.Option("--lambda", help="The share of B instead; may be repeated, a column each")
+    ] = None,
+    steps: StepsOpt = None,
+    times: TimesOpt = None,
+    clip: ClipOpt = True,
+    variance: VarianceOpt = None,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "cpu",
+    as_json: JsonOpt = False,
+) -> None:
+    """Mix two pictures in the latent space at t and denoise the mixtures (Figs. 8 and 9).
+
+    Examples: `undiffuse interpolate fashion-mnist a.png b.png --t 0.25 --t 0.5 --t 0.75 --out mix.png`,
+    `undiffuse interpolate fashion-mnist a.png b.png --lambda 0.1 --lambda 0.9 --out mix.png`
+    """
+    from undiffuse.view import explore
+
+    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    pictures = loaded.picture(first), loaded.picture(second)
+    if mix and count is not None:
+        raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
+    if count is not None and count < 2:
+        raise UsageError(f"--count {count} is not possible; give 2 or more, the pictures themselves included")
+    count, at = 11 if count is None else count, t or [0.5]
+    lambdas = mix or [i / (count - 1) for i in range(count)]
+    with ticking(explore.interpolation_steps(loaded, at, chosen), "interpolation", as_json) as tick:
+        images = explore.interpolate(loaded, *pictures, at, lambdas, seed, chosen, tick)
+    explore.write_grid(images, out)
+    show({"picture": out, "t": at, "lambda": lambdas}, as_json)
+
+
+def neighbours(
+    model: ModelArg,
+    data: DataArg,
+    out: OutOpt,
+    n: Annotated[int, typer.Option("-n", help="How many samples")] = 8,
+    k: Annotated[int, typer.Option("-k", help="How many neighbours of each")] = 8,
+    crop: Annotated[
+        str | None, typer.Option("--crop", help="Compare the middle only, HEIGHTxWIDTH; or TOP,LEFT,HEIGHT,WIDTH")
+    ] = None,
+    steps: StepsOpt = None,
+    times: TimesOpt = None,
+    solver: SolverOpt = "ancestral",
+    eta: EtaOpt = None,
+    clip: ClipOpt = True,
+    variance: VarianceOpt = None,
+    skip_bad: SkipBadOpt = False,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "cpu",
+    as_json: JsonOpt = False,
+) -> None:
+    """Samples and their nearest training images, pixel by pixel: has the model copied? (Figs. 12 and 15)
+
+    Examples: `undiffuse neighbours fashion-mnist fashion-mnist --steps 100 --out neighbours.png`,
+    `undiffuse neighbours runs/faces faces/ --crop 100x100 --out neighbours.png`
+    """
+    import torch
+
+    from undiffuse.view import explore
+
+    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    source, box = open_like(loaded, data, "train", skip_bad), None if crop is None else parse_crop(crop)
+    explore.comparable(loaded.image_shape, source, k, box)
+    with ticking(loaded.sampling_steps(n, chosen), "sampling", as_json) as tick:
+        samples = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, progress=tick)
+    near = explore.neighbours(samples, source, k, box)
+    rows = torch.stack([torch.cat([s[None], source.gather(i)[0]]) for s, i in zip(samples, near.indices, strict=True)])
+    explore.write_grid(rows, out)
+    show({"picture": out, "rmse_of_nearest": near.distance[:, 0].tolist(), "index": near.indices.tolist()}, as_json)
+
+
+def parse_crop(text: str) -> "Crop":
+    """(height, width) of `100x100` or `100`, (top, left, height, width) of four numbers with commas."""
+    parts = text.split(",")
+    if len(parts) == 4 and all(part.isdecimal() for part in parts):
+        top, left, height, width = map(int, parts)
+        return top, left, height, width
+    if "," in text:
+        raise UsageError(f'--crop "{text}" is not TOP,LEFT,HEIGHT,WIDTH; give four numbers, or 100x100 for the middle')
+    sides = parse_sides("--crop", text)
+    return sides[0], sides[-1]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to the application."""
+    for command in (sample, progressive, shared, interpolate, neighbours):
+        app.command()(command)

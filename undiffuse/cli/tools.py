@@ -1,0 +1,211 @@
+"""Commands about files rather than pictures: inspect, verify, import, export; and about the machine."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from undiffuse.model.average import Snapshot
+
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on standard output")]
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """The result as JSON on standard output, or as a line each for people."""
+    if as_json:
+        typer.echo(json.dumps(result, default=str))
+        return
+    for name, value in result.items():
+        if not isinstance(value, list):
+            typer.echo(f"{name.replace('_', ' '):>20}  {value}")
+
+
+def inspect(
+    what: Annotated[
+        str, typer.Argument(metavar="MODEL|PRESET", help="A run, a checkpoint, a shipped model, or a preset")
+    ],
+    as_json: JsonOpt = False,
+) -> None:
+    """What a model or preset is: its settings as TOML, its size, how far it was trained.
+
+    Examples: `undiffuse inspect fashion-mnist`, `undiffuse inspect cifar10 --json`
+    """
+    from undiffuse.config import plain, to_toml
+    from undiffuse.model.model import load, shipped
+    from undiffuse.model.recipe import load_recipe, presets
+
+    if not Path(what).exists() and what not in shipped() and what in presets():
+        recipe = load_recipe(what)
+        typer.echo(json.dumps(plain(recipe)) if as_json else to_toml(recipe).rstrip())
+        return
+    model = load(what)
+    result = {"parameters": model.parameters(), "model": plain(model.config)}
+    result |= {key: model.meta[key] for key in ("step", "images", "environment") if key in model.meta}
+    typer.echo(json.dumps(result) if as_json else to_toml(result).rstrip())
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder")],
+    as_json: JsonOpt = False,
+) -> None:
+    """Compare every checkpoint and EMA snapshot of a run with its checksums; exit code 5 if one is damaged.
+
+    Example: `undiffuse verify runs/photos`
+    """
+    from undiffuse.errors import Corrupt, UsageError
+    from undiffuse.machine import store
+    from undiffuse.model.average import snapshots
+
+    folder = store.Run(run)
+    if not folder.steps():
+        raise UsageError(f"{run} has no checkpoints; give the --out folder of a training run")
+    damaged: dict[int | str, str] = {}
+    for step in folder.steps():
+        try:
+            folder.verify(step)
+        except Corrupt as error:
+            damaged[step] = str(error)
+    good = {"good": len(folder.steps()) - len(damaged)}
+    if kept := snapshots(run):
+        spoilt = {each.path.name: str(error) for each in kept if (error := _damage(each))}
+        good, damaged = good | {"ema_snapshots": len(kept) - len(spoilt)}, damaged | spoilt
+    show({**good, "damaged": damaged or "none"}, as_json)
+    if damaged:
+        raise typer.Exit(Corrupt.exit_code)
+
+
+def _damage(snapshot: "Snapshot") -> str | None:
+    from undiffuse.errors import Corrupt
+
+    try:
+        snapshot.read()
+    except Corrupt as error:
+        return str(error)
+    return None
+
+
+def average(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that has EMA snapshots")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to make; it is a MODEL")],
+    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="Width of the average: its share of the run")],
+    step: Annotated[
+        int | None, typer.Option("--step", help="The average as of this step; the last unless given")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Average the weights of a run with any EMA length, after training, from the snapshots of its profiles.
+
+    `profile_error` is what the snapshots miss of the average that was asked for: 0 is all right, 0.1 is rough. Train
+    with `--set train.ema_profiles=[0.05,0.1]` to have snapshots. Examples: `undiffuse average runs/photos --sigma-rel
+    0.08 --out wide.safetensors`, `undiffuse average runs/photos --sigma-rel 0.03 --step 20000 --out narrow.safetensors`
+    """
+    from undiffuse.errors import UsageError
+    from undiffuse.model.model import averaged, save
+
+    if out.exists():
+        raise UsageError(f"{out} exists; give the name of a new file")
+    model = averaged(run, sigma_rel, step)
+    save(model, out)
+    made = model.meta["average"]
+    show({"written": out, "sigma_rel": sigma_rel, "step": made["step"], "snapshots": made["snapshots"],
+          "profile_error": made["error"], "next": f"undiffuse sample {out} -n 64 --out samples"}, as_json)  # fmt: skip
+
+
+def import_model(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A diffusers folder, or a pytorch_diffusion file")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder to make")],
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin and .ckpt, as data only")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Turn another project's model into a run, to sample from, measure or fine-tune.
+
+    Example: `undiffuse import ddpm-cifar10-32 runs/ddpm`
+    """
+    from undiffuse.errors import UsageError
+    from undiffuse.interop import diffusers, original
+    from undiffuse.machine import store
+    from undiffuse.model.model import parse_model
+
+    if store.Run(run).steps():
+        raise UsageError(f"{run} holds checkpoints already; give the name of a new folder")
+    tensors, meta = (diffusers.read_folder if source.is_dir() else original.read_file)(source, allow_pickle)
+    model = parse_model(tensors, meta, str(source))
+    with store.Run(run).lock() as folder:
+        folder.save(0, {"ema": tensors}, {"step": 0, "images": 0, "source": source.name, **meta})
+    show({"run": run, "parameters": model.parameters(), "next": f"undiffuse sample {run} -n 16 --out samples"}, as_json)
+
+
+def export_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a file or a shipped name")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="The folder or file to make")],
+    to: Annotated[
+        str, typer.Option("--to", help="diffusers, or file: one .safetensors that undiffuse loads")
+    ] = "diffusers",
+    half: Annotated[bool, typer.Option("--half", help="float16 weights, for --to file")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write a model for others: a folder that diffusers' DDPMPipeline loads, or one file.
+
+    Example: `undiffuse export runs/photos photos-diffusers --to diffusers`
+    """
+    import torch
+
+    from undiffuse.config import plain
+    from undiffuse.errors import UsageError, unknown
+    from undiffuse.interop import diffusers
+    from undiffuse.model.model import load, save
+
+    if to not in ("diffusers", "file"):
+        raise unknown("export format", to, ["diffusers", "file"])
+    if out.exists():
+        raise UsageError(f"{out} exists; give the name of a new {'folder' if to == 'diffusers' else 'file'}")
+    loaded = load(model)
+    if to == "file":
+        save(loaded, out, torch.float16 if half else torch.float32)
+    else:
+        meta = {**loaded.meta, "model": plain(loaded.config)}
+        diffusers.write_folder(out, loaded.denoiser.network.state_dict(), meta)
+    show({"written": out, "format": to}, as_json)
+
+
+def doctor(as_json: JsonOpt = False) -> None:
+    """What undiffuse finds on this machine: versions, devices, threads, named data sets.
+
+    Example: `undiffuse doctor`
+    """
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    from undiffuse import __version__
+    from undiffuse.data.format.named import FashionMnist
+    from undiffuse.data.source import open_raw
+    from undiffuse.errors import DataError
+
+    try:
+        fashion = f"{len(open_raw(FashionMnist.names[0])):,} training images"
+    except DataError as error:
+        fashion = str(error)
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = {"undiffuse": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    found |= {name: version(name) for name in ("numpy", "pillow", "safetensors")}
+    show(
+        found | {"threads": torch.get_num_threads(), "cuda": ", ".join(cuda) or "none", "fashion_mnist": fashion},
+        as_json,
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to the application."""
+    for name, command in {
+        "inspect": inspect,
+        "verify": verify,
+        "average": average,
+        "import": import_model,
+        "export": export_model,
+        "doctor": doctor,
+    }.items():
+        app.command(name)(command)

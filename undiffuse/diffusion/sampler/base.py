@@ -1,0 +1,87 @@
+"""A sampler is one step from t to s; `sample` walks a grid of times with it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.config import Table
+from undiffuse.diffusion.denoiser import Prediction
+from undiffuse.diffusion.process import Process, per_image
+from undiffuse.key import Keys
+
+# All that a sampler knows of a model: (x_t, t) -> Prediction.
+Denoise = Callable[[Float[Tensor, "b *x"], Float[Tensor, "b"]], Prediction]
+# What may watch a chain: (steps that remain, x, t) before each step.
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class Sampler(ABC):
+    """`order` is the declared order of convergence of its deterministic part."""
+
+    order: ClassVar[int] = 1
+
+    def init(self, x: Float[Tensor, "b *x"]) -> Any:
+        """What a multistep solver remembers; nothing, for the others."""
+        return None
+
+    @abstractmethod
+    def step(
+        self,
+        denoise: Denoise,
+        process: Process,
+        x: Float[Tensor, "b *x"],
+        t: Float[Tensor, "b"],
+        s: Float[Tensor, "b"],
+        state: Any,
+        keys: Keys,
+    ) -> tuple[Float[Tensor, "b *x"], Any]:
+        """x at s < t, and the new state."""
+
+
+SAMPLERS: Table[Sampler] = Table("sampler", Sampler, "undiffuse.diffusion.sampler")
+
+
+def renoise(
+    process: Process, x: Float[Tensor, "b *x"], t: Float[Tensor, "b"], s: Float[Tensor, "b"], keys: Keys
+) -> Float[Tensor, "b *x"]:
+    """A draw of q(x_s | x_t) for s > t."""
+    # sigma_s² − (alpha_s/alpha_t)² sigma_t², without its cancellation.
+    std = process.sigma(s) * (-torch.expm1(process.logsnr(s) - process.logsnr(t))).sqrt()
+    return per_image(process.alpha(s) / process.alpha(t), x) * x + per_image(std, x) * keys.normal(*x.shape[1:])
+
+
+@torch.no_grad()
+def sample(
+    sampler: Sampler,
+    denoise: Denoise,
+    process: Process,
+    keys: Keys,
+    shape: tuple[int, ...],
+    times: Float[Tensor, "times"],
+    callback: Callback | None = None,
+    start: Float[Tensor, "b *x"] | None = None,
+) -> Float[Tensor, "b *x"]:
+    """x at the last of `times`, from noise at the first of them or from `start`.
+
+    The noise of a step is keyed by the number of steps that remain, so that a chain entered half-way sees the noise
+    that the whole chain sees there. `callback(remaining, x, t)` is called before each step. Where the grid rises, x is
+    noised again.
+    """
+    count = len(keys.rows)
+    x = process.prior_std * keys.fold("x_T").normal(*shape) if start is None else start
+    state = sampler.init(x)
+    for i in range(len(times) - 1):
+        remaining = len(times) - 1 - i
+        t, s = times[i].expand(count), times[i + 1].expand(count)
+        if callback is not None:
+            callback(remaining, x, t)
+        step_keys = keys.fold("step", remaining)
+        if times[i + 1] > times[i]:
+            x, state = renoise(process, x, t, s, step_keys), sampler.init(x)
+        else:
+            x, state = sampler.step(denoise, process, x, t, s, state, step_keys)
+    return x

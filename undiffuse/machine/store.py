@@ -1,0 +1,360 @@
+"""The run folder: a checkpoint is a directory that one rename makes visible, once all of it is on the disk.
+
+Written: each file into `.tmp-…` and synced; the manifest, with the size and sha256 of each, last; the directory synced,
+renamed to `step-000000500`, its parent synced. Read: only what the manifest vouches for, compared in full. So whatever
+a kill or a power cut leaves behind is a whole checkpoint, or a name that the next lock sweeps away.
+
+Order is by step number, never by a clock. Tensors are safetensors, the rest is JSON; a pickle is refused unread.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+from jaxtyping import Shaped
+from safetensors import SafetensorError
+from torch import Tensor
+
+from undiffuse.errors import Corrupt, Locked, StorageError, UsageError
+from undiffuse.machine import disk, log
+from undiffuse.machine.disk import SMALL, from_json, reading, to_json, writing
+from undiffuse.machine.disk import read_json as read_json
+from undiffuse.machine.disk import write_atomic as write_atomic
+from undiffuse.machine.disk import write_json as write_json
+
+FORMAT = 1
+MANIFEST, META = "manifest.json", "meta.json"
+STEP = re.compile(r"step-(\d{9,})")
+FILE = re.compile(r"[\w-]+\.safetensors|meta\.json|manifest\.json")
+LEFTOVER = re.compile(r"\.(tmp|trash)-[0-9a-f]{12}-.+")
+# torch.save writes a zip, or did write a pickle; 80 02 00 … { is a safetensors header of 640 bytes, though.
+PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05](?!\0{6}\{)")
+WEIGHTS = re.compile(rb'\{"__metadata__":\{"undiffuse":"\{\\"sha256\\": \\"([0-9a-f]{64})\\"')
+
+Tensors = Mapping[str, Shaped[Tensor, "..."]]
+Loaded = dict[str, Shaped[Tensor, "..."]]
+
+
+def _encode(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
+    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+    length = int.from_bytes(data[:8], "little")
+    if length > SMALL:
+        raise UsageError(f"{len(tensors)} tensors need a header of {length} bytes, more than {SMALL}; use fewer")
+    return data
+
+
+def _damaged(path: Path, head: bytes, why: str) -> Corrupt:
+    if PICKLE.match(head):
+        return Corrupt(
+            f"{path} is a pickle, as torch.save writes; a pickle can run a stranger's code, so it is never executed. "
+            "Convert it to safetensors, or see `undiffuse import --help`"
+        )
+    return Corrupt(f"{path} is damaged: {why}; restore it from a copy")
+
+
+def _header_length(path: Path, head: bytes, size: int) -> int:
+    """The length of a safetensors header, from the first nine bytes. Raises Corrupt if there can be none."""
+    length = int.from_bytes(head[:8], "little")
+    if head[8:] != b"{" or length > min(size - 8, SMALL):
+        raise _damaged(path, head, "it does not begin as a safetensors file does")
+    return length
+
+
+def _decode(path: Path, data: bytes) -> Loaded:
+    _header_length(path, data[:9], len(data))
+    try:
+        return safetensors.torch.load(data)
+    # The last three are what torch makes of the types and shapes that safetensors lets through.
+    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
+        raise _damaged(path, data[:9], str(error).partition("\n")[0]) from error
+
+
+def refuse_newer(path: Path, found: Any) -> None:
+    """Raises UsageError for a format version that only a later undiffuse reads, Corrupt for what is none."""
+    if not isinstance(found, int):
+        raise Corrupt(f"{path} is damaged: its format version is {found!r}, no integer; restore it from a copy")
+    if found > FORMAT:
+        raise UsageError(f"{path} has format {found}, and this undiffuse reads up to {FORMAT}; upgrade undiffuse")
+
+
+def write_weights(path: Path, tensors: Tensors, meta: Mapping[str, Any]) -> None:
+    """One safetensors file that carries `meta` and a sha256 of all its bytes, taken with zeros in the digest's place.
+
+    Raises StorageError.
+    """
+    header = json.dumps({"sha256": "0" * 64, "format": FORMAT, "meta": meta})
+    data = bytearray(_encode(tensors, {"undiffuse": header}))
+    place = WEIGHTS.match(data, 8)
+    assert place, "safetensors no longer writes its metadata first"
+    data[place.start(1) : place.end(1)] = hashlib.sha256(data).hexdigest().encode()
+    write_atomic(path, data)
+
+
+def read_weights(path: Path) -> tuple[Loaded, dict[str, Any]]:
+    """The tensors, on the CPU, and the `meta` of such a file.
+
+    Raises Corrupt if a bit differs or the file is not undiffuse's, UsageError for a newer format.
+    """
+    with reading(path) as file:
+        length = _header_length(path, head := file.read(9), os.fstat(file.fileno()).st_size)
+        file.seek(0)
+        data = file.read()
+    place = WEIGHTS.match(data, 8)
+    if not place:
+        raise Corrupt(f"{path} is damaged, or not undiffuse's; for other weights see `undiffuse import --help`")
+    digest = hashlib.sha256(data[: place.start(1)] + b"0" * 64)
+    digest.update(memoryview(data)[place.end(1) :])
+    if digest.hexdigest().encode() != place[1]:
+        raise _damaged(path, head, "its sha256 is not the one that it carries")
+    try:
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["undiffuse"])
+        version, meta = header["format"], dict(header["meta"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise _damaged(path, head, "its metadata is not what undiffuse writes") from error
+    refuse_newer(path, version)
+    return _decode(path, data), meta
+
+
+def _seal(text: bytes) -> bytes:
+    """Ends the text of a manifest with its own sha256, so that damage to it is never taken for a newer format."""
+    return text + b',\n "sha256": "%b"\n}\n' % hashlib.sha256(text).hexdigest().encode()
+
+
+def _entry(size: int, sha256: str) -> dict[str, Any]:
+    return {"bytes": size, "sha256": sha256}
+
+
+def _whole(path: Path) -> bytes:
+    with reading(path) as file:
+        return file.read()
+
+
+def _compare(path: Path, found: dict[str, Any], expected: Any, head: bytes) -> None:
+    if found != expected:
+        raise _damaged(path, head, "its size or sha256 is not what the manifest says")
+
+
+def _try_lock(file: int) -> bool:
+    """Whether the lock was free. The system takes it back when the process ends, however it ends."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(file, SMALL, os.SEEK_SET)  # past the end, because others cannot read a byte that is locked
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+class Run:
+    """The folder of one training run. Reading creates nothing; `save` and `retain` are for the holder of `lock`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._held: list[BinaryIO] = []
+
+    def folder(self, step: int) -> Path:
+        return self.path / f"step-{step:09d}"
+
+    @contextmanager
+    def lock(self) -> Iterator["Run"]:
+        """Makes the folder, holds it for writing, and sweeps what a killed writer left in it.
+
+        Raises Locked at once if it is held already, StorageError if it cannot be written.
+        """
+        path = self.path / "lock"
+        with writing(path, 0):
+            disk.make_folder(self.path)
+            disk.hook("create", path)
+            file = open(path, "a+b", buffering=0)
+        with file:
+            with writing(path, 0):
+                self._take(file, path)
+                self._sweep()
+            self._held.append(file)
+            if sys.platform != "win32":  # a worker would go on holding the lock of a parent that was killed
+                os.register_at_fork(after_in_child=self._let_go)
+            try:
+                yield self
+            finally:
+                self._let_go()
+
+    def refuse_second(self) -> None:
+        """Locked if another process writes in this folder; the folder is not made."""
+        if os.path.exists(self.path / "lock"):
+            with self.lock():
+                pass
+
+    def _take(self, file: BinaryIO, path: Path) -> None:
+        if not _try_lock(file.fileno()):
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip() or "another process"
+            raise Locked(f"{self.path} is in use by {holder}; wait for its end, or give another folder")
+        disk.hook("write", path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _let_go(self) -> None:
+        while self._held:
+            self._held.pop().close()
+
+    def _sweep(self) -> None:
+        for folder in (self.path, self.path / "samples", self.path / "ema"):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if LEFTOVER.fullmatch(path.name):
+                    disk.remove(path)
+
+    def save(self, step: int, tensors: Mapping[str, Tensors], meta: Mapping[str, Any]) -> Path:
+        """Writes a checkpoint of one `name.safetensors` for each name in `tensors`, and returns its folder.
+
+        A good checkpoint of that step is never replaced; a damaged one is set aside as `.bad-…`.
+        Raises StorageError, with nothing older touched and the bytes written so far freed.
+        """
+        assert self._held, "save needs the lock"
+        final = self.folder(step)
+        if os.path.lexists(final) and self._is_good(step):
+            return final
+        temporary = disk.beside(final, "tmp")
+        needed = round(1.1 * sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values()))
+        with writing(final, needed, temporary):
+            if shutil.disk_usage(self.path).free < needed:
+                raise OSError("the disk is too full")
+            disk.make_folder(temporary)
+            files = {f"{name}.safetensors": part for name, part in tensors.items()}
+            entries = {name: self._put(temporary / name, _encode(part)) for name, part in files.items()}
+            entries[META] = self._put(temporary / META, to_json(meta))
+            manifest = to_json({"format": FORMAT, "step": step, "files": entries})
+            self._put(temporary / MANIFEST, _seal(manifest.removesuffix(b"\n}\n")))
+            disk.sync_folder(temporary)
+            if os.path.lexists(final):
+                disk.rename(final, disk.beside(final, "bad"))
+            disk.rename(temporary, final)
+            disk.sync_folder(self.path)
+        return final
+
+    def _put(self, path: Path, data: bytes) -> dict[str, Any]:
+        assert FILE.fullmatch(path.name), f"{path.name} is not a name for a file of a checkpoint"
+        disk.create(path, data)
+        return _entry(len(data), hashlib.sha256(data).hexdigest())
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, good or not, in order. Raises StorageError for an unreadable folder."""
+        try:
+            names = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be read: {error.strerror}; give a run folder") from error
+        steps = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
+        return sorted(step for step in steps if self.folder(step).name in names)
+
+    def _entries(self, step: int) -> dict[str, Any]:
+        """The files of a checkpoint and what its manifest says of each."""
+        path = self.folder(step) / MANIFEST
+        data = disk.read_small(path)
+        if _seal(data[: -len(_seal(b""))]) != data:
+            raise _damaged(path, data[:9], "its sha256 is not the one that it carries")
+        manifest = from_json(path, data)
+        refuse_newer(path, manifest.get("format"))
+        files = manifest.get("files")
+        if not isinstance(files, dict) or META not in files or not all(map(FILE.fullmatch, files)):
+            raise _damaged(path, data[:9], "it does not list the files of a checkpoint")
+        if manifest.get("step") != step:
+            raise _damaged(path, data[:9], f"it belongs to step {manifest.get('step')}")
+        return files
+
+    def verify(self, step: int) -> None:
+        """Compares a checkpoint with its manifest. Raises Corrupt, naming the file; UsageError for a newer format."""
+        for name, expected in self._entries(step).items():
+            with reading(path := self.folder(step) / name) as file:
+                head = file.read(9)
+                file.seek(0)
+                found = _entry(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+            _compare(path, found, expected, head)
+
+    def _is_good(self, step: int) -> bool:
+        try:
+            self.verify(step)
+        except Corrupt:
+            return False
+        return True
+
+    def load(self, step: int, only: tuple[str, ...] | None = None) -> tuple[dict[str, Loaded], dict[str, Any]]:
+        """The tensors, on the CPU, by file and name, and the meta of a checkpoint; verified as it is read.
+
+        Reads all files, or those named in `only`. Raises as `verify` does.
+        """
+        tensors, meta = {}, None
+        for name, expected in self._entries(step).items():
+            path = self.folder(step) / name
+            if name != META and only is not None and path.stem not in only:
+                continue
+            data = disk.read_small(path) if name == META else _whole(path)
+            _compare(path, _entry(len(data), hashlib.sha256(data).hexdigest()), expected, data[:9])
+            if name == META:
+                meta = from_json(path, data)
+            else:
+                tensors[path.stem] = _decode(path, data)
+        if not isinstance(meta, dict):
+            raise Corrupt(f"{self.folder(step) / META} is damaged: it is not a JSON object; restore it from a copy")
+        return tensors, meta
+
+    def latest(self, warn: Callable[[str], None] = log.warn) -> int | None:
+        """The newest step that is good, None if there is no checkpoint at all; `warn` is told of each damaged one.
+
+        Raises Corrupt if there are checkpoints and none is good: a run never begins anew in silence.
+        """
+        newest = None
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+            except Corrupt as error:
+                warn(f"step {step} is passed over: {error}")
+                newest = newest or error
+            else:
+                return step
+        if newest is not None:
+            raise Corrupt(f"no checkpoint in {self.path} is good. {newest}, or train into another folder") from newest
+        return None
+
+    def retain(self, keep: int) -> None:
+        """Removes checkpoints older than the newest `keep` good ones, of which two are always kept.
+
+        A folder with a file that is not ours is left alone. Raises StorageError.
+        """
+        assert self._held, "retain needs the lock"
+        good = 0
+        with writing(self.path, 0):
+            for step in reversed(self.steps()):
+                if good < max(keep, 2):
+                    good += self._is_good(step)
+                elif all(map(FILE.fullmatch, os.listdir(self.folder(step)))):
+                    trash = disk.beside(self.folder(step), "trash")
+                    disk.rename(self.folder(step), trash)
+                    disk.sync_folder(self.path)  # else a power cut could bring back the name without the files
+                    disk.remove(trash)
+
+
+def locate(path: Path) -> tuple[Run, int]:
+    """What a path means: a checkpoint, or the newest good one of a run folder. Raises UsageError if there is none."""
+    place = path.resolve()
+    if match := STEP.fullmatch(place.name):
+        return Run(place.parent), int(match[1])
+    step = Run(path).latest()
+    if step is None:
+        raise UsageError(f"{path} holds no checkpoint; give a run folder, or one checkpoint in it")
+    return Run(path), step

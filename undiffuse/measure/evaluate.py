@@ -1,0 +1,187 @@
+"""Measuring a model on a data set, resumably: each finished batch is a file, and the same command goes on."""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from undiffuse.config import plain
+from undiffuse.data.source import Source
+from undiffuse.diffusion.denoiser import VARIANCES
+from undiffuse.diffusion.likelihood import Terms, bound, chain, concatenate, strata
+from undiffuse.errors import Corrupt, UsageError
+from undiffuse.figure import line_plot
+from undiffuse.key import Key
+from undiffuse.machine import dist, store
+from undiffuse.model.model import Model, to_float
+
+FORMAT, QUERY = 1, "query.json"
+COLUMNS = ("prior", "bits", "mse", "index", "weights")
+
+
+@dataclass(frozen=True)
+class Nll:
+    """What to measure: how many images, how many of the chain's terms each, on which chain."""
+
+    images: int | None = None
+    draws: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    batch: int = 50
+
+    def __post_init__(self) -> None:
+        if self.images is not None and self.images < 1:
+            raise UsageError(f"{self.images} images were asked for; give 1 or more, or leave it out for all")
+        if self.batch < 1:
+            raise UsageError(f"batch = {self.batch} images at a time is not possible; give 1 or more")
+
+
+def nll(
+    model: Model, source: Source, query: Nll, out: Path | None = None, tick: Callable[[int], None] | None = None
+) -> Terms:
+    """The terms of the bound on the first images of a source. Finished batches are kept in `out`.
+
+    The processes of a run take turns at the batches, and each returns all.
+    """
+    evaluations(model, source, query)  # refuses what has no answer before anything is made
+    count = min(len(source), query.images or len(source))
+    claim = {} if out is None else _claim(out, model, source, query)
+    parts = []
+    mine = range(dist.rank() * query.batch, count, dist.size() * query.batch)
+    for first in mine:
+        rows = torch.arange(first, min(first + query.batch, count))
+        path = None if out is None else out / f"part-{first:08d}.npz"
+        part = None if path is None or not path.exists() else _read(path, len(rows))
+        if part is not None:
+            if tick is not None:
+                tick(part.bits.size)
+        else:
+            x_0 = to_float(source.gather(rows)[0].to(model.device))
+            keys = Key(query.seed).fold("nll").rows(rows, model.device)
+            part = bound(model.denoiser, x_0, keys, query.steps, query.draws, tick)
+            if out is not None and path is not None:
+                if not (out / QUERY).exists():
+                    store.write_json(out / QUERY, claim)
+                _write(path, part)
+        parts.append(part)
+    terms = concatenate(parts) if dist.size() == 1 else _gathered(parts, mine, count)
+    if out is not None and dist.rank() == 0:
+        _finish(out, terms, model, query)
+    return terms
+
+
+def _gathered(parts: list[Terms], firsts: range, count: int) -> Terms:
+    """The terms of all images, from processes that hold every so many batches of them; process 0 holds the first."""
+    k = dist.decide(parts[0].bits.shape[1] if parts else 0)
+    each = np.zeros((count, k))
+    whole = Terms(np.zeros(count), each, each.copy(), np.zeros((count, k), np.int64), np.zeros(k))
+    for first, part in zip(firsts, parts, strict=True):
+        for name in ("prior", "bits", "mse", "index"):
+            getattr(whole, name)[first : first + len(part.prior)] = getattr(part, name)
+    if dist.rank() == 0:
+        whole.weights[:] = parts[0].weights
+    for name in COLUMNS:
+        dist.total(torch.from_numpy(getattr(whole, name)))  # in place: the two share their memory
+    return whole
+
+
+def evaluations(model: Model, source: Source, query: Nll) -> int:
+    """How many network evaluations of one image `nll` will make in this process. Raises UsageError where it would."""
+    model.denoiser.parameterisation.check(model.process)
+    count, total = min(len(source), query.images or len(source)), len(chain(model.process, query.steps)) - 1
+    mine = sum(
+        min(first + query.batch, count) - first for first in range(0, count, query.batch)[dist.rank() :: dist.size()]
+    )
+    return mine * (total if query.draws is None else len(strata(total, query.draws)))
+
+
+def _claim(out: Path, model: Model, source: Source, query: Nll) -> dict[str, Any]:
+    """What the folder is for. It belongs to one question; another one in it would mix two answers."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give the name of a folder")
+    config = {name: value for name, value in plain(model.config).items() if name != "variance"}
+    weights = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.denoiser.network.state_dict().items()):
+        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    claim = {
+        "format": FORMAT,
+        "model": weights.hexdigest(),
+        "data": source.fingerprint(),
+        "draws": query.draws,
+        "steps": query.steps,
+        "seed": query.seed,
+        "batch": query.batch,
+        "clip": model.denoiser.clip,
+        "variance": VARIANCES.name_of(model.denoiser.variance),
+    }
+    path = out / QUERY
+    if path.exists():
+        before = store.read_json(path)
+        if not isinstance(before, dict):
+            raise Corrupt(f"{path} is damaged: it is not a JSON object; give another --out")
+        store.refuse_newer(path, before.get("format"))
+        changed = [key for key in claim if before.get(key) != claim[key]]
+        if changed:
+            raise UsageError(
+                f"{out} holds another measurement (other {', '.join(changed)}); give the same settings or another --out"
+            )
+    return claim
+
+
+def _write(path: Path, terms: Terms) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, format=np.array(FORMAT), **{name: getattr(terms, name) for name in COLUMNS})
+    store.write_atomic(path, buffer.getvalue())
+
+
+def _read(path: Path, rows: int) -> Terms | None:
+    """The first `rows` images of a finished batch; None where it was measured on fewer."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            version = arrays["format"].item()
+            store.refuse_newer(path, version)
+            terms = Terms(**{name: arrays[name] for name in COLUMNS})
+    # What numpy, zip and the shapes that Terms declares make of bytes that are not ours.
+    except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise Corrupt(f"{path} is damaged; delete it, and the same command measures that batch again") from error
+    if len(terms.bits) < rows:
+        return None
+    return Terms(terms.prior[:rows], terms.bits[:rows], terms.mse[:rows], terms.index[:rows], terms.weights)
+
+
+def _finish(out: Path, terms: Terms, model: Model, query: Nll) -> None:
+    """summary.json, terms.npz, and for a whole chain the terms by t and the rate-distortion table and plot."""
+    _write(out / "terms.npz", terms)
+    store.write_json(out / "summary.json", {"format": FORMAT} | terms.summary() | {"model": model.meta.get("step")})
+    if query.draws is not None:
+        return
+    times = chain(model.process, query.steps)
+    rows = [
+        f"{i}\t{float(times[i + 1]):.6f}\t{b:.8f}\t{m:.8f}"
+        for i, (b, m) in enumerate(zip(terms.bits.mean(0), terms.mse.mean(0), strict=True))
+    ]
+    store.write_atomic(out / "terms.tsv", "\n".join(["step\tt\tbits_per_dim\tmse", *rows, ""]).encode())
+    curve = terms.rate_distortion()
+    lines = [f"{row['step']}\t{row['rate']:.5f}\t{row['rmse']:.5f}" for row in curve]
+    store.write_atomic(out / "rate-distortion.tsv", "\n".join(["step\trate\trmse", *lines, ""]).encode())
+    svg = line_plot(
+        [("", [row["rate"] for row in curve], [row["rmse"] for row in curve])],
+        x="rate (bits/dim)",
+        y="distortion (RMSE, 0–255)",
+        title="Rate-distortion",
+    )
+    store.write_atomic(out / "rate-distortion.svg", svg.encode())
+
+
+def table(terms: Terms, rows: int = 10) -> list[dict[str, float | int]]:
+    """At most `rows` lines of the rate-distortion curve, evenly spread, the last step first: the form of Table 4."""
+    curve = terms.rate_distortion()
+    steps = {max(1, round(len(curve) * i / rows)) for i in range(1, rows + 1)}
+    return [curve[step - 1] for step in sorted(steps, reverse=True)]

@@ -1,0 +1,292 @@
+"""The one object that users hold: a trained denoiser that knows its own shape, process and history."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from undiffuse.config import parse, plain
+from undiffuse.data import picture
+from undiffuse.data.format.packed import PackedSource
+from undiffuse.data.source import ArraySource, open_raw, unify
+from undiffuse.diffusion.denoiser import VARIANCES, Denoiser, Prediction, Variance
+from undiffuse.diffusion.process import F64, Process
+from undiffuse.diffusion.sampler.ancestral import Ancestral
+from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
+from undiffuse.errors import Corrupt, DataError, UsageError, unknown
+from undiffuse.interop import diffusers
+from undiffuse.key import Key, Keys
+from undiffuse.machine import dist, store
+from undiffuse.model import average
+from undiffuse.model.recipe import DataConfig, ModelConfig
+
+
+def to_float(image: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """0 … 255 to [−1, 1], exactly x/127.5 − 1."""
+    return image.float() / 127.5 - 1
+
+
+def to_uint8(x: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
+    """[−1, 1] to 0 … 255, rounded; what lies outside is clipped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """`denoiser` holds the averaged weights, in evaluation mode, x̂_0 clipped; `meta` tells where they come from."""
+
+    config: ModelConfig
+    denoiser: Denoiser
+    meta: dict[str, Any]
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def process(self) -> Process:
+        return self.config.process
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.config.image
+
+    @property
+    def data(self) -> DataConfig:
+        """How pictures became images in training; the defaults where `meta` does not say."""
+        recipe = self.meta.get("recipe")
+        found = recipe.get("data") if isinstance(recipe, dict) else None
+        return parse(DataConfig, found if isinstance(found, dict) else {}, "the data section of this model")
+
+    def variant(self, clip: bool | None = None, variance: str | Variance | None = None) -> "Model":
+        """The same weights with x̂_0 not clipped, as in the bare Algorithm 2, or with the other fixed variance."""
+        old, name = self.config.variance, VARIANCES.name_of
+        new = old if variance is None else VARIANCES.build(variance, trusted=True)
+        if new != old and old.learned:
+            raise UsageError(
+                f"variance {name(new)} is not possible: this model says its own ({name(old)}); leave it out"
+            )
+        if new != old and new.learned:
+            raise UsageError(
+                f"variance {name(new)} needs a network that was trained to say it, and this one was trained with "
+                f"{name(old)}; give fixed-large or fixed-small"
+            )
+        it = self.denoiser
+        clip = it.clip if clip is None else clip
+        denoiser = Denoiser(it.network, it.process, it.parameterisation, new, it.time, clip).eval()
+        return replace(self, config=replace(self.config, variance=new), denoiser=denoiser)
+
+    def source(self, data: str | Path, split: str = "train", skip_bad: bool = False) -> ArraySource | PackedSource:
+        """A data set made into images as those of the training were: of this shape, on the same background.
+
+        In memory, or as it is if it is packed in this shape.
+        """
+        c, h, w = self.image_shape
+        raw = open_raw(data, split, self.data.background)
+        if isinstance(raw, PackedSource) and raw.image_shape == (c, h, w):
+            return raw
+        return unify(raw, (h, w), c, skip_bad)
+
+    def picture(self, path: Path) -> UInt8[Tensor, "c h w"]:
+        """One picture file made into such an image. Raises DataError."""
+        c, h, w = self.image_shape
+        try:
+            pixels = picture.decode(path.read_bytes(), picture.colour(self.data.background))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        return torch.from_numpy(picture.fit(pixels, (h, w), c).copy()).permute(2, 0, 1)
+
+    def sampler(self, solver: str | Sampler = "ancestral", eta: float | int | None = None) -> Sampler:
+        """A solver by name; the ancestral one takes the model's variance, and `eta` is DDIM's."""
+        if isinstance(solver, Sampler):
+            return solver
+        if eta is not None and solver != "ddim":
+            raise UsageError(
+                f"eta = {eta:g} belongs to the sampler ddim, not to {solver}; choose ddim, or leave it out"
+            )
+        if solver == "ancestral":
+            return Ancestral(self.config.variance)
+        return SAMPLERS.build({"name": solver} | ({} if eta is None else {"eta": eta}), trusted=True)
+
+    def sample(
+        self,
+        n: int,
+        steps: int | Sequence[float | int] | None = None,
+        solver: str | Sampler = "ancestral",
+        seed: int = 0,
+        batch: int = 64,
+        label: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> UInt8[Tensor, "n c h w"]:
+        """n images; image i depends on the seed and on i alone. All steps of the table unless `steps` says fewer.
+
+        The processes of a run take turns at the batches, and each returns all. `progress(k)` is called after every k
+        steps of a batch, of which there are `sampling_steps`.
+        """
+        if n < 1:
+            raise UsageError(f"n = {n} images were asked for; give 1 or more")
+        if batch < 1:
+            raise UsageError(f"batch = {batch} images at a time is not possible; give 1 or more")
+        keys, batch = Key(seed).fold("sample").rows(n), _share(n, batch)
+        images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8), self.times(steps)
+        for i in range(dist.rank() * batch, n, dist.size() * batch):
+            x = self.chain(keys[i : i + batch], times, self.sampler(solver), label=label, progress=progress)
+            images[i : i + batch] = to_uint8(x)
+        return dist.total(images)
+
+    def sampling_steps(self, n: int, steps: int | Sequence[float | int] | None = None, batch: int = 64) -> int:
+        """How many steps of a batch `sample` takes in this process, of which each has a batch if there are enough."""
+        batch = _share(n, batch)
+        return len(range(dist.rank() * batch, n, dist.size() * batch)) * (len(self.times(steps)) - 1)
+
+    def times(self, steps: int | Sequence[float | int] | None = None) -> Float[Tensor, "times"]:
+        """The grid that sampling walks: all of the table, that many steps spread evenly, or these times and 0.
+
+        Times fall strictly; on a table each is moved to the nearest n/T.
+        """
+        if steps is None or isinstance(steps, int):
+            return self.process.grid(steps)
+        given = list(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
+        if not given or not all(self.process.t_min <= t <= 1 for t in given):
+            raise UsageError(
+                f"times {', '.join(f'{t:g}' for t in steps) or 'none'} are not possible; give one or more from 1, "
+                f"which is noise, down to {self.process.t_min:g}"
+            )
+        times = [self.process.on_grid(t) for t in given]
+        if any(s >= t for t, s in zip(times, times[1:], strict=False)):
+            grid = f" on the grid of 1/{self.process.steps}" if self.process.steps else ""
+            raise UsageError(
+                f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly{grid}; sort or thin them"
+            )
+        return torch.tensor([*times, 0.0], dtype=F64)
+
+    def chain(
+        self,
+        keys: Keys,
+        times: Float[Tensor, "times"],
+        sampler: Sampler,
+        start: Float[Tensor, "b c h w"] | None = None,
+        label: int | None = None,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """One batch along `times`, in float32 on the model's device, returned on the CPU.
+
+        `callback(remaining, x, t)` is called before each step, `progress(1)` after it.
+        """
+        self.config.parameterisation.check(self.process)
+        cond = self._labels(label, len(keys.rows))
+
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            return self.denoiser(x_t, t, cond)
+
+        def watch(remaining: int, x: Tensor, t: Tensor) -> None:
+            if progress is not None and remaining < len(times) - 1:
+                progress(1)
+            if callback is not None:
+                callback(remaining, x, t)
+
+        start = None if start is None else start.to(self.device)
+        x = sample(sampler, denoise, self.process, keys.to(self.device), self.config.image, times, watch, start)
+        if progress is not None and len(times) > 1:
+            progress(1)
+        return x.cpu()
+
+    def _labels(self, label: int | None, count: int) -> Tensor | None:
+        if label is None:
+            return None
+        classes = self.config.classes
+        if classes is None or not 0 <= label < classes:
+            what = "this model was trained without labels" if classes is None else f"it knows 0 to {classes - 1}"
+            raise UsageError(f"label {label} is not possible: {what}")
+        return torch.full((count,), label, dtype=torch.int64, device=self.device)
+
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.denoiser.parameters())
+
+
+def _share(n: int, batch: int) -> int:
+    """A batch small enough that each process of the run has one."""
+    return max(1, min(batch, -(-n // dist.size())))
+
+
+def from_weights(
+    config: ModelConfig, tensors: dict[str, Tensor], meta: dict[str, Any], device: str | torch.device = "cpu"
+) -> Model:
+    """A model from named tensors; every name and shape must fit."""
+    with torch.device("meta"):
+        denoiser = config.build(clip=True)
+    expected = {name: tuple(p.shape) for name, p in denoiser.network.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UsageError(
+                f"these weights are of another architecture: {name} is {found.get(name, 'missing')} in the file "
+                f"and {expected.get(name, 'absent')} in the network that its config describes"
+            )
+    weights = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in tensors.items()}
+    denoiser.network.load_state_dict(weights, assign=True)
+    return Model(config, denoiser.eval().requires_grad_(False), meta, torch.device(device))
+
+
+def shipped() -> dict[str, Path]:
+    """The models inside the package, by name."""
+    folder = Path(str(resources.files("undiffuse") / "assets"))
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def load(source: str | Path, device: str | torch.device = "cpu", trusted: bool = False) -> Model:
+    """A model from a run folder, one checkpoint in it, an exported folder or file, or a shipped model's name.
+
+    Raises UsageError for what is not there or does not fit, Corrupt for a damaged file or a pickle.
+    """
+    path = Path(source)
+    if not path.exists():
+        if str(source) not in shipped():
+            raise unknown("model", str(source), shipped())
+        path = shipped()[str(source)]
+    if diffusers.is_folder(path):
+        tensors, meta = diffusers.read_folder(path)
+    elif path.is_file():
+        tensors, meta = store.read_weights(path)
+    else:
+        tensors, meta = _from_run(path)
+    return parse_model(tensors, meta, str(path), device, trusted)
+
+
+def _from_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The averaged weights of the newest good checkpoint of a run, or of the checkpoint that is named."""
+    run, step = store.locate(path)
+    parts, meta = run.load(step, only=("ema",))
+    if "ema" not in parts:
+        raise Corrupt(f"{run.folder(step)} has no ema.safetensors, so it is not a model")
+    return parts["ema"], meta
+
+
+def averaged(run: Path, sigma_rel: float, step: int | None = None) -> Model:
+    """A run's model with an average of another relative width, from its EMA snapshots; see `average.reconstruct`."""
+    tensors, meta = average.reconstruct(average.snapshots(run), sigma_rel, step)
+    return parse_model(tensors, meta, str(run))
+
+
+def parse_model(
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    where: str,
+    device: str | torch.device = "cpu",
+    trusted: bool = False,
+) -> Model:
+    """A model from weights and from the metadata beside them; names in it resolve to built-ins unless `trusted`."""
+    if "model" not in meta:
+        raise Corrupt(f"{where} holds no undiffuse model: its metadata has no model section")
+    return from_weights(parse(ModelConfig, meta["model"], where, trusted), tensors, meta, device)
+
+
+def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """One safetensors file that `load` reads: weights, config and history."""
+    tensors = {name: tensor.to("cpu", dtype) for name, tensor in model.denoiser.network.state_dict().items()}
+    store.write_weights(path, tensors, {**model.meta, "model": plain(model.config)})

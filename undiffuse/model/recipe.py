@@ -1,0 +1,177 @@
+"""Everything that decides a training run, as data: what a preset holds, what `config.toml` in a run folder says."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from undiffuse.config import Count, Decay, Fraction, Number, Positive, Width, override, parse, read_toml
+from undiffuse.diffusion.denoiser import (
+    PARAMETERISATIONS,
+    VARIANCES,
+    Denoiser,
+    Eps,
+    FixedLarge,
+    Parameterisation,
+    Variance,
+)
+from undiffuse.diffusion.objective import OBJECTIVES, Objective, Simple
+from undiffuse.diffusion.process import PROCESSES, Linear, Process
+from undiffuse.errors import DataError, unknown
+from undiffuse.network.base import NETWORKS, Network
+from undiffuse.network.unet import UNet
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a checkpoint must say for its weights to mean something. `image` is (channels, height, width)."""
+
+    image: tuple[Count, Count, Count]
+    process: Annotated[Process, PROCESSES]
+    parameterisation: Annotated[Parameterisation, PARAMETERISATIONS]
+    variance: Annotated[Variance, VARIANCES]
+    network: Annotated[Network, NETWORKS]
+    classes: Count | None = None
+
+    def build(self, clip: bool) -> Denoiser:
+        """A freshly initialised denoiser; an image size that the network cannot take is a DataError."""
+        channels, height, width = self.image
+        stride = self.network.stride()
+        if height % stride or width % stride:
+            fits = (max(stride, round(height / stride) * stride), max(stride, round(width / stride) * stride))
+            side = f"{fits[0]}" if fits[0] == fits[1] else f"{fits[0]}x{fits[1]}"
+            raise DataError(
+                f"images of {height}×{width} do not fit this network, whose strides divide by {stride}; "
+                f"use --size {side} (height {fits[0]}, width {fits[1]}) or fewer network.multipliers"
+            )
+        outputs = channels * (2 if self.variance.learned else 1)
+        network = self.network.build(channels, outputs, self.classes)
+        return Denoiser(network, self.process, self.parameterisation, self.variance, self.network.time, clip)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How pictures become images, of one side or (height, width); `labels` trains with their classes."""
+
+    size: Count | tuple[Count, Count] | None = None
+    channels: Literal[1, 3] | None = None
+    flip: bool = False
+    labels: bool = False
+    background: str = "white"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Adam with warm-up, clipping by the global norm and an EMA, as in DDPM; then how it is run and looked at.
+
+    `batch` is what one update sees, over all processes and micro-batches. `micro_batch` None is the share of a process;
+    "auto" halves it, before step 0 only, until it fits into memory. `exact_shards` divides the batch into so many
+    parts, whose gradients are summed in one order, so that any number of processes that divides it gives the same bits.
+    `deterministic` takes only algorithms that give the same bits each time, which CUDA does not by itself.
+    `recompute` keeps no activations inside the blocks: less memory, a third more time. `precision` "auto" is bf16
+    where the processor has it natively.
+    """
+
+    steps: Count = 800_000
+    batch: Count = 128
+    lr: Positive = 2e-4
+    warmup: Number = 5000
+    decay: Literal["constant", "cosine"] = "constant"
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    clip_norm: Positive = 1.0
+    ema: Fraction = 0.9999
+    ema_ramp: bool = False
+    ema_profiles: tuple[Width, ...] = ()
+    ema_snapshot_every: Count = 5000
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    drop_label: Fraction = 0.1
+    seed: int = 0
+
+    micro_batch: Count | Literal["auto"] | None = None
+    exact_shards: Count | None = None
+    recompute: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+
+    save_every: Count = 5000
+    sample_every: Count = 5000
+    log_every: Count = 50
+    held_out_every: Count = 2000
+    held_out: Number = 1024
+
+
+# What may differ when a run is resumed: when to stop, and how often to look. All else decides the numbers.
+FREE = frozenset({"steps", "save_every", "sample_every", "log_every", "held_out_every", "held_out"})
+
+
+def learning_rate(config: TrainConfig, step: int, last: int) -> float:
+    """Linear warm-up from 0, as the authors: the first update has rate 0. Then constant, or a half cosine to 0."""
+    warm = min(step / config.warmup, 1.0) if config.warmup else 1.0
+    if config.decay == "constant":
+        return config.lr * warm
+    progress = max(0.0, (step - config.warmup) / max(1, last - config.warmup))
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset: settings, where they come from, and what came of them."""
+
+    about: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    process: Annotated[Process, PROCESSES] = field(default_factory=Linear)
+    parameterisation: Annotated[Parameterisation, PARAMETERISATIONS] = field(default_factory=Eps)
+    variance: Annotated[Variance, VARIANCES] = field(default_factory=FixedLarge)
+    network: Annotated[Network, NETWORKS] = field(default_factory=UNet)
+    objective: Annotated[Objective, OBJECTIVES] = field(default_factory=Simple)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    expected: dict[str, Any] = field(default_factory=dict)
+
+    def model(self, image: tuple[int, int, int], classes: int | None = None) -> ModelConfig:
+        return ModelConfig(
+            image,
+            self.process,
+            self.parameterisation,
+            self.variance,
+            self.network,
+            classes if self.data.labels else None,
+        )
+
+
+def presets() -> list[str]:
+    """The names of the presets that are shipped."""
+    return sorted(p.name.removesuffix(".toml") for p in resources.files("undiffuse").joinpath("presets").iterdir())
+
+
+def load_recipe(source: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """A recipe from a preset's name or a TOML file, with `a.b=c` settings applied.
+
+    `base = "name"` in the file takes the sections that it lacks, and the keys of those it has, from that preset.
+    """
+    return parse(Recipe, override(_plain(str(source)), settings), f"recipe {source}", trusted=True)
+
+
+def _plain(source: str) -> dict[str, Any]:
+    if source.endswith(".toml"):
+        plain = read_toml(Path(source))
+    elif source in presets():
+        with resources.as_file(resources.files("undiffuse").joinpath("presets", f"{source}.toml")) as path:
+            plain = read_toml(path)
+    else:
+        raise unknown("preset", source, presets())
+    base = plain.pop("base", None)
+    return plain if base is None else _merge(_plain(base), plain)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Section by section; one that names a class, or says what is expected, replaces the whole section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        whole = not isinstance(value, dict) or "name" in value or key == "expected"
+        merged[key] = value if whole else {**base.get(key, {}), **value}
+    return merged

@@ -1,0 +1,353 @@
+"""The state of a run and one step of it. Everything random is keyed by the step, so nothing else needs to be saved.
+
+The batch of a step is global. Each process takes its share of the rows, in micro-batches, and the gradients are
+summed: by DistributedDataParallel, or, with `exact_shards`, shard by shard in an order that does not depend on how many
+processes there are.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from undiffuse.config import plain
+from undiffuse.data.loader import Batch, Loader, Prefetched
+from undiffuse.data.source import Source
+from undiffuse.diffusion.denoiser import Denoiser
+from undiffuse.diffusion.objective import by_quartile, quartile_sums
+from undiffuse.errors import MemoryExhausted, NotFiniteError, UsageError, is_out_of_memory
+from undiffuse.key import Key
+from undiffuse.machine import dist
+from undiffuse.model.average import Ema, Profiles
+from undiffuse.model.model import Model, from_weights, to_float
+from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, TrainConfig, learning_rate
+
+
+class Trainer:
+    """Weights, their average, the optimiser's moments and the number of steps done."""
+
+    def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str = "cpu"):
+        self.recipe, self.config, self.device = recipe, config, torch.device(device)
+        if recipe.data.labels and data[0].label is None:
+            raise UsageError("data.labels is on, but this data has no labels; use folders of classes, or turn it off")
+        self.share, self.micro = shares(recipe.train)
+        self.key = Key(recipe.train.seed).fold("train")
+        torch.manual_seed(self.key.fold("init").integer())
+        self.denoiser: Denoiser = config.build(clip=False).to(self.device)
+        recipe.objective.check(self.denoiser)
+        self.names = [name for name, _ in self.denoiser.network.named_parameters()]
+        self.weights = list(self.denoiser.network.parameters())
+        self.ema = Ema(self.weights, recipe.train.ema, recipe.train.ema_ramp)
+        self.profiles = Profiles(self.weights, recipe.train.ema_profiles)
+        self.adam = torch.optim.Adam(self.weights, lr=1.0, betas=recipe.train.betas, eps=1e-8, fused=True)
+        self.batches = Prefetched(
+            Loader(data, recipe.train.batch, recipe.train.seed, recipe.data.flip),
+            torch.arange(self.share) + dist.rank() * self.share,
+        )
+        self.denoiser.network = self._prepared(self.denoiser.network)
+        self.step = 0
+
+    def _prepared(self, network: nn.Module) -> nn.Module:
+        """The network as it is run: layout, recomputation, compilation, and the sum over processes."""
+        train = self.recipe.train
+        keep_memory()
+        if train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        if train.channels_last:
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if train.recompute:
+            for part in network.modules():
+                if isinstance(part, self.config.network.recomputed):
+                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        if train.compile:
+            network.compile()
+        if dist.size() > 1 and not train.exact_shards:
+            cards = [self.device.index] if self.device.type == "cuda" else None
+            return DistributedDataParallel(network, cards, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return network
+
+    def update(self, last: int) -> dict[str, float]:
+        """One step. A loss or gradient that is not finite stops it before anything has changed."""
+        train, step = self.recipe.train, self.step
+        with record_function("undiffuse data"):
+            batch = self.batches.at(step)
+        losses, sums = self._gradients(batch)
+        with record_function("undiffuse clip"):
+            norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
+            loss = float(sums[0].sum()) / train.batch
+            finite = bool(norm.isfinite() and sums.isfinite().all())
+        if not finite:
+            raise self._not_finite(batch, losses, loss, float(norm))
+        rate = learning_rate(train, step, last)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        with record_function("undiffuse optimizer"):
+            self.adam.step()
+        with record_function("undiffuse ema"):
+            self.ema.update(self.weights, step)
+            self.profiles.update(self.weights, step)
+        self.step += 1
+        return {"loss": loss, "grad_norm": float(norm), "lr": rate, **by_quartile(sums)}
+
+    def _gradients(self, batch: Batch) -> tuple[Float[Tensor, "share"], Float[Tensor, "2 4"]]:
+        """Leaves the gradient of the mean loss of the global batch in `.grad`.
+
+        Returns the losses of this process's rows, and over all processes the sum and count of losses by quartile of t.
+        """
+        exact = self.recipe.train.exact_shards is not None
+        self.adam.zero_grad(set_to_none=True)
+        losses, gradients, sums = [], [], []
+        for first in range(0, self.share, self.micro):
+            row = int(batch.rows[first])
+            torch.manual_seed(self.key.fold("dropout", self.step, row).integer())
+            with nullcontext() if first + self.micro >= self.share else self._unsynchronised():
+                with record_function("undiffuse forward"):
+                    loss, t = self._loss(batch, slice(first, first + self.micro))
+                # DistributedDataParallel takes the mean over processes, an exact sum does not.
+                with record_function("undiffuse backward"):
+                    (loss.sum() / (self.recipe.train.batch if exact else self.share)).backward()
+            losses.append(loss.detach())
+            sums.append(quartile_sums(losses[-1], t))
+            if exact:
+                gradients.append(torch.cat([grad_of(weight).flatten() for weight in self.weights]))
+                self.adam.zero_grad(set_to_none=True)
+        if exact:
+            flat = dist.ordered_total(gradients)
+            for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
+                weight.grad = like(weight, part.view(weight.shape))
+            return torch.cat(losses), dist.ordered_total(sums)
+        return torch.cat(losses), dist.total(torch.stack(sums).sum(0))
+
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        network = self.denoiser.network
+        with network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext():
+            yield
+
+    def _loss(self, batch: Batch, part: slice) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+        """The loss of each example of a micro-batch, and the t it was taken at."""
+        rows = batch.rows[part]
+        keys = self.key.fold("noise", self.step).rows(rows, self.device)
+        cond = self._labels(None if batch.label is None else batch.label[part], rows)
+        x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
+        if self.recipe.train.channels_last:
+            x_0 = x_0.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
+            loss = self.recipe.objective(self.denoiser, x_0, cond, keys)
+        return loss.per_example, loss.t
+
+    def _labels(self, label: Tensor | None, rows: Tensor) -> Tensor | None:
+        """The classes, a tenth of them replaced by "no class" so that guidance has something to guide from."""
+        if self.config.classes is None or label is None:
+            return None
+        drop = self.key.fold("drop label", self.step).rows(rows).uniform() < self.recipe.train.drop_label
+        return torch.where(drop, self.config.classes, label).to(self.device)
+
+    def _not_finite(self, batch: Batch, losses: Tensor, loss: float, norm: float) -> NotFiniteError:
+        """Names the examples of all processes whose loss is not finite; where only the gradient is not, all it can."""
+        bad = torch.zeros(self.recipe.train.batch, dtype=torch.int64)
+        bad[batch.rows] = torch.where(losses.cpu().isfinite(), 0, batch.index + 1)
+        bad = dist.total(bad)
+        named = (bad[bad > 0] - 1).tolist() or batch.index.tolist()
+        return NotFiniteError(
+            f"step {self.step}: the loss is {loss} and the gradient norm {norm}, so the weights were not updated; "
+            f"examples {named[:8]}{' …' if len(named) > 8 else ''}. The state before this step is saved. To go on, "
+            "start a run from it with --init and a lower --set train.lr, or with --set train.precision=float32; the "
+            "same command replays the step"
+        )
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        state = [self.adam.state[weight] for weight in self.weights]
+        moments = {
+            f"{moment}/{name}": entry[moment]
+            for name, entry in zip(self.names, state, strict=True)
+            for moment in ("exp_avg", "exp_avg_sq", "step")
+            if entry
+        }
+        weights = [weight.detach() for weight in self.weights]
+        return {
+            "model": dict(zip(self.names, weights, strict=True)),
+            "ema": dict(zip(self.names, self.ema.shadow, strict=True)),
+            "adam": moments,
+            **({"profiles": self.profiles.tensors(self.names)} if self.profiles.shadows else {}),
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
+        for name, weight, shadow in zip(self.names, self.weights, self.ema.shadow, strict=True):
+            weight.copy_(tensors["model"][name])
+            shadow.copy_(tensors["ema"][name])
+            if f"step/{name}" in tensors["adam"]:
+                saved = {moment: tensors["adam"][f"{moment}/{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+                moments = {moment: like(weight, saved[moment]) for moment in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[weight] = {"step": saved["step"].to(self.device), **moments}
+        self.profiles.restore(tensors.get("profiles", {}), self.names)
+        self.step = step
+
+    def share_state(self) -> None:
+        """Process 0 gives its state to the others, which need not see its disk."""
+        self.step = dist.decide(self.step)
+        if self.step > 0:
+            for weight in self.weights:
+                state = self.adam.state[weight]
+                state.setdefault("step", torch.zeros((), device=self.device))
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(moment, torch.zeros_like(weight))
+                dist.share(state.values())
+        with torch.no_grad():
+            dist.share([*self.weights, *self.ema.shadow, *self.profiles.tensors(self.names).values()])
+
+    @torch.no_grad()
+    def start_from(self, model: Model) -> None:
+        """Fine-tuning: the weights of another model of this architecture."""
+        given = model.denoiser.network.state_dict()
+        fitted = from_weights(self.config, given, {}).denoiser.network.state_dict()
+        for name, weight, shadow in zip(self.names, self.weights, self.ema.shadow, strict=True):
+            weight.copy_(fitted[name])
+            shadow.copy_(fitted[name])
+
+    def model(self, averaged: bool = True) -> Model:
+        """The averaged weights as a model, copied; or the weights themselves."""
+        source = self.ema.shadow if averaged else self.weights
+        copies = dict(zip(self.names, (weight.detach().clone() for weight in source), strict=True))
+        return from_weights(self.config, copies, self.meta(), self.device)
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "images": self.step * self.recipe.train.batch,
+            "model": plain(self.config),
+            "recipe": plain(self.recipe),
+            "environment": self.environment(),
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """What else decides the last bits: equal bits are promised only where all of it is equal."""
+        exact = self.recipe.train.exact_shards is not None
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "micro_batch": self.micro,
+            "processes": "any" if exact else dist.size(),
+        }
+
+    def fit_micro_batch(self, say: Callable[[str], None]) -> None:
+        """`micro_batch = "auto"`: the largest half of a half … of the share that fits. Never called after step 0."""
+        if self.recipe.train.micro_batch != "auto":
+            return
+        while not self._fits(self.micro):
+            if self.micro == 1:
+                raise MemoryExhausted("not even a micro-batch of one image fits into memory; set train.recompute=true")
+            self.micro = -(-self.micro // 2)
+        self.recipe = replace(self.recipe, train=replace(self.recipe.train, micro_batch=self.micro))
+        say(f"micro-batches of {self.micro} images fit into memory")
+
+    def _fits(self, size: int) -> bool:
+        """Whether all processes can run a micro-batch of that size beside the moments that Adam is going to need."""
+        failed = 0
+        try:
+            moments = [torch.empty_like(weight) for weight in self.weights for _ in range(2)]
+            with self._unsynchronised():
+                loss, _ = self._loss(self.batches.at(0), slice(0, size))
+                loss.sum().backward()
+            del moments, loss
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = 1
+        self.adam.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return int(dist.total(torch.tensor(failed))) == 0
+
+    def plan(self, last: int) -> str:
+        """The size of a step and the cost of the whole run, in words."""
+        batch, processes, micros = self.recipe.train.batch, dist.size(), -(-self.share // self.micro)
+        flops = forward_flops(self.config)
+        return (
+            f"batch {batch} = {processes} process{'es' if processes > 1 else ''} × {micros} micro-batch"
+            f"{'es' if micros > 1 else ''} of {self.micro}, {self.recipe.train.precision}; {last:,} steps see "
+            f"{last * batch:,} images. An image forward is {flops / 1e9:.3g} GFLOP; the whole "
+            f"run {3 * flops * last * batch:.2g} FLOP"
+        )
+
+    @torch.no_grad()
+    def held_out_loss(self, images: Tensor, check: Callable[[], None] | None = None) -> float:
+        """The objective on fixed images with fixed noise, by the averaged weights, in float32."""
+        denoiser = self.model().denoiser
+        denoiser.clip = False
+        total = 0.0
+        for first in range(0, len(images), self.micro):
+            if check is not None:
+                check()
+            x_0 = to_float(images[first : first + self.micro].to(self.device))
+            keys = Key(0).fold("held out").rows(torch.arange(first, first + len(x_0)), self.device)
+            total += float(self.recipe.objective(denoiser, x_0, None, keys).per_example.double().sum())
+        return total / len(images)
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """Floating-point operations of the network on one image, counted without computing any."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network = config.build(clip=False).network
+        network(torch.empty(1, *config.image), torch.empty(1))
+    return counter.get_total_flops()
+
+
+def like(weight: Tensor, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The values in the layout of a weight, which a fused optimiser takes for that of its gradient and moments too."""
+    return torch.empty_like(weight, requires_grad=False).copy_(values)
+
+
+def grad_of(weight: nn.Parameter) -> Tensor:
+    """The gradient, or zeros for a weight that took no part."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def shares(train: TrainConfig) -> tuple[int, int]:
+    """The rows of a process and of a micro-batch. Raises UsageError where the batch cannot be divided so."""
+    processes, shards = dist.size(), train.exact_shards
+    if train.batch % processes or (shards and (shards % processes or train.batch % shards)):
+        fit = [n for n in range(1, train.batch + 1) if train.batch % n == 0 and (not shards or shards % n == 0)]
+        what = f"{train.batch} images in {shards} exact shards" if shards else f"{train.batch} images"
+        raise UsageError(
+            f"a batch of {what} cannot be divided over {processes} processes; "
+            f"{', '.join(map(str, fit))} of them would do, or set another train.batch"
+        )
+    if shards:
+        if train.micro_batch not in (None, train.batch // shards):
+            raise UsageError(
+                f"exact_shards = {shards} makes micro-batches of {train.batch // shards}; leave train.micro_batch out"
+            )
+        return train.batch // processes, train.batch // shards
+    share = train.batch // processes
+    micro = share if train.micro_batch in (None, "auto") else train.micro_batch
+    return share, min(micro, share)
+
+
+def keep_memory() -> None:
+    """Lets glibc keep the memory of freed tensors, instead of asking the system for it at every layer again."""
+    if sys.platform == "linux":
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            trim_threshold, mmap_threshold = -1, -3
+            # Before 2.35 glibc refuses more than 32 MiB, and the other line alone would map and unmap every tensor.
+            _ = libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)
+            libc.mallopt(trim_threshold, (1 << 31) - 1)

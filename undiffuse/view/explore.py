@@ -1,0 +1,290 @@
+"""Looking into a model: what it sees on the way, what a latent keeps, what lies between two pictures, what it copied.
+
+The figures of DDPM as functions of a `Model`, each a pure function of its seed. All pictures are uint8.
+"""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from undiffuse.data.source import Source
+from undiffuse.diffusion.process import F64, Process, per_image
+from undiffuse.errors import DataError, StorageError, UsageError
+from undiffuse.figure import grid, picture, png
+from undiffuse.key import Key, Keys
+from undiffuse.machine import disk, store
+from undiffuse.model.model import Model, to_float, to_uint8
+
+Number = float | int  # said in full, because the tests' type checker does not take an int for a float
+Steps = int | Sequence[Number] | None  # as in `Model.times`
+Crop = tuple[int, int] | tuple[int, int, int, int]
+
+CHUNK = 1 << 23  # float64 values of the training set that are compared at once: 64 MiB
+
+
+def progressive(
+    model: Model,
+    n: int,
+    seed: int = 0,
+    steps: Steps = None,
+    slots: int = 20,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[UInt8[Tensor, "n slots c h w"], Float[Tensor, "slots"]]:
+    """x̂_0 at `slots` times along the chain of `model.sample(n, steps, seed=seed)`, and those times (Fig. 6).
+
+    The slots are evenly spread and the last holds the finished samples; on 1000 steps, 20 slots are the authors'
+    indices 950, 900, …, 0. Costs `slots` network evaluations more than sampling.
+    """
+    _check_count("images", n)
+    times = model.times(steps)
+    total = len(times) - 1
+    if not 1 <= slots <= total:
+        raise UsageError(f"{slots} slots along a chain of {total} steps are not possible; give 1 to {total}")
+    wanted = {1 + k * total // slots for k in range(slots)}
+    seen: list[Tensor] = []
+
+    def look(remaining: int, x: Tensor, t: Tensor) -> None:
+        if remaining in wanted:
+            seen.append(to_uint8(model.denoiser(x, t).x_0).cpu())
+
+    model.chain(Key(seed).fold("sample").rows(n), times, model.sampler(), callback=look, progress=progress)
+    return torch.stack(seen, 1), torch.stack([times[total - r] for r in sorted(wanted, reverse=True)])
+
+
+def shared(
+    model: Model,
+    n: int,
+    seed: int = 0,
+    at: Sequence[Number] = (1.0, 0.75, 0.5, 0.25),
+    steps: Steps = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[UInt8[Tensor, "at n c h w"], Float[Tensor, "at"]]:
+    """n samples for each t of `at` that have x_t in common, and those times on the model's grid (Fig. 7).
+
+    One chain runs from the noise to an image; where it passes t, n independent continuations leave it.
+    """
+    _check_count("samples", n)
+    branches, (times, *below) = _shared_grids(model, at, steps)
+    latents = {}
+
+    def keep(remaining: int, x: Tensor, t: Tensor) -> None:
+        if float(t[0]) in branches:
+            latents[float(t[0])] = x.cpu()
+
+    key = Key(seed).fold("shared")
+    model.chain(key.rows(1), times, model.sampler(), callback=keep, progress=progress)
+    rows = []
+    for t, rest in zip(branches, below, strict=True):
+        keys = key.fold("continue", round(t / model.process.t_min)).rows(n)
+        start = latents[t].expand(n, -1, -1, -1)
+        rows.append(to_uint8(model.chain(keys, rest, model.sampler(), start=start, progress=progress)))
+    return torch.stack(rows), torch.tensor(branches, dtype=F64)
+
+
+def shared_steps(model: Model, at: Sequence[Number], steps: Steps = None) -> int:
+    """How many steps of a chain `shared` takes."""
+    return sum(len(times) - 1 for times in _shared_grids(model, at, steps)[1])
+
+
+def _shared_grids(model: Model, at: Sequence[Number], steps: Steps) -> tuple[list[float], list[Float[Tensor, "_"]]]:
+    """Where the chain is left, and the times of the whole and of what follows each branch."""
+    if not at:
+        raise UsageError("no t was given; name the times at which the latent is shared, for example 0.5")
+    branches = [_on_grid(model.process, t, low=model.process.t_min) for t in at]
+    times = _with(model.times(steps), *branches)
+    return branches, [times, *(times[times <= t] for t in branches)]
+
+
+def interpolate(
+    model: Model,
+    a: UInt8[Tensor, "c h w"],
+    b: UInt8[Tensor, "_ _ _"],
+    at: Sequence[Number] = (0.5,),
+    lambdas: Sequence[Number] = tuple(i / 10 for i in range(11)),
+    seed: int = 0,
+    steps: Steps = None,
+    progress: Callable[[int], None] | None = None,
+) -> UInt8[Tensor, "at lambdas c h w"]:
+    """Denoised mixtures (1 − λ) x_t + λ x_t' of two pictures, a row for each t (Fig. 8; several t: Fig. 9).
+
+    Each picture has noise of its own, which is the same in all columns and rows; the reverse chains are independent.
+    t = 0 mixes pixels, t = 1 forgets the pictures. λ below 0 or above 1 goes beyond them.
+    """
+    if not at or not lambdas:
+        raise UsageError(f"{len(at)} times and {len(lambdas)} mixtures were asked for; give one or more of each")
+    if not all(map(math.isfinite, lambdas)):
+        raise UsageError(f"λ = {', '.join(f'{x:g}' for x in lambdas)} is not possible; give finite numbers")
+    for name, given in (("first", a), ("second", b)):
+        if tuple(given.shape) != model.image_shape:
+            raise DataError(f"the {name} picture is {_size(given)}; this model needs {_size(model.image_shape)}")
+    x_0 = to_float(torch.stack([a, b]))
+    key = Key(seed).fold("interpolate")
+    eps = key.fold("eps").rows(2).normal(*model.image_shape)
+    mix = torch.tensor(lambdas, dtype=torch.float32).reshape(-1, 1, 1, 1)
+    rows = []
+    for times in _interpolation_grids(model, at, steps):
+        x_t, other = model.process.marginal(x_0, eps, times[:1].expand(2))
+        start, keys = (1 - mix) * x_t + mix * other, key.fold("chain").rows(len(lambdas))
+        rows.append(to_uint8(model.chain(keys, times, model.sampler(), start=start, progress=progress)))
+    return torch.stack(rows)
+
+
+def interpolation_steps(model: Model, at: Sequence[Number], steps: Steps = None) -> int:
+    """How many steps of a chain `interpolate` takes."""
+    return sum(len(times) - 1 for times in _interpolation_grids(model, at, steps))
+
+
+def _interpolation_grids(model: Model, at: Sequence[Number], steps: Steps) -> list[Float[Tensor, "_"]]:
+    """The times from each t of `at` down to 0."""
+    grids = []
+    for t in (_on_grid(model.process, t, low=0.0) for t in at):
+        times = _with(model.times(steps), t)
+        grids.append(times[times <= t])
+    return grids
+
+
+def comparable(shape: tuple[int, int, int], source: Source, k: int, crop: Crop | None = None) -> None:
+    """Refuses what `neighbours` cannot do for samples of that (channels, height, width): known before one is drawn."""
+    if not 1 <= k <= len(source):
+        raise UsageError(f"{k} neighbours are not possible in {len(source)} images; give 1 to {len(source)}")
+    if tuple(source[0].image.shape) != shape:
+        raise DataError(
+            f"the samples are {_size(shape)} and the training images {_size(source[0].image)}; resize one of them"
+        )
+    if crop is not None:
+        (top, left, height, width), (h, w) = _box(crop, *shape[1:]), shape[1:]
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > h or left + width > w:
+            names = "(height, width)" if len(crop) == 2 else "(top, left, height, width)"
+            raise UsageError(f"crop {crop} {names} does not lie within images of {h}×{w}")
+
+
+def _box(crop: Crop, h: int, w: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop of images of h×w."""
+    return crop if len(crop) == 4 else ((h - crop[0]) // 2, (w - crop[1]) // 2, *crop)
+
+
+class Neighbours(NamedTuple):
+    """The nearest first; distances are root-mean-square differences of values in [0, 255]."""
+
+    indices: Int[Tensor, "n k"]
+    distance: Float[Tensor, "n k"]
+
+
+def neighbours(samples: UInt8[Tensor, "n c h w"], source: Source, k: int = 1, crop: Crop | None = None) -> Neighbours:
+    """The k images of `source` that are nearest to each sample, pixel by pixel (Figs. 12 and 15).
+
+    Exact: squared distances of uint8 are integers that float64 holds. Of equal distances the lower index comes first.
+    `crop` compares a part alone: (height, width) in the middle, as in Fig. 12, or (top, left, height, width).
+    """
+    comparable((samples.shape[1], samples.shape[2], samples.shape[3]), source, k, crop)
+    queries = _flat(samples, crop)  # (n, d)
+    best, index = torch.empty(len(samples), 0, dtype=F64), torch.empty(len(samples), 0, dtype=torch.int64)
+    chunk = max(1, CHUNK // max(queries.shape))
+    for first in range(0, len(source), chunk):
+        numbers = range(first, min(first + chunk, len(source)))
+        images = _flat(source.gather(torch.tensor(numbers))[0], crop)  # (m, d)
+        squared = queries.square().sum(1, keepdim=True) - 2 * queries @ images.T + images.square().sum(1)
+        candidates = torch.cat([index, torch.tensor(numbers).expand(len(samples), -1)], 1)
+        best, order = torch.sort(torch.cat([best, squared], 1), dim=1, stable=True)
+        best, index = best[:, :k], candidates.gather(1, order[:, :k])
+    return Neighbours(index, (best / queries.shape[1]).sqrt())
+
+
+def langevin(
+    score: Callable[[Tensor, Tensor], Tensor],
+    process: Process,
+    keys: Keys,
+    shape: tuple[int, ...],
+    times: Float[Tensor, "n"],
+    repeats: int = 10,
+    step: float = 0.1,
+) -> Float[Tensor, "b *x"]:
+    """Annealed Langevin dynamics (Song & Ermon 2019, Alg. 1): roughly a draw of q(x_t) at each t in turn; the last.
+
+    x ← x + ½ε score(x, t) + √ε z, `repeats` times at each t, with ε = step · sigma(t)². `score` is `Denoiser.score`.
+    """
+    x = process.prior_std * keys.fold("x_T").normal(*shape)
+    for i, t in enumerate(times):
+        now = t.expand(len(x))
+        size = step * process.sigma(now).square()
+        for r in range(repeats):
+            z = keys.fold("langevin", i, r).normal(*shape)
+            x = x + per_image(size / 2, x) * score(x, now) + per_image(size.sqrt(), x) * z
+    return x
+
+
+def write_grid(images: UInt8[Tensor, "rows columns c h w"], path: Path) -> None:
+    """Rows of pictures as one PNG, small ones enlarged."""
+    store.write_atomic(path, png(grid(images.flatten(0, 1), images.shape[1], enlarged(images.shape[-1]))))
+
+
+def write_images(images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Path | None) -> dict[str, Path]:
+    """PNG files and a grid in `folder`, one array `arr_0` [n, h, w, c] in `npz`; returns what was written, by kind.
+
+    Each file is whole or not there, and none is written over but that of `npz`. Raises UsageError for one that is
+    there already, and StorageError, which says how many pictures are written.
+    """
+    written = {}
+    if folder is not None:
+        digits = max(4, len(str(len(images) - 1)))
+        for i, image in enumerate(images):
+            try:
+                disk.write_new(folder / f"{i:0{digits}}.png", png(picture(image)))
+            except StorageError as error:
+                raise StorageError(f"{error}. {i} of {len(images)} pictures are written") from error
+        disk.write_new(folder / "grid.png", png(grid(images, scale=enlarged(images.shape[-1]))))
+        written |= {"folder": folder, "grid": folder / "grid.png"}
+    if npz is not None:
+        buffer = io.BytesIO()
+        np.savez(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
+        store.write_atomic(npz, buffer.getvalue())
+        written["npz"] = npz
+    return written
+
+
+def refuse_drawn(folder: Path) -> None:
+    """UsageError for a folder with samples in it: new ones beside them would be taken for those of one model."""
+    drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob("grid.png")]
+    if drawn:
+        raise UsageError(f"{folder} holds samples already ({min(drawn)}); give a new folder, or remove it")
+
+
+def enlarged(width: int) -> int:
+    """How often a pixel is repeated so that a picture is at least 56 pixels wide on a screen."""
+    return max(1, -(-56 // width))
+
+
+def _on_grid(process: Process, t: Number, low: float) -> float:
+    """`Process.on_grid`, within [low, 1]."""
+    if not low <= t <= 1:
+        raise UsageError(f"t = {t:g} is not possible here; give {low:g} to 1, where 1 is pure noise")
+    return process.on_grid(t)
+
+
+def _with(times: Float[Tensor, "n"], *more: float) -> Float[Tensor, "m"]:
+    """A descending grid with these times in it."""
+    return torch.cat([times, torch.tensor(more, dtype=F64)]).unique().flip(0)
+
+
+def _flat(images: UInt8[Tensor, "n c h w"], crop: Crop | None) -> Float[Tensor, "n d"]:
+    if crop is not None:
+        top, left, height, width = _box(crop, *images.shape[2:])
+        images = images[:, :, top : top + height, left : left + width]
+    return images.flatten(1).to(F64)
+
+
+def _size(image: Tensor | tuple[int, ...]) -> str:
+    c, h, w = image.shape if isinstance(image, Tensor) else image
+    return f"{c}×{h}×{w} (channels × height × width)"
+
+
+def _check_count(what: str, n: int) -> None:
+    if n < 1:
+        raise UsageError(f"n = {n} {what} were asked for; give 1 or more")
