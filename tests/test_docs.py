@@ -31,7 +31,7 @@ from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.machine import store
 from undiffuse.machine.sink import SINKS
-from undiffuse.model import model
+from undiffuse.model.load import load as load_model
 from undiffuse.model.recipe import load_recipe
 from undiffuse.network.base import NETWORKS
 from undiffuse.training import loop
@@ -193,8 +193,8 @@ def test_all_of_them_train_a_model_together(mine, tmp_path):
     recipe = load_recipe("cifar10", [*names, *fields, *SMALL])
     loop.train(recipe, open_source("digits"), tmp_path / "run", say=lambda text: None, show_progress=False)
     with pytest.raises(UsageError, match="is code outside undiffuse, which a checkpoint may not name"):
-        model.load(tmp_path / "run")
-    mine_too = model.load(tmp_path / "run", trusted=True)
+        load_model(tmp_path / "run")
+    mine_too = load_model(tmp_path / "run", trusted=True)
     assert mine_too.sample(2, solver=mine("sampler")).shape == (2, 1, 8, 8)
     assert store.Run(tmp_path / "run").load(2)[1]["model"]["network"]["name"] == "my_network:Plain"
 

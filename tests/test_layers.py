@@ -21,16 +21,16 @@ PACKAGE = ROOT / "undiffuse"
 # A folder imports from rows above its own; within a folder a module imports from its left. `name/` is a folder inside.
 ROWS = (
     ("", ("errors", "key", "config", "figure")),
-    ("machine", ("disk", "log", "store", "sink", "dist", "watch")),
+    ("machine", ("disk", "log", "lock", "tensorfile", "store", "sink", "dist", "watch", "device")),
     ("network", ("base", "block", "unet")),
     ("diffusion", ("process", "gaussian", "denoiser", "objective", "likelihood", "sampler/")),
-    ("data", ("picture", "source", "order", "loader", "format/", "workers", "pack", "inspect")),
+    ("data", ("picture", "source", "order", "subset", "loader", "format/", "workers", "pack", "inspect")),
     ("interop", ("torchfile", "diffusers", "original")),
-    ("model", ("recipe", "average", "model")),
-    ("training", ("trainer", "resume", "profile", "loop")),
+    ("model", ("recipe", "average", "model", "load")),
+    ("training", ("plan", "trainer", "memory", "look", "health", "auto", "resume", "profile", "loop", "start")),
     ("measure", ("evaluate",)),
     ("view", ("report", "explore", "demo")),
-    ("cli", ("options", "tools", "sample", "data", "main")),
+    ("cli", ("options", "tools", "train", "sample", "measure", "data", "main")),
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.
 TABLES = ("diffusion.sampler", "data.format")

@@ -5,7 +5,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "load": "undiffuse.model.model",
+    "load": "undiffuse.model.load",
+    "open_data": "undiffuse.data.pack",
+    "train": "undiffuse.training.start",
+    "evaluate": "undiffuse.measure.evaluate",
+    "show": "undiffuse.figure",
     "Model": "undiffuse.model.model",
     "Key": "undiffuse.key",
     "Error": "undiffuse.errors",
@@ -19,3 +23,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*_LAZY, "__version__"]

@@ -26,9 +26,11 @@ from undiffuse.errors import UsageError, nearest, unknown
 T = TypeVar("T")
 
 Count = Annotated[int, Ge(1)]
+Kept = Annotated[int, Ge(2)]  # checkpoints: one may be damaged
 Number = Annotated[int, Ge(0)]
 NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
+Half = Annotated[float, Interval(ge=0, le=0.5)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Width = Annotated[float, Interval(gt=0, le=12**-0.5)]  # of a profile of average.py: 12^−½ is the uniform one

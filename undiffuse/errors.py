@@ -23,9 +23,14 @@ class DataError(Error):
 
 
 class NotFiniteError(Error):
-    """A loss or gradient is NaN or infinite; raised before the update, so the weights are still good."""
+    """A loss or gradient is NaN or infinite; raised before the update.
+
+    `good` is the newest checkpoint, a folder, that is known to be good from before; `lr` is a rate to go on with.
+    """
 
     exit_code = 3
+    good: "str | None" = None
+    lr: "float | None" = None
 
 
 class StorageError(Error):

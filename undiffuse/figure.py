@@ -39,6 +39,16 @@ def grid(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: in
     return whole.resize((whole.width * scale, whole.height * scale), Image.Resampling.NEAREST)
 
 
+def show(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: int | None = None) -> Image.Image:
+    """A grid of images, small ones enlarged. As the last line of a notebook's cell it is shown as a picture."""
+    return grid(images, columns, enlarged(images.shape[-1]) if scale is None else scale)
+
+
+def enlarged(width: int) -> int:
+    """How often a pixel is repeated so that a picture is at least 56 pixels wide on a screen."""
+    return max(1, -(-56 // width))
+
+
 def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)

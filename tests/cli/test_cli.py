@@ -18,8 +18,8 @@ from PIL import Image
 
 from undiffuse.cli import main as cli
 from undiffuse.config import to_toml
-from undiffuse.machine import store
-from undiffuse.model.model import load
+from undiffuse.machine import store, tensorfile
+from undiffuse.model.load import load
 from undiffuse.training.loop import train
 
 SETTINGS = [
@@ -178,7 +178,7 @@ def spoil(folder: Path, run_folder: Path) -> None:
     last.write_bytes(last.read_bytes()[:100])
     (folder / "plain.toml").write_text('about = "no size, no channels"\n')
     torch.save({"weights": torch.zeros(3)}, folder / "PICKLE")
-    store.write_weights(folder / "DAMAGED", {"w": torch.zeros(64)}, {})
+    tensorfile.write_weights(folder / "DAMAGED", {"w": torch.zeros(64)}, {})
     shutil.copytree(run_folder, folder / "BROKEN")
     for path in (folder / "DAMAGED", *(folder / "BROKEN").glob("step-*/ema.safetensors")):
         data = bytearray(path.read_bytes())

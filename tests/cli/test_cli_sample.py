@@ -17,7 +17,8 @@ from undiffuse.diffusion.process import Linear
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import is_out_of_memory
 from undiffuse.machine import disk
-from undiffuse.model import model, recipe
+from undiffuse.model import load, recipe
+from undiffuse.model.model import Model
 from undiffuse.network.unet import UNet
 from undiffuse.view import explore
 
@@ -30,7 +31,7 @@ def save(path: Path, variance=LARGE, meta=None) -> Path:
     denoiser = config.build(clip=True).eval().requires_grad_(False)
     for weight in denoiser.network.parameters():
         weight.copy_(weight + 0.1 * torch.randn_like(weight))
-    model.save(model.Model(config, denoiser, meta or {}), path)
+    load.save(Model(config, denoiser, meta or {}), path)
     return path
 
 
@@ -59,7 +60,7 @@ def samples(call, folder: Path, tmp_path: Path, *words: object) -> torch.Tensor:
 
 
 def test_every_way_to_draw_is_the_one_of_python(call, folder, tmp_path):
-    loaded = model.load(folder / "MODEL")
+    loaded = load.load(folder / "MODEL")
     same = {
         ("--solver", "ddim", "--eta", 0.5): loaded.sample(3, solver=DDIM(0.5)),
         ("--no-clip",): loaded.variant(clip=False).sample(3),
@@ -101,7 +102,7 @@ def test_neighbours_of_a_crop_and_without_the_bad(call, folder, tmp_path):
         assert code == 0, err
         return json.loads(out)["rmse_of_nearest"][0], err
 
-    image = model.load(folder / "MODEL").sample(1).double()[0, 0]
+    image = load.load(folder / "MODEL").sample(1).double()[0, 0]
     for crop, part in (("4x2", image[2:6, 3:5]), ("4", image[2:6, 2:6]), ("0,1,3,2", image[:3, 1:3])):
         distance, err = nearest("--crop", crop)
         assert distance == pytest.approx(float((part - 255).square().mean().sqrt()))  # the picture is white
@@ -220,13 +221,13 @@ def test_bad_input_gets_one_line_and_leaves_nothing(call, folder, monkeypatch, w
 
 def test_out_of_memory_is_told_from_other_failures(call, folder, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"), MemoryError()):
-        monkeypatch.setattr(model, "load", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(load, "load", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
         code, _, err = call("sample", folder / "MODEL", "--out", "x")
         assert code == 6 and err.startswith("undiffuse: out of memory")
         assert ("(tried to allocate 2.00 gib)" in err) == bool(str(error))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
-    monkeypatch.setattr(model, "load", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(load, "load", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("a bug")))
     monkeypatch.setattr(sys, "argv", ["undiffuse", "sample", "m", "--out", "x"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()
@@ -238,7 +239,7 @@ def test_a_size_of_two_sides_trains_and_is_kept(call, folder, tmp_path):
     words = ["train", folder / "PICTURES", "-p", "cifar10", "--size", "8x16", "--steps", 1, "--out", tmp_path / "run"]
     code, _, err = call(*words, *(word for setting in settings for word in ("--set", setting)), "--json")
     assert code == 0, err
-    loaded = model.load(tmp_path / "run")
+    loaded = load.load(tmp_path / "run")
     assert loaded.image_shape == (3, 8, 16) and loaded.data.size == (8, 16)
 
 

@@ -16,7 +16,7 @@ from undiffuse.diffusion.process import Const, Cosine, Linear, Quad
 from undiffuse.errors import Corrupt, StorageError, UsageError
 from undiffuse.interop import diffusers as interop
 from undiffuse.machine import disk
-from undiffuse.model import model as models
+from undiffuse.model import load as models
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
 

@@ -10,7 +10,8 @@ import torch
 
 from undiffuse.errors import Corrupt, Locked, StorageError, UsageError
 from undiffuse.machine import disk, store
-from undiffuse.machine.store import Run, locate, read_weights, write_weights
+from undiffuse.machine.store import Run, locate
+from undiffuse.machine.tensorfile import read_weights, write_weights
 
 
 def state(step):

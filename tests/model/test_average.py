@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from undiffuse.errors import Corrupt, UsageError
-from undiffuse.machine import store
+from undiffuse.machine import tensorfile
 from undiffuse.model.average import WIDEST, Ema, Profiles, exponent, fit, reconstruct, snapshots, width
 
 
@@ -230,7 +230,7 @@ def test_wrong_snapshots_do_not_pass_for_right_ones(run, trajectory, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     at = next(each for each in snapshots(tmp_path / "run") if (each.step, each.sigma_rel) == (400, 0.05))
     tensors, meta = at.read()
-    store.write_weights(at.path, {"w": tensors["w"] + 0.05}, meta)
+    tensorfile.write_weights(at.path, {"w": tensors["w"] + 0.05}, meta)
     expected = shares(0.07, STEPS) @ trajectory
     assert np.abs(rebuilt(tmp_path / "run", 0.07) - expected).min() > 4e-3
 

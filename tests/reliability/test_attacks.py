@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.machine.disk import to_json
-from undiffuse.machine.store import WEIGHTS, Run, _seal, read_weights, write_weights
+from undiffuse.machine.store import Run, _seal
+from undiffuse.machine.tensorfile import WEIGHTS, read_weights, write_weights
 
 
 class Evil:

@@ -26,7 +26,8 @@ from undiffuse.data.source import open_source
 from undiffuse.errors import Error
 from undiffuse.interop.torchfile import read_tensors
 from undiffuse.machine.disk import to_json
-from undiffuse.machine.store import WEIGHTS, Run, _seal, read_weights, write_weights
+from undiffuse.machine.store import Run, _seal
+from undiffuse.machine.tensorfile import WEIGHTS, read_weights, write_weights
 
 SECONDS, ROOM, CASES = 5, 1 << 30, 100_000
 EXTREMES = (0, 1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1)

@@ -20,7 +20,7 @@ from undiffuse.diffusion.objective import Loss, Objective
 from undiffuse.errors import Corrupt, DataError, NotFiniteError, Preempted, UsageError
 from undiffuse.machine import store
 from undiffuse.machine.log import read_rows
-from undiffuse.model.model import averaged, load
+from undiffuse.model.load import averaged, load
 from undiffuse.model.recipe import Recipe, learning_rate
 from undiffuse.training import loop
 from undiffuse.training.resume import refuse_changes

@@ -13,7 +13,8 @@ from undiffuse.data.loader import Loader, Prefetched
 from undiffuse.data.source import ArraySource
 from undiffuse.errors import MemoryExhausted, NotFiniteError, UsageError
 from undiffuse.machine import store
-from undiffuse.model.model import Model, load
+from undiffuse.model.load import load
+from undiffuse.model.model import Model
 from undiffuse.model.recipe import FREE, load_recipe
 from undiffuse.training import loop, trainer
 from undiffuse.training.resume import refuse_changes

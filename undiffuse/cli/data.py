@@ -8,7 +8,10 @@ import typer
 
 app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True, rich_markup_mode=None)
 
-PathArg = Annotated[str, typer.Argument(metavar="PATH", help="A folder, zip, npz, tar shards, lmdb, …, or a named set")]
+PathArg = Annotated[
+    list[str],
+    typer.Argument(metavar="PATH…", help="A folder, zip, npz, tar shards, lmdb, …, a quoted pattern, or a named set"),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on standard output")]
 SplitOpt = Annotated[str, typer.Option("--split", help="train or test, where the data has both")]
 
@@ -24,12 +27,13 @@ def inspect(
 
     Example: `undiffuse data inspect photos/ --sheet sheet.png`
     """
+    from undiffuse.data.format.several import join
     from undiffuse.data.inspect import inspect
     from undiffuse.data.source import open_raw
     from undiffuse.figure import png
     from undiffuse.machine import store
 
-    summary = inspect(open_raw(path, split))
+    summary = inspect(open_raw(join(path), split))
     if sheet is not None:
         store.write_atomic(sheet, png(summary.sheet))
     result = {
@@ -61,9 +65,10 @@ def check(path: PathArg, split: SplitOpt = "train", as_json: JsonOpt = False) ->
     Of a packed folder every byte is compared with its checksums; exit code 5 if one differs.
     Examples: `undiffuse data check photos/`, `undiffuse data check packed/`
     """
+    from undiffuse.data.format.several import join
     from undiffuse.data.inspect import check
 
-    bad = check(path, split, show_progress=not as_json)
+    bad = check(join(path), split, show_progress=not as_json)
     if as_json:
         typer.echo(json.dumps({"bad": {item.path: item.reason for item in bad}}))
     else:
@@ -93,11 +98,11 @@ def pack(
     `undiffuse data pack fashion-mnist --split test --out both/test`
     """
     from undiffuse.cli.tools import show
+    from undiffuse.data.format.several import join
     from undiffuse.data.pack import WORKERS, pack
 
-    done = pack(
-        data, out, size, channels, background, split, skip_bad, WORKERS if workers is None else workers, not as_json
-    )
+    count = WORKERS if workers is None else workers
+    done = pack(join(data), out, size, channels, background, split, skip_bad, count, not as_json)
     c, h, w = done.image_shape
     result = {"images": len(done), "size": f"{w}x{h}", "channels": c, "labels": len(done.classes or ())}
     skipped = {"skipped": dict(done.manifest.skipped)} if as_json else {"skipped": len(done.skipped)}

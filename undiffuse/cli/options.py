@@ -11,8 +11,6 @@ import typer
 from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from undiffuse.data.format.packed import PackedSource
     from undiffuse.data.source import ArraySource
     from undiffuse.model.model import Model
@@ -20,7 +18,10 @@ if TYPE_CHECKING:
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, a file or a shipped name")
 ]
-DataArg = Annotated[str, typer.Argument(metavar="DATA", help="A folder, zip, npz, tar shards, lmdb, …, or a named set")]
+DataArg = Annotated[
+    list[str],
+    typer.Argument(metavar="DATA…", help="A folder, zip, npz, tar shards, lmdb, …, a quoted pattern, or a named set"),
+]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Where the results go")]
 SeedOpt = Annotated[int, typer.Option("--seed", help="The same seed gives the same pictures")]
 StepsOpt = Annotated[int | None, typer.Option("--steps", help="Steps of the chain; all of the table unless given")]
@@ -31,7 +32,10 @@ ClipOpt = Annotated[bool, typer.Option("--clip/--no-clip", help="Limit x̂_0 to 
 VarianceOpt = Annotated[
     str | None, typer.Option("--variance", help="fixed-large or fixed-small; as in training unless given")
 ]
-DeviceOpt = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
+DeviceOpt = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps")]
+WeightsOpt = Annotated[
+    str | None, typer.Option("--weights", help="Of a run: average, raw, or best by the held-out loss")
+]
 SizeOpt = Annotated[str | None, typer.Option("--size", help="Crop and resize: a side, or HEIGHTxWIDTH")]
 SplitOpt = Annotated[str, typer.Option("--split", help="train or test, where the data has both")]
 BatchOpt = Annotated[int, typer.Option("--batch", help="Images at a time; the results hardly depend on it")]
@@ -47,31 +51,20 @@ def ticking(total: int, what: str, as_json: bool) -> Iterator[Callable[[int], No
         yield bar.advance
 
 
-def open_model(source: str, device: str, clip: bool = True, variance: str | None = None) -> "Model":
-    from undiffuse.machine.dist import local_device
-    from undiffuse.model.model import load
+def open_model(
+    source: str, device: str, clip: bool = True, variance: str | None = None, weights: str | None = None
+) -> "Model":
+    from undiffuse.model.load import load
 
-    return load(source, device=check_device(local_device(device))).variant(clip, variance)
-
-
-def check_device(name: str) -> "torch.device":
-    """The device of that name; one that this machine lacks is a UsageError."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f'device "{name}" cannot be used here ({reason}); try --device cpu') from error
-    return device
+    return load(source, device, weights=weights).variant(clip, variance)
 
 
-def open_like(model: "Model", data: str, split: str, skip_bad: bool) -> "ArraySource | PackedSource":
+def open_like(model: "Model", data: list[str], split: str, skip_bad: bool) -> "ArraySource | PackedSource":
     """A data set in the shape that the model was trained on; what is left out of it is told."""
+    from undiffuse.data.format.several import join
     from undiffuse.machine import log
 
-    source = model.source(data, split, skip_bad)
+    source = model.source(join(data), split, skip_bad)
     if source.skipped:
         log.warn(f"{len(source.skipped)} unreadable pictures are left out: {', '.join(source.skipped)}")
     return source

@@ -19,6 +19,7 @@ from undiffuse.cli.options import (
     StepsOpt,
     TimesOpt,
     VarianceOpt,
+    WeightsOpt,
     choose_steps,
     open_like,
     open_model,
@@ -42,11 +43,12 @@ def sample(
     eta: EtaOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
+    weights: WeightsOpt = None,
     npz: Annotated[Path | None, typer.Option("--npz", help="One uint8 array arr_0 [n, h, w, c] in this file")] = None,
     label: Annotated[int | None, typer.Option("--label", help="A class, for a model trained with labels")] = None,
     batch: BatchOpt = 64,
     seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
+    device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
     """Draw images: PNG files and a grid, or one array.
@@ -65,7 +67,7 @@ def sample(
         explore.refuse_drawn(out)
     if npz is not None and npz.is_dir():
         raise UsageError(f"{npz} is a folder; give the name of a file")
-    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     with dist.joined(dist.LONG), ticking(loaded.sampling_steps(n, chosen, batch), "sampling", as_json) as tick:
         images = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, batch, label, tick)
     if not dist.is_first():
@@ -84,8 +86,9 @@ def progressive(
     times: TimesOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
+    weights: WeightsOpt = None,
     seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
+    device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
     """The estimate of x_0 along the reverse chain, a row an image (Fig. 6): large features first.
@@ -94,7 +97,7 @@ def progressive(
     """
     from undiffuse.view import explore
 
-    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     total = len(loaded.times(chosen)) - 1
     slots = min(20, total) if slots is None else slots
     with ticking(total, "progressive", as_json) as tick:
@@ -114,8 +117,9 @@ def shared(
     times: TimesOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
+    weights: WeightsOpt = None,
     seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
+    device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
     """Samples that share x_t and then go their own ways, a row for each t (Fig. 7).
@@ -124,7 +128,7 @@ def shared(
     """
     from undiffuse.view import explore
 
-    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     at = at or [1.0, 0.75, 0.5, 0.25]
     with ticking(explore.shared_steps(loaded, at, chosen), "shared latents", as_json) as tick:
         images, branches = explore.shared(loaded, n, seed, at, chosen, tick)
@@ -148,8 +152,9 @@ def interpolate(
     times: TimesOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
+    weights: WeightsOpt = None,
     seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
+    device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
     """Mix two pictures in the latent space at t and denoise the mixtures (Figs. 8 and 9).
@@ -159,7 +164,7 @@ def interpolate(
     """
     from undiffuse.view import explore
 
-    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     pictures = loaded.picture(first), loaded.picture(second)
     if mix and count is not None:
         raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
@@ -188,9 +193,10 @@ def neighbours(
     eta: EtaOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
+    weights: WeightsOpt = None,
     skip_bad: SkipBadOpt = False,
     seed: SeedOpt = 0,
-    device: DeviceOpt = "cpu",
+    device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
     """Samples and their nearest training images, pixel by pixel: has the model copied? (Figs. 12 and 15)
@@ -202,7 +208,7 @@ def neighbours(
 
     from undiffuse.view import explore
 
-    loaded, chosen = open_model(model, device, clip, variance), choose_steps(steps, times)
+    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     source, box = open_like(loaded, data, "train", skip_bad), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
     with ticking(loaded.sampling_steps(n, chosen), "sampling", as_json) as tick:

@@ -1,6 +1,7 @@
 """Commands about files rather than pictures: inspect, verify, import, export; and about the machine."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,11 @@ def show(result: dict[str, Any], as_json: bool) -> None:
             typer.echo(f"{name.replace('_', ' '):>20}  {value}")
 
 
+def sampling(model: Path) -> str:
+    """The command that draws from a model, quoted so that it can be pasted."""
+    return shlex.join(["undiffuse", "sample", str(model), "-n", "64", "--out", "samples"])
+
+
 def inspect(
     what: Annotated[
         str, typer.Argument(metavar="MODEL|PRESET", help="A run, a checkpoint, a shipped model, or a preset")
@@ -33,7 +39,7 @@ def inspect(
     Examples: `undiffuse inspect fashion-mnist`, `undiffuse inspect cifar10 --json`
     """
     from undiffuse.config import plain, to_toml
-    from undiffuse.model.model import load, shipped
+    from undiffuse.model.load import load, shipped
     from undiffuse.model.recipe import load_recipe, presets
 
     if not Path(what).exists() and what not in shipped() and what in presets():
@@ -102,7 +108,7 @@ def average(
     0.08 --out wide.safetensors`, `undiffuse average runs/photos --sigma-rel 0.03 --step 20000 --out narrow.safetensors`
     """
     from undiffuse.errors import UsageError
-    from undiffuse.model.model import averaged, save
+    from undiffuse.model.load import averaged, save
 
     if out.exists():
         raise UsageError(f"{out} exists; give the name of a new file")
@@ -110,7 +116,7 @@ def average(
     save(model, out)
     made = model.meta["average"]
     show({"written": out, "sigma_rel": sigma_rel, "step": made["step"], "snapshots": made["snapshots"],
-          "profile_error": made["error"], "next": f"undiffuse sample {out} -n 64 --out samples"}, as_json)  # fmt: skip
+          "profile_error": made["error"], "next": sampling(out)}, as_json)  # fmt: skip
 
 
 def import_model(
@@ -126,7 +132,7 @@ def import_model(
     from undiffuse.errors import UsageError
     from undiffuse.interop import diffusers, original
     from undiffuse.machine import store
-    from undiffuse.model.model import parse_model
+    from undiffuse.model.load import parse_model
 
     if store.Run(run).steps():
         raise UsageError(f"{run} holds checkpoints already; give the name of a new folder")
@@ -134,7 +140,14 @@ def import_model(
     model = parse_model(tensors, meta, str(source))
     with store.Run(run).lock() as folder:
         folder.save(0, {"ema": tensors}, {"step": 0, "images": 0, "source": source.name, **meta})
-    show({"run": run, "parameters": model.parameters(), "next": f"undiffuse sample {run} -n 16 --out samples"}, as_json)
+    show(
+        {
+            "run": run,
+            "parameters": model.parameters(),
+            "next": sampling(run),
+        },
+        as_json,
+    )
 
 
 def export_model(
@@ -155,7 +168,7 @@ def export_model(
     from undiffuse.config import plain
     from undiffuse.errors import UsageError, unknown
     from undiffuse.interop import diffusers
-    from undiffuse.model.model import load, save
+    from undiffuse.model.load import load, save
 
     if to not in ("diffusers", "file"):
         raise unknown("export format", to, ["diffusers", "file"])
@@ -198,6 +211,53 @@ def doctor(as_json: JsonOpt = False) -> None:
     )
 
 
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the results go")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Everything tiny: only to see that it runs")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """The main job end to end on data inside the package, in under five minutes; ends with an HTML report.
+
+    Examples: `undiffuse demo`, `undiffuse demo --quick --out demo-quick`
+    """
+    from undiffuse.view.demo import run_demo
+
+    report = run_demo(out, quick, say=lambda text: typer.echo(text, err=as_json))
+    if as_json:
+        show({"report": report}, as_json)
+
+
+def presets(as_json: JsonOpt = False) -> None:
+    """The presets and what each is for; with --json also what is published or measured of it.
+
+    Examples: `undiffuse presets`, `undiffuse presets --json`
+    """
+    from undiffuse.model.recipe import load_recipe
+    from undiffuse.model.recipe import presets as names
+
+    recipes = {name: load_recipe(name) for name in names()}
+    if as_json:
+        typer.echo(json.dumps({name: {"about": r.about, "expected": r.expected} for name, r in recipes.items()}))
+        return
+    for name, recipe in recipes.items():
+        typer.echo(f"{name:<22}{recipe.about}")
+        if recipe.expected:
+            typer.echo(f"{'':<22}{results(recipe.expected)}")
+
+
+def results(expected: dict[str, Any]) -> str:
+    """`fid train 3.17, bits per dim test 3.75 (Ho, Jain & Abbeel 2020, Table 1)`."""
+    sources = {name: value for name, value in expected.items() if name in ("source", "measured_in", "measured_by")}
+    errors = {name: value for name, value in expected.items() if name.endswith("_error")}
+    shown = [
+        f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) and value is not True else value}"
+        + (f" ± {errors[f'{name}_error']}" if f"{name}_error" in errors else "")
+        for name, value in expected.items()
+        if name not in sources and name not in errors
+    ]
+    return ", ".join(shown) + "".join(f" ({value})" for value in sources.values())
+
+
 def register(app: typer.Typer) -> None:
     """Adds these commands to the application."""
     for name, command in {
@@ -207,5 +267,7 @@ def register(app: typer.Typer) -> None:
         "import": import_model,
         "export": export_model,
         "doctor": doctor,
+        "presets": presets,
+        "demo": demo,
     }.items():
         app.command(name)(command)

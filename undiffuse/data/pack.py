@@ -118,13 +118,14 @@ def open_data(
     use_cache: bool | None = None,
     workers: int = 1,
     show_progress: bool = False,
+    split: str = "train",
 ) -> ArraySource | PackedSource:
-    """The training split in one shape: in memory, or packed in the cache if it is large or `use_cache` says so.
+    """A split of a data set in one shape: in memory, or packed in the cache if it is large or `use_cache` says so.
 
     Large is over 1 GB, or over 20,000 pictures to decode. What is packed already, or an array already, and fits, is
     given as it is. Of several processes that ask for the same, one packs it and the others wait.
     """
-    raw, wanted = open_raw(spec, "train", background), Wanted.of(size, channels)
+    raw, wanted = open_raw(spec, split, background), Wanted.of(size, channels)
     if isinstance(raw, PackedSource) and wanted.accepts(raw.image_shape):
         return raw
     if use_cache is None:
@@ -133,7 +134,7 @@ def open_data(
         )
     if not use_cache:
         return unify(raw, size, channels, skip_bad)
-    job = Job(str(spec), "train", background, wanted, _remembered(raw, spec))
+    job = Job(str(spec), split, background, wanted, _remembered(raw, spec))
     return _pack(raw, job, cache_folder() / "packed" / job.key(raw), skip_bad, workers, show_progress, wait=True)
 
 

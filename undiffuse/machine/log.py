@@ -19,6 +19,11 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+def say(text: str) -> None:
+    """One line on stderr, where it does not mix with results."""
+    print(text, file=sys.stderr)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file, without a last one that was cut short; none if there is no file.
 
@@ -98,13 +103,25 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A count on its way to `total`, shown at most every `interval` seconds. `done` of it were finished before."""
+    """A count on its way to `total`, shown at most every `interval` seconds. `done` of it were finished before.
 
-    def __init__(self, total: int, what: str, done: int, show: Callable[[str, int], None], interval: float):
-        self.total, self.what, self.done = total, what, done
+    `seconds` is how long there is at most, if less than the count would take.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        what: str,
+        done: int,
+        show: Callable[[str, int], None],
+        interval: float,
+        seconds: float | None = None,
+    ):
+        self.total, self.what, self.done, self.seconds = total, what, done, seconds
         self._show, self._interval = show, interval
         self._first, self._values = done, dict[str, float]()
-        self._started = self._shown = time.monotonic()
+        self._began = self._started = self._shown = time.monotonic()
+        self._aside: Progress | None = None
 
     def advance(self, n: int = 1, **values: float) -> None:
         """Counts n more; `values`, such as the loss, stand beside the count until they are given anew."""
@@ -117,31 +134,54 @@ class Progress:
         self._shown = time.monotonic()
         self._show(str(self), self.done)
 
+    @contextmanager
+    def aside(self, total: int = 0, what: str = "") -> Iterator[Callable[[int], None]]:
+        """Something else for a while, shown beside the count if it has a name; its time is not that of the count."""
+        began = time.monotonic()
+        beside = Progress(total, what, 0, lambda text, done: self.display(), self._interval)
+        self._aside = beside if what else None
+        try:
+            yield beside.advance
+        finally:
+            self._aside = None
+            self._started += time.monotonic() - began
+
     def __str__(self) -> str:
         """`training 1200/5000 (24 %), 12.3/s, 5 min 9 s left, loss 0.0312`; the rate counts only what was done here."""
-        seconds, counted = time.monotonic() - self._started, self.done - self._first
+        now = time.monotonic()
+        seconds, counted = now - self._started, self.done - self._first
+        if self._aside is not None:
+            seconds -= now - self._aside._began
         parts = [f"{self.what} {self.done}/{self.total} ({100 * self.done // max(self.total, 1)} %)"]
         if counted and seconds > 0:
             rate = counted / seconds
-            left = f"{duration((self.total - self.done) / rate)} left" if self.done < self.total else duration(seconds)
-            parts += [f"{rate:.3g}/s", left]
-        return ", ".join(parts + [f"{name} {value:.4g}" for name, value in self._values.items()])
+            left = (self.total - self.done) / rate
+            if self.seconds is not None:
+                left = min(left, max(0.0, self._began + self.seconds - now))
+            parts += [f"{rate:.3g}/s", f"{duration(left)} left" if self.done < self.total else duration(seconds)]
+        parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
+        return ", ".join(parts) + ("" if self._aside is None else f"; {self._aside.brief()}")
+
+    def brief(self) -> str:
+        return f"{self.what} {self.done}/{self.total}"
 
 
 @contextmanager
-def progress(total: int, what: str, enabled: bool, done: int = 0) -> Iterator[Progress]:
+def progress(total: int, what: str, enabled: bool, done: int = 0, seconds: float | None = None) -> Iterator[Progress]:
     """Shows how far `what` is, how fast and how long to go: a bar on a terminal, else a line every ten seconds.
 
     Goes to stderr. What an exception interrupts is not shown as ended.
     """
     if not enabled:
-        yield Progress(total, what, done, lambda text, done: None, float("inf"))
+        yield Progress(total, what, done, lambda text, done: None, float("inf"), seconds)
     elif sys.stderr.isatty():
         with _bar(total, done) as show:
-            yield (state := Progress(total, what, done, show, BAR_EVERY))
+            yield (state := Progress(total, what, done, show, BAR_EVERY, seconds))
             state.display()
     else:
-        yield (state := Progress(total, what, done, lambda text, done: print(text, file=sys.stderr), LINE_EVERY))
+        yield (
+            state := Progress(total, what, done, lambda text, done: print(text, file=sys.stderr), LINE_EVERY, seconds)
+        )
         state.display()
 
 

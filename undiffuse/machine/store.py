@@ -8,7 +8,6 @@ Order is by step number, never by a clock. Tensors are safetensors, the rest is 
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,109 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
-from jaxtyping import Shaped
-from safetensors import SafetensorError
-from torch import Tensor
-
 from undiffuse.errors import Corrupt, Locked, StorageError, UsageError
 from undiffuse.machine import disk, log
-from undiffuse.machine.disk import SMALL, from_json, reading, to_json, writing
+from undiffuse.machine.disk import from_json, reading, to_json, writing
 from undiffuse.machine.disk import read_json as read_json
 from undiffuse.machine.disk import write_atomic as write_atomic
 from undiffuse.machine.disk import write_json as write_json
+from undiffuse.machine.lock import try_lock
+from undiffuse.machine.tensorfile import FORMAT, Loaded, Tensors, damaged, decode, encode, refuse_newer
 
-FORMAT = 1
 MANIFEST, META = "manifest.json", "meta.json"
 STEP = re.compile(r"step-(\d{9,})")
 FILE = re.compile(r"[\w-]+\.safetensors|meta\.json|manifest\.json")
 LEFTOVER = re.compile(r"\.(tmp|trash)-[0-9a-f]{12}-.+")
-# torch.save writes a zip, or did write a pickle; 80 02 00 … { is a safetensors header of 640 bytes, though.
-PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05](?!\0{6}\{)")
-WEIGHTS = re.compile(rb'\{"__metadata__":\{"undiffuse":"\{\\"sha256\\": \\"([0-9a-f]{64})\\"')
-
-Tensors = Mapping[str, Shaped[Tensor, "..."]]
-Loaded = dict[str, Shaped[Tensor, "..."]]
-
-
-def _encode(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
-    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
-    length = int.from_bytes(data[:8], "little")
-    if length > SMALL:
-        raise UsageError(f"{len(tensors)} tensors need a header of {length} bytes, more than {SMALL}; use fewer")
-    return data
-
-
-def _damaged(path: Path, head: bytes, why: str) -> Corrupt:
-    if PICKLE.match(head):
-        return Corrupt(
-            f"{path} is a pickle, as torch.save writes; a pickle can run a stranger's code, so it is never executed. "
-            "Convert it to safetensors, or see `undiffuse import --help`"
-        )
-    return Corrupt(f"{path} is damaged: {why}; restore it from a copy")
-
-
-def _header_length(path: Path, head: bytes, size: int) -> int:
-    """The length of a safetensors header, from the first nine bytes. Raises Corrupt if there can be none."""
-    length = int.from_bytes(head[:8], "little")
-    if head[8:] != b"{" or length > min(size - 8, SMALL):
-        raise _damaged(path, head, "it does not begin as a safetensors file does")
-    return length
-
-
-def _decode(path: Path, data: bytes) -> Loaded:
-    _header_length(path, data[:9], len(data))
-    try:
-        return safetensors.torch.load(data)
-    # The last three are what torch makes of the types and shapes that safetensors lets through.
-    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
-        raise _damaged(path, data[:9], str(error).partition("\n")[0]) from error
-
-
-def refuse_newer(path: Path, found: Any) -> None:
-    """Raises UsageError for a format version that only a later undiffuse reads, Corrupt for what is none."""
-    if not isinstance(found, int):
-        raise Corrupt(f"{path} is damaged: its format version is {found!r}, no integer; restore it from a copy")
-    if found > FORMAT:
-        raise UsageError(f"{path} has format {found}, and this undiffuse reads up to {FORMAT}; upgrade undiffuse")
-
-
-def write_weights(path: Path, tensors: Tensors, meta: Mapping[str, Any]) -> None:
-    """One safetensors file that carries `meta` and a sha256 of all its bytes, taken with zeros in the digest's place.
-
-    Raises StorageError.
-    """
-    header = json.dumps({"sha256": "0" * 64, "format": FORMAT, "meta": meta})
-    data = bytearray(_encode(tensors, {"undiffuse": header}))
-    place = WEIGHTS.match(data, 8)
-    assert place, "safetensors no longer writes its metadata first"
-    data[place.start(1) : place.end(1)] = hashlib.sha256(data).hexdigest().encode()
-    write_atomic(path, data)
-
-
-def read_weights(path: Path) -> tuple[Loaded, dict[str, Any]]:
-    """The tensors, on the CPU, and the `meta` of such a file.
-
-    Raises Corrupt if a bit differs or the file is not undiffuse's, UsageError for a newer format.
-    """
-    with reading(path) as file:
-        length = _header_length(path, head := file.read(9), os.fstat(file.fileno()).st_size)
-        file.seek(0)
-        data = file.read()
-    place = WEIGHTS.match(data, 8)
-    if not place:
-        raise Corrupt(f"{path} is damaged, or not undiffuse's; for other weights see `undiffuse import --help`")
-    digest = hashlib.sha256(data[: place.start(1)] + b"0" * 64)
-    digest.update(memoryview(data)[place.end(1) :])
-    if digest.hexdigest().encode() != place[1]:
-        raise _damaged(path, head, "its sha256 is not the one that it carries")
-    try:
-        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["undiffuse"])
-        version, meta = header["format"], dict(header["meta"])
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise _damaged(path, head, "its metadata is not what undiffuse writes") from error
-    refuse_newer(path, version)
-    return _decode(path, data), meta
 
 
 def _seal(text: bytes) -> bytes:
@@ -140,24 +49,7 @@ def _whole(path: Path) -> bytes:
 
 def _compare(path: Path, found: dict[str, Any], expected: Any, head: bytes) -> None:
     if found != expected:
-        raise _damaged(path, head, "its size or sha256 is not what the manifest says")
-
-
-def _try_lock(file: int) -> bool:
-    """Whether the lock was free. The system takes it back when the process ends, however it ends."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(file, SMALL, os.SEEK_SET)  # past the end, because others cannot read a byte that is locked
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        raise damaged(path, head, "its size or sha256 is not what the manifest says")
 
 
 class Run:
@@ -200,7 +92,7 @@ class Run:
                 pass
 
     def _take(self, file: BinaryIO, path: Path) -> None:
-        if not _try_lock(file.fileno()):
+        if not try_lock(file.fileno()):
             file.seek(0)
             holder = file.read(200).decode(errors="replace").strip() or "another process"
             raise Locked(f"{self.path} is in use by {holder}; wait for its end, or give another folder")
@@ -235,7 +127,7 @@ class Run:
                 raise OSError("the disk is too full")
             disk.make_folder(temporary)
             files = {f"{name}.safetensors": part for name, part in tensors.items()}
-            entries = {name: self._put(temporary / name, _encode(part)) for name, part in files.items()}
+            entries = {name: self._put(temporary / name, encode(part)) for name, part in files.items()}
             entries[META] = self._put(temporary / META, to_json(meta))
             manifest = to_json({"format": FORMAT, "step": step, "files": entries})
             self._put(temporary / MANIFEST, _seal(manifest.removesuffix(b"\n}\n")))
@@ -267,14 +159,14 @@ class Run:
         path = self.folder(step) / MANIFEST
         data = disk.read_small(path)
         if _seal(data[: -len(_seal(b""))]) != data:
-            raise _damaged(path, data[:9], "its sha256 is not the one that it carries")
+            raise damaged(path, data[:9], "its sha256 is not the one that it carries")
         manifest = from_json(path, data)
         refuse_newer(path, manifest.get("format"))
         files = manifest.get("files")
         if not isinstance(files, dict) or META not in files or not all(map(FILE.fullmatch, files)):
-            raise _damaged(path, data[:9], "it does not list the files of a checkpoint")
+            raise damaged(path, data[:9], "it does not list the files of a checkpoint")
         if manifest.get("step") != step:
-            raise _damaged(path, data[:9], f"it belongs to step {manifest.get('step')}")
+            raise damaged(path, data[:9], f"it belongs to step {manifest.get('step')}")
         return files
 
     def verify(self, step: int) -> None:
@@ -308,7 +200,7 @@ class Run:
             if name == META:
                 meta = from_json(path, data)
             else:
-                tensors[path.stem] = _decode(path, data)
+                tensors[path.stem] = decode(path, data)
         if not isinstance(meta, dict):
             raise Corrupt(f"{self.folder(step) / META} is damaged: it is not a JSON object; restore it from a copy")
         return tensors, meta
@@ -331,15 +223,15 @@ class Run:
             raise Corrupt(f"no checkpoint in {self.path} is good. {newest}, or train into another folder") from newest
         return None
 
-    def retain(self, keep: int) -> None:
-        """Removes checkpoints older than the newest `keep` good ones, of which two are always kept.
+    def retain(self, keep: int, also: int | None = None) -> None:
+        """Removes checkpoints older than the newest `keep` good ones, of which two are always kept, but step `also`.
 
         A folder with a file that is not ours is left alone. Raises StorageError.
         """
         assert self._held, "retain needs the lock"
         good = 0
         with writing(self.path, 0):
-            for step in reversed(self.steps()):
+            for step in (step for step in reversed(self.steps()) if step != also or good < max(keep, 2)):
                 if good < max(keep, 2):
                     good += self._is_good(step)
                 elif all(map(FILE.fullmatch, os.listdir(self.folder(step)))):

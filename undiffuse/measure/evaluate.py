@@ -20,6 +20,8 @@ from undiffuse.errors import Corrupt, UsageError
 from undiffuse.figure import line_plot
 from undiffuse.key import Key
 from undiffuse.machine import dist, store
+from undiffuse.machine.tensorfile import refuse_newer
+from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
 
 FORMAT, QUERY = 1, "query.json"
@@ -41,6 +43,26 @@ class Nll:
             raise UsageError(f"{self.images} images were asked for; give 1 or more, or leave it out for all")
         if self.batch < 1:
             raise UsageError(f"batch = {self.batch} images at a time is not possible; give 1 or more")
+
+
+def evaluate(
+    model: Model | str | Path,
+    data: Source | str | Path,
+    *,
+    split: str = "test",
+    images: int | None = None,
+    draws: int | None = 8,
+    steps: int | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+) -> dict[str, float | int]:
+    """Bits/dim of a model on a data set, with its terms (Eq. 5 of DDPM): what `undiffuse nll --json` prints.
+
+    On the first `images`, all unless given; with `draws` stratified times an image, or None for the whole chain.
+    """
+    loaded = model if isinstance(model, Model) else load(model)
+    source = data if isinstance(data, Source) else loaded.source(data, split)
+    return nll(loaded, source, Nll(images, draws, steps, seed), out).summary()
 
 
 def nll(
@@ -126,7 +148,7 @@ def _claim(out: Path, model: Model, source: Source, query: Nll) -> dict[str, Any
         before = store.read_json(path)
         if not isinstance(before, dict):
             raise Corrupt(f"{path} is damaged: it is not a JSON object; give another --out")
-        store.refuse_newer(path, before.get("format"))
+        refuse_newer(path, before.get("format"))
         changed = [key for key in claim if before.get(key) != claim[key]]
         if changed:
             raise UsageError(
@@ -146,7 +168,7 @@ def _read(path: Path, rows: int) -> Terms | None:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             version = arrays["format"].item()
-            store.refuse_newer(path, version)
+            refuse_newer(path, version)
             terms = Terms(**{name: arrays[name] for name in COLUMNS})
     # What numpy, zip and the shapes that Terms declares make of bytes that are not ours.
     except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile) as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from undiffuse.errors import Corrupt, UsageError
-from undiffuse.machine import store
+from undiffuse.machine.tensorfile import read_weights, write_weights
 
 FOLDER = "ema"
 SNAPSHOT = re.compile(r"step-(\d{9,})-(\d+(?:\.\d+)?(?:e-\d+)?)\.safetensors")
@@ -96,7 +96,7 @@ class Profiles:
         for sigma_rel, shadow in self.shadows.items():
             path = run / FOLDER / f"step-{step:09d}-{sigma_rel}.safetensors"
             half = {name: tensor.half() for name, tensor in zip(names, shadow, strict=True)}
-            store.write_weights(path, half, {**meta, "step": step, "average": {"sigma_rel": sigma_rel, "step": step}})
+            write_weights(path, half, {**meta, "step": step, "average": {"sigma_rel": sigma_rel, "step": step}})
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Snapshot:
 
     def read(self) -> tuple[dict[str, Shaped[Tensor, "..."]], dict[str, Any]]:
         """Its weights and metadata. Raises Corrupt for a damaged file, or one that was renamed."""
-        tensors, meta = store.read_weights(self.path)
+        tensors, meta = read_weights(self.path)
         if meta.get("average") != {"sigma_rel": self.sigma_rel, "step": self.step}:
             raise Corrupt(f"{self.path} holds {meta.get('average')}, not what its name says; restore its name")
         return tensors, meta

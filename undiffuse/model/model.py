@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from undiffuse.config import parse, plain
+from undiffuse.config import parse
 from undiffuse.data import picture
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.source import ArraySource, open_raw, unify
@@ -18,11 +17,9 @@ from undiffuse.diffusion.denoiser import VARIANCES, Denoiser, Prediction, Varian
 from undiffuse.diffusion.process import F64, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
-from undiffuse.errors import Corrupt, DataError, UsageError, unknown
-from undiffuse.interop import diffusers
+from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key, Keys
-from undiffuse.machine import dist, store
-from undiffuse.model import average
+from undiffuse.machine import dist
 from undiffuse.model.recipe import DataConfig, ModelConfig
 
 
@@ -212,81 +209,3 @@ class Model:
 def _share(n: int, batch: int) -> int:
     """A batch small enough that each process of the run has one."""
     return max(1, min(batch, -(-n // dist.size())))
-
-
-def from_weights(
-    config: ModelConfig, tensors: dict[str, Tensor], meta: dict[str, Any], device: str | torch.device = "cpu"
-) -> Model:
-    """A model from named tensors; every name and shape must fit."""
-    with torch.device("meta"):
-        denoiser = config.build(clip=True)
-    expected = {name: tuple(p.shape) for name, p in denoiser.network.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UsageError(
-                f"these weights are of another architecture: {name} is {found.get(name, 'missing')} in the file "
-                f"and {expected.get(name, 'absent')} in the network that its config describes"
-            )
-    weights = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in tensors.items()}
-    denoiser.network.load_state_dict(weights, assign=True)
-    return Model(config, denoiser.eval().requires_grad_(False), meta, torch.device(device))
-
-
-def shipped() -> dict[str, Path]:
-    """The models inside the package, by name."""
-    folder = Path(str(resources.files("undiffuse") / "assets"))
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
-
-
-def load(source: str | Path, device: str | torch.device = "cpu", trusted: bool = False) -> Model:
-    """A model from a run folder, one checkpoint in it, an exported folder or file, or a shipped model's name.
-
-    Raises UsageError for what is not there or does not fit, Corrupt for a damaged file or a pickle.
-    """
-    path = Path(source)
-    if not path.exists():
-        if str(source) not in shipped():
-            raise unknown("model", str(source), shipped())
-        path = shipped()[str(source)]
-    if diffusers.is_folder(path):
-        tensors, meta = diffusers.read_folder(path)
-    elif path.is_file():
-        tensors, meta = store.read_weights(path)
-    else:
-        tensors, meta = _from_run(path)
-    return parse_model(tensors, meta, str(path), device, trusted)
-
-
-def _from_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The averaged weights of the newest good checkpoint of a run, or of the checkpoint that is named."""
-    run, step = store.locate(path)
-    parts, meta = run.load(step, only=("ema",))
-    if "ema" not in parts:
-        raise Corrupt(f"{run.folder(step)} has no ema.safetensors, so it is not a model")
-    return parts["ema"], meta
-
-
-def averaged(run: Path, sigma_rel: float, step: int | None = None) -> Model:
-    """A run's model with an average of another relative width, from its EMA snapshots; see `average.reconstruct`."""
-    tensors, meta = average.reconstruct(average.snapshots(run), sigma_rel, step)
-    return parse_model(tensors, meta, str(run))
-
-
-def parse_model(
-    tensors: dict[str, Tensor],
-    meta: dict[str, Any],
-    where: str,
-    device: str | torch.device = "cpu",
-    trusted: bool = False,
-) -> Model:
-    """A model from weights and from the metadata beside them; names in it resolve to built-ins unless `trusted`."""
-    if "model" not in meta:
-        raise Corrupt(f"{where} holds no undiffuse model: its metadata has no model section")
-    return from_weights(parse(ModelConfig, meta["model"], where, trusted), tensors, meta, device)
-
-
-def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """One safetensors file that `load` reads: weights, config and history."""
-    tensors = {name: tensor.to("cpu", dtype) for name, tensor in model.denoiser.network.state_dict().items()}
-    store.write_weights(path, tensors, {**model.meta, "model": plain(model.config)})

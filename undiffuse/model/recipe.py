@@ -7,7 +7,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from undiffuse.config import Count, Decay, Fraction, Number, Positive, Width, override, parse, read_toml
+from undiffuse.config import (
+    Count,
+    Decay,
+    Fraction,
+    Half,
+    Kept,
+    NonNegative,
+    Number,
+    Positive,
+    Width,
+    override,
+    parse,
+    read_toml,
+)
 from undiffuse.diffusion.denoiser import (
     PARAMETERISATIONS,
     VARIANCES,
@@ -55,13 +68,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How pictures become images, of one side or (height, width); `labels` trains with their classes."""
+    """How pictures become images, of one side or (height, width); `labels` trains with their classes.
+
+    `hold_out` is the share of the training images that is kept for the held-out loss, where the data has no test split.
+    """
 
     size: Count | tuple[Count, Count] | None = None
     channels: Literal[1, 3] | None = None
     flip: bool = False
     labels: bool = False
     background: str = "white"
+    hold_out: Half = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,10 @@ class TrainConfig:
     `deterministic` takes only algorithms that give the same bits each time, which CUDA does not by itself.
     `recompute` keeps no activations inside the blocks: less memory, a third more time. `precision` "auto" is bf16
     where the processor has it natively.
+
+    `sample_every` 0 draws no previews. `keep` is how many checkpoints stay. With `patience` a run ends when the
+    held-out loss has not fallen for that share of the steps up to its lowest: 0.5 stops at step 1,500 if the lowest was
+    at 1,000, and the average of that step is kept as `best.safetensors`; 0 never ends it.
     """
 
     steps: Count = 800_000
@@ -99,14 +120,16 @@ class TrainConfig:
     deterministic: bool = False
 
     save_every: Count = 5000
-    sample_every: Count = 5000
+    sample_every: Number = 5000
     log_every: Count = 50
     held_out_every: Count = 2000
     held_out: Number = 1024
+    keep: Kept = 2
+    patience: NonNegative = 0.0
 
 
 # What may differ when a run is resumed: when to stop, and how often to look. All else decides the numbers.
-FREE = frozenset({"steps", "save_every", "sample_every", "log_every", "held_out_every", "held_out"})
+FREE = frozenset({"steps", "save_every", "sample_every", "log_every", "held_out_every", "held_out", "keep", "patience"})
 
 
 def learning_rate(config: TrainConfig, step: int, last: int) -> float:

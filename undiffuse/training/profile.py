@@ -1,6 +1,5 @@
 """Where the time of a training step goes, and how much memory it takes: `undiffuse train --profile`."""
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from undiffuse.machine import dist, store
+from undiffuse.machine import device, dist, store
 from undiffuse.training.trainer import Trainer
 
 WARM_UP, STEPS, LONGEST = 5, 20, 10
@@ -92,7 +91,7 @@ def measure(trainer: Trainer, run: store.Run, last: int, flop: int) -> Profile:
         (time.perf_counter() - started) / every,
         batch / step,
         3 * flop * batch / step / dist.size(),
-        peak_bytes(trainer.device),
+        device.peak_bytes(trainer.device),
         dict(sorted(own.items(), key=lambda item: -item[1])[:LONGEST]),
     )
 
@@ -109,15 +108,3 @@ def _seconds(event: Any) -> float:
 
 def _own_seconds(event: Any) -> float:
     return max(event.self_cpu_time_total, event.self_device_time_total) / 1e6
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: the device's, else that of the whole process, or 0 where it is not told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

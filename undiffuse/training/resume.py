@@ -1,14 +1,23 @@
 """What a run that goes on must have in common with what it was, and what is said where it has not."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from undiffuse.config import plain
 from undiffuse.data.source import Source
 from undiffuse.errors import Corrupt, UsageError
-from undiffuse.machine import store
-from undiffuse.model.recipe import FORMAT, FREE, TrainConfig
+from undiffuse.machine import disk, store
+from undiffuse.model.recipe import FORMAT, FREE, DataConfig, TrainConfig
 from undiffuse.training.trainer import Trainer
+
+
+def saved_recipe(run: store.Run) -> dict[str, Any] | None:
+    """The recipe of the newest checkpoint whose metadata can be read, None without one; it is checked later."""
+    for step in reversed(run.steps()):
+        with suppress(Corrupt):
+            return run.load(step, only=())[1].get("recipe", {})
+    return None
 
 
 def differences(meta: dict[str, Any], trainer: Trainer, last: int) -> list[str]:
@@ -22,7 +31,7 @@ def differences(meta: dict[str, Any], trainer: Trainer, last: int) -> list[str]:
 def claim_data(path: Path, data: Source, accept: bool = False) -> None:
     """A run belongs to one data set: writes what it is, or refuses another unless it is accepted."""
     now = {"format": FORMAT, "images": len(data), "fingerprint": data.fingerprint(), "skipped": list(data.skipped)}
-    before = store.read_json(path) if path.exists() else now
+    before = disk.read_json(path) if path.exists() else now
     if not isinstance(before, dict) or not {"images", "fingerprint"} <= before.keys():
         raise Corrupt(f"{path} is damaged: it does not say which data the run has; restore it from a copy")
     if before["fingerprint"] != now["fingerprint"] and not accept:
@@ -41,7 +50,7 @@ def claim_data(path: Path, data: Source, accept: bool = False) -> None:
             f"other images are left out than when this run began ({', '.join(changed[:20])}); "
             "give the same data, or another --out"
         )
-    store.write_json(path, now)
+    disk.write_json(path, now)
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -55,7 +64,8 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
         return {path: value}
 
     # A setting that is younger than the run had its default.
-    before, after = flat({"train": plain(TrainConfig())}) | flat(saved["recipe"]), flat(now["recipe"])
+    defaults = flat({"train": plain(TrainConfig()), "data": plain(DataConfig())})
+    before, after = defaults | flat(saved["recipe"]), flat(now["recipe"])
     free = {f"train.{name}" for name in FREE}
     changed = [
         f"{name}: {before.get(name)} -> {after.get(name)}"

@@ -6,10 +6,8 @@ processes there are.
 """
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,25 +17,27 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from undiffuse.config import plain
 from undiffuse.data.loader import Batch, Loader, Prefetched
 from undiffuse.data.source import Source
 from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.objective import by_quartile, quartile_sums
-from undiffuse.errors import MemoryExhausted, NotFiniteError, UsageError, is_out_of_memory
+from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.key import Key
+from undiffuse.machine import device as machine
 from undiffuse.machine import dist
 from undiffuse.model.average import Ema, Profiles
-from undiffuse.model.model import Model, from_weights, to_float
-from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, TrainConfig, learning_rate
+from undiffuse.model.load import from_weights
+from undiffuse.model.model import Model, to_float
+from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
+from undiffuse.training.plan import shares
 
 
 class Trainer:
     """Weights, their average, the optimiser's moments and the number of steps done."""
 
-    def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str = "cpu"):
+    def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str | torch.device = "cpu"):
         self.recipe, self.config, self.device = recipe, config, torch.device(device)
         if recipe.data.labels and data[0].label is None:
             raise UsageError("data.labels is on, but this data has no labels; use folders of classes, or turn it off")
@@ -61,7 +61,7 @@ class Trainer:
     def _prepared(self, network: nn.Module) -> nn.Module:
         """The network as it is run: layout, recomputation, compilation, and the sum over processes."""
         train = self.recipe.train
-        keep_memory()
+        machine.keep_memory()
         if train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -112,9 +112,9 @@ class Trainer:
         for first in range(0, self.share, self.micro):
             row = int(batch.rows[first])
             torch.manual_seed(self.key.fold("dropout", self.step, row).integer())
-            with nullcontext() if first + self.micro >= self.share else self._unsynchronised():
+            with nullcontext() if first + self.micro >= self.share else self.unsynchronised():
                 with record_function("undiffuse forward"):
-                    loss, t = self._loss(batch, slice(first, first + self.micro))
+                    loss, t = self.loss(batch, slice(first, first + self.micro))
                 # DistributedDataParallel takes the mean over processes, an exact sum does not.
                 with record_function("undiffuse backward"):
                     (loss.sum() / (self.recipe.train.batch if exact else self.share)).backward()
@@ -131,12 +131,13 @@ class Trainer:
         return torch.cat(losses), dist.total(torch.stack(sums).sum(0))
 
     @contextmanager
-    def _unsynchronised(self) -> Iterator[None]:
+    def unsynchronised(self) -> Iterator[None]:
+        """Inside, a backward pass sums nothing over the processes."""
         network = self.denoiser.network
         with network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext():
             yield
 
-    def _loss(self, batch: Batch, part: slice) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+    def loss(self, batch: Batch, part: slice) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """The loss of each example of a micro-batch, and the t it was taken at."""
         rows = batch.rows[part]
         keys = self.key.fold("noise", self.step).rows(rows, self.device)
@@ -163,9 +164,7 @@ class Trainer:
         named = (bad[bad > 0] - 1).tolist() or batch.index.tolist()
         return NotFiniteError(
             f"step {self.step}: the loss is {loss} and the gradient norm {norm}, so the weights were not updated; "
-            f"examples {named[:8]}{' …' if len(named) > 8 else ''}. The state before this step is saved. To go on, "
-            "start a run from it with --init and a lower --set train.lr, or with --set train.precision=float32; the "
-            "same command replays the step"
+            f"examples {named[:8]}{' …' if len(named) > 8 else ''}"
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -246,68 +245,6 @@ class Trainer:
             "processes": "any" if exact else dist.size(),
         }
 
-    def fit_micro_batch(self, say: Callable[[str], None]) -> None:
-        """`micro_batch = "auto"`: the largest half of a half … of the share that fits. Never called after step 0."""
-        if self.recipe.train.micro_batch != "auto":
-            return
-        while not self._fits(self.micro):
-            if self.micro == 1:
-                raise MemoryExhausted("not even a micro-batch of one image fits into memory; set train.recompute=true")
-            self.micro = -(-self.micro // 2)
-        self.recipe = replace(self.recipe, train=replace(self.recipe.train, micro_batch=self.micro))
-        say(f"micro-batches of {self.micro} images fit into memory")
-
-    def _fits(self, size: int) -> bool:
-        """Whether all processes can run a micro-batch of that size beside the moments that Adam is going to need."""
-        failed = 0
-        try:
-            moments = [torch.empty_like(weight) for weight in self.weights for _ in range(2)]
-            with self._unsynchronised():
-                loss, _ = self._loss(self.batches.at(0), slice(0, size))
-                loss.sum().backward()
-            del moments, loss
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = 1
-        self.adam.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return int(dist.total(torch.tensor(failed))) == 0
-
-    def plan(self, last: int) -> str:
-        """The size of a step and the cost of the whole run, in words."""
-        batch, processes, micros = self.recipe.train.batch, dist.size(), -(-self.share // self.micro)
-        flops = forward_flops(self.config)
-        return (
-            f"batch {batch} = {processes} process{'es' if processes > 1 else ''} × {micros} micro-batch"
-            f"{'es' if micros > 1 else ''} of {self.micro}, {self.recipe.train.precision}; {last:,} steps see "
-            f"{last * batch:,} images. An image forward is {flops / 1e9:.3g} GFLOP; the whole "
-            f"run {3 * flops * last * batch:.2g} FLOP"
-        )
-
-    @torch.no_grad()
-    def held_out_loss(self, images: Tensor, check: Callable[[], None] | None = None) -> float:
-        """The objective on fixed images with fixed noise, by the averaged weights, in float32."""
-        denoiser = self.model().denoiser
-        denoiser.clip = False
-        total = 0.0
-        for first in range(0, len(images), self.micro):
-            if check is not None:
-                check()
-            x_0 = to_float(images[first : first + self.micro].to(self.device))
-            keys = Key(0).fold("held out").rows(torch.arange(first, first + len(x_0)), self.device)
-            total += float(self.recipe.objective(denoiser, x_0, None, keys).per_example.double().sum())
-        return total / len(images)
-
-
-def forward_flops(config: ModelConfig) -> int:
-    """Floating-point operations of the network on one image, counted without computing any."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network = config.build(clip=False).network
-        network(torch.empty(1, *config.image), torch.empty(1))
-    return counter.get_total_flops()
-
 
 def like(weight: Tensor, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """The values in the layout of a weight, which a fused optimiser takes for that of its gradient and moments too."""
@@ -317,37 +254,3 @@ def like(weight: Tensor, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]
 def grad_of(weight: nn.Parameter) -> Tensor:
     """The gradient, or zeros for a weight that took no part."""
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
-
-
-def shares(train: TrainConfig) -> tuple[int, int]:
-    """The rows of a process and of a micro-batch. Raises UsageError where the batch cannot be divided so."""
-    processes, shards = dist.size(), train.exact_shards
-    if train.batch % processes or (shards and (shards % processes or train.batch % shards)):
-        fit = [n for n in range(1, train.batch + 1) if train.batch % n == 0 and (not shards or shards % n == 0)]
-        what = f"{train.batch} images in {shards} exact shards" if shards else f"{train.batch} images"
-        raise UsageError(
-            f"a batch of {what} cannot be divided over {processes} processes; "
-            f"{', '.join(map(str, fit))} of them would do, or set another train.batch"
-        )
-    if shards:
-        if train.micro_batch not in (None, train.batch // shards):
-            raise UsageError(
-                f"exact_shards = {shards} makes micro-batches of {train.batch // shards}; leave train.micro_batch out"
-            )
-        return train.batch // processes, train.batch // shards
-    share = train.batch // processes
-    micro = share if train.micro_batch in (None, "auto") else train.micro_batch
-    return share, min(micro, share)
-
-
-def keep_memory() -> None:
-    """Lets glibc keep the memory of freed tensors, instead of asking the system for it at every layer again."""
-    if sys.platform == "linux":
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            trim_threshold, mmap_threshold = -1, -3
-            # Before 2.35 glibc refuses more than 32 MiB, and the other line alone would map and unmap every tensor.
-            _ = libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)
-            libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -25,7 +25,8 @@ from undiffuse.figure import grid, line_plot, png
 from undiffuse.key import Key
 from undiffuse.machine import log, store
 from undiffuse.measure import evaluate
-from undiffuse.model.model import Model, load, to_float
+from undiffuse.model.load import load
+from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import load_recipe
 from undiffuse.training.loop import Budget, train
 from undiffuse.view import explore

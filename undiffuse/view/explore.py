@@ -17,7 +17,7 @@ from torch import Tensor
 from undiffuse.data.source import Source
 from undiffuse.diffusion.process import F64, Process, per_image
 from undiffuse.errors import DataError, StorageError, UsageError
-from undiffuse.figure import grid, picture, png
+from undiffuse.figure import enlarged, grid, picture, png
 from undiffuse.key import Key, Keys
 from undiffuse.machine import disk, store
 from undiffuse.model.model import Model, to_float, to_uint8
@@ -254,11 +254,6 @@ def refuse_drawn(folder: Path) -> None:
     drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob("grid.png")]
     if drawn:
         raise UsageError(f"{folder} holds samples already ({min(drawn)}); give a new folder, or remove it")
-
-
-def enlarged(width: int) -> int:
-    """How often a pixel is repeated so that a picture is at least 56 pixels wide on a screen."""
-    return max(1, -(-56 // width))
 
 
 def _on_grid(process: Process, t: Number, low: float) -> float:

@@ -99,8 +99,8 @@ class Folder(Format):
         if path.is_file():
             whole(split, spec)
             return Pictures((path.name,), lambda name: path.read_bytes(), None, None, picture.colour(background))
-        pictures = _pictures(spec, _walk(path), lambda name: (path / name).read_bytes(), split, background)
-        return replace(pictures, root=path)
+        found = pictures(spec, walk(path), lambda name: (path / name).read_bytes(), split, background)
+        return replace(found, root=path)
 
 
 class Zip(Format):
@@ -131,10 +131,10 @@ class Zip(Format):
                 raise DataError("its compression asks for more memory than there is") from error
 
         names = [name for name in archive.namelist() if not name.endswith("/")]
-        return _pictures(spec, names, load, split, background)
+        return pictures(spec, names, load, split, background)
 
 
-def _walk(root: Path) -> list[str]:
+def walk(root: Path) -> list[str]:
     """Every file below, links followed; each real folder once, so a loop of links ends."""
     seen: set[str] = set()
     names = []
@@ -145,7 +145,7 @@ def _walk(root: Path) -> list[str]:
     return names
 
 
-def _pictures(spec: str, names: list[str], load: Callable[[str], bytes], split: Split, background: str) -> Pictures:
+def pictures(spec: str, names: list[str], load: Callable[[str], bytes], split: Split, background: str) -> Pictures:
     known = picture.suffixes()
     visible = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
     found = sorted(name for name in visible if PurePosixPath(name).suffix.lower() in known)

@@ -1,0 +1,72 @@
+"""`undiffuse nll`: how well a model knows a data set."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from undiffuse.cli.options import (
+    BatchOpt,
+    ClipOpt,
+    DataArg,
+    DeviceOpt,
+    ModelArg,
+    SeedOpt,
+    SkipBadOpt,
+    SplitOpt,
+    VarianceOpt,
+    WeightsOpt,
+    open_like,
+    open_model,
+    ticking,
+)
+from undiffuse.cli.tools import JsonOpt, show
+from undiffuse.errors import UsageError
+
+
+def nll(
+    model: ModelArg,
+    data: DataArg,
+    split: SplitOpt = "test",
+    n: Annotated[int | None, typer.Option("-n", help="How many images, from the first; all unless given")] = None,
+    draws: Annotated[int | None, typer.Option("--draws", help="Stratified t: this many terms an image")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="The bound of a coarser chain")] = None,
+    rate_distortion: Annotated[bool, typer.Option("--rate-distortion", help="Print the table of the curve")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for all terms; makes it resumable")] = None,
+    clip: ClipOpt = True,
+    variance: VarianceOpt = None,
+    weights: WeightsOpt = None,
+    skip_bad: SkipBadOpt = False,
+    batch: BatchOpt = 50,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+) -> None:
+    """Bits/dim with its terms: the whole chain on n images, or stratified t on whole data sets.
+
+    Examples: `undiffuse nll fashion-mnist fashion-mnist -n 100 --rate-distortion --out nll`,
+    `undiffuse nll fashion-mnist fashion-mnist --draws 8`
+    """
+    from undiffuse.machine import dist
+    from undiffuse.measure import evaluate
+
+    if rate_distortion and draws is not None:
+        raise UsageError(f"--rate-distortion needs every term of the chain; leave out --draws {draws}")
+    loaded = open_model(model, device, clip, variance, weights)
+    source = open_like(loaded, data, split, skip_bad)
+    query = evaluate.Nll(n, draws, steps, seed, batch)
+    with dist.joined(dist.LONG), ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
+        terms = evaluate.nll(loaded, source, query, out, tick)
+    if not dist.is_first():
+        return
+    table = evaluate.table(terms) if rate_distortion else []
+    if table and not as_json:
+        typer.echo("  reverse step   rate (bits/dim)   RMSE [0, 255]")
+        for row in table:
+            typer.echo(f"  {row['step']:>12}   {row['rate']:>15.5f}   {row['rmse']:>13.5f}")
+    show(terms.summary() | ({"rate_distortion": table} if table else {}) | ({"out": out} if out else {}), as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this command to the application."""
+    app.command()(nll)

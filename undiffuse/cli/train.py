@@ -1,0 +1,125 @@
+"""`undiffuse train`: a model from pictures."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.options import DataArg, DeviceOpt, OutOpt, SizeOpt, parse_sides
+from undiffuse.cli.tools import JsonOpt, sampling, show
+
+if TYPE_CHECKING:
+    from undiffuse.model.model import Model
+
+SetOpt = Annotated[list[str] | None, typer.Option("--set", help="Any setting of the recipe, a.b=c; may be repeated")]
+PresetOpt = Annotated[
+    str, typer.Option("--preset", "-p", help="A preset's name, a TOML file like one, or auto: chosen from the pictures")
+]
+
+
+def train(
+    data: DataArg,
+    out: OutOpt,
+    preset: PresetOpt = "auto",
+    steps: Annotated[int | None, typer.Option("--steps", help="Stop at this step")] = None,
+    images: Annotated[int | None, typer.Option("--images", help="Stop when this many images have been seen")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after this long")] = None,
+    init: Annotated[str | None, typer.Option("--init", help="Fine-tune: begin with this model's weights")] = None,
+    settings: SetOpt = None,
+    size: SizeOpt = None,
+    logs: Annotated[list[str] | None, typer.Option("--log", help="Also tensorboard or wandb; may be repeated")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
+    accept_data: Annotated[bool, typer.Option("--accept-data", help="Go on though the data has changed")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="25 steps, and where their time and memory go")] = False,
+    use_cache: Annotated[
+        bool | None,
+        typer.Option("--pack/--no-pack", help="Decode once into $UNDIFFUSE_CACHE; unless given, if large"),
+    ] = None,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+) -> None:
+    """Train a model; the same command again goes on where it stopped.
+
+    Examples: `undiffuse train photos/ --out runs/photos`,
+    `undiffuse train photos/ --out runs/photos --size 64 --minutes 60`,
+    `undiffuse train 'photos/*.jpg' more/ --out runs/all`,
+    `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`
+    """
+    from undiffuse.machine import dist
+    from undiffuse.training.start import train
+
+    given = [*(settings or []), *([f"data.size={size_value(size)}"] if size is not None else [])]
+    model = train(
+        data,
+        out,
+        preset,
+        steps=steps,
+        images=images,
+        minutes=minutes,
+        settings=given,
+        init=init,
+        device=device,
+        skip_bad=skip_bad,
+        accept_data=accept_data,
+        use_cache=use_cache,
+        logs=logs or (),
+        profile=profile,
+        say=(lambda text: None) if as_json else (lambda text: typer.echo(text, err=True)),
+        show_progress=not as_json,
+    )
+    if dist.is_first():
+        show(ended(model, out, profile), as_json)
+
+
+def ended(model: "Model", out: Path, profile: bool) -> dict[str, Any]:
+    """Where everything is, and what to run next."""
+    others = {"averages": out / "ema", "tensorboard": out / "tensorboard", "previews": out / "samples"}
+    more = {"profile": out / "profile.json"} if profile else {}
+    return {
+        "run": out,
+        "step": model.meta["step"],
+        "images_seen": model.meta["images"],
+        "parameters": model.parameters(),
+        "log": out / "log.jsonl",
+        **more,
+        **{name: folder for name, folder in others.items() if folder.is_dir()},
+        "more": again({"--steps": str(2 * model.meta["step"])}),
+        "next": sampling(out),
+    }
+
+
+def again(options: dict[str, str], without: tuple[str, ...] = ()) -> str:
+    """This command line with other values of some options, quoted so that it can be pasted."""
+    words = [word for word in sys.argv[1:] if word != "--profile"]
+    dropped, kept = {*options, *without}, list[str]()
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        name = {"-o": "--out"}.get(name, name)
+        if name == "--set" and f"--set {(value or words[0]).partition('=')[0]}" in dropped:
+            words = words if equals else words[1:]
+        elif name in dropped:
+            words = words if equals else words[1:]
+        else:
+            kept.append(word)
+    added = [part for name, value in options.items() for part in _option(name, value)]
+    return shlex.join(["undiffuse", *kept, *added])
+
+
+def _option(name: str, value: str) -> list[str]:
+    """`--steps 9`; `--set train.lr` and a value are one setting."""
+    first, _, setting = name.partition(" ")
+    return [first, f"{setting}={value}" if setting else value]
+
+
+def size_value(text: str) -> str:
+    """The value of `data.size` that --size means, as TOML."""
+    sides = parse_sides("--size", text)
+    return str(sides[0] if len(sides) == 1 else list(sides))
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this command to the application."""
+    app.command()(train)

@@ -1,0 +1,101 @@
+"""Several data sets as one: a specification of several lines, or a pattern such as `photos/*.jpg`."""
+
+import glob
+import hashlib
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+from undiffuse.data import picture
+from undiffuse.data.format.folder import pictures
+from undiffuse.data.source import Format, Item, Source, Split, open_raw
+from undiffuse.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Joined(Source):
+    """The images of one source after those of the other. Classes are joined by name, and dropped if a part has none."""
+
+    parts: tuple[Source, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        named = [part.classes for part in self.parts]
+        if any(names is None for names in named):
+            return None
+        return tuple(dict.fromkeys(name for names in named for name in names or ()))
+
+    @property
+    def skipped(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tuple(name for part in self.parts for name in part.skipped)
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        for part, end in zip(self.parts, accumulate(map(len, self.parts)), strict=True):
+            if index < end:
+                return part, index - end + len(part)
+        raise IndexError(index)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Item:
+        part, inside = self._place(index)
+        item, classes = part[inside], self.classes
+        if classes is None or part.classes is None or item.label is None:
+            return replace(item, label=None)
+        return replace(item, label=classes.index(part.classes[item.label]))
+
+    def name(self, index: int) -> str:
+        part, inside = self._place(index)
+        return part.name(inside)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
+
+    def stamp(self) -> list[tuple[int, int, int]] | None:
+        stamps = [part.stamp() for part in self.parts]
+        return None if None in stamps else [entry for stamp in stamps for entry in stamp or ()]
+
+
+def join(specs: list[str]) -> str:
+    """One specification of several. Raises DataError for one that has a line break in it."""
+    for spec in specs:
+        if "\n" in spec:
+            raise DataError(f"data {spec!r} has a line break in its name, which undiffuse cannot tell from two names")
+    return "\n".join(specs)
+
+
+class Several(Format):
+    """Files that are pictures count as one folder of them, so the folders that they lie in are their classes."""
+
+    @staticmethod
+    def match(spec: str) -> int:
+        return 3 if "\n" in spec or (glob.has_magic(spec) and not Path(spec).exists()) else 0
+
+    @staticmethod
+    def read(spec: str, split: Split, background: str) -> Source:
+        named = list(dict.fromkeys(path for line in spec.split("\n") for path in _matches(line)))
+        files = [path for path in named if Path(path).suffix.lower() in picture.suffixes() and Path(path).is_file()]
+        parts, why = list[Source](), DataError("")
+        if files:
+            found = pictures(f"{len(files)} files", files, lambda name: Path(name).read_bytes(), split, background)
+            parts.append(replace(found, root=Path()))
+        for path in (path for path in named if path not in set(files)):
+            try:
+                parts.append(open_raw(path, split, background))
+            except DataError as error:
+                if split == "train":
+                    raise
+                why = error  # one part with a test split is enough
+        if not parts:
+            raise why
+        return parts[0] if len(parts) == 1 else Joined(tuple(parts))
+
+
+def _matches(line: str) -> list[str]:
+    if not glob.has_magic(line) or Path(line).exists():
+        return [line]
+    found = sorted(glob.glob(line, recursive=True))
+    if not found:
+        raise DataError(f"nothing matches {line}; quote a pattern, or give the folder itself")
+    return found

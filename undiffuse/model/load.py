@@ -1,0 +1,121 @@
+"""Models from and to files: run folders, checkpoints, exported folders, single files, and those in the package."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undiffuse.config import parse, plain
+from undiffuse.errors import Corrupt, UsageError, unknown
+from undiffuse.interop import diffusers
+from undiffuse.machine import store
+from undiffuse.machine.device import choose
+from undiffuse.machine.tensorfile import read_weights, write_weights
+from undiffuse.model import average
+from undiffuse.model.model import Model
+from undiffuse.model.recipe import ModelConfig
+
+BEST = "best.safetensors"  # in a run folder: the average at the lowest held-out loss, of runs with train.patience
+PARTS = {"average": "ema", "raw": "model", "best": "ema"}  # what `weights` may be, and the file that has it
+
+
+def from_weights(
+    config: ModelConfig, tensors: dict[str, Tensor], meta: dict[str, Any], device: str | torch.device = "cpu"
+) -> Model:
+    """A model from named tensors; every name and shape must fit."""
+    with torch.device("meta"):
+        denoiser = config.build(clip=True)
+    expected = {name: tuple(p.shape) for name, p in denoiser.network.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UsageError(
+                f"these weights are of another architecture: {name} is {found.get(name, 'missing')} in the file "
+                f"and {expected.get(name, 'absent')} in the network that its config describes"
+            )
+    weights = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in tensors.items()}
+    denoiser.network.load_state_dict(weights, assign=True)
+    return Model(config, denoiser.eval().requires_grad_(False), meta, torch.device(device))
+
+
+def shipped() -> dict[str, Path]:
+    """The models inside the package, by name."""
+    folder = Path(str(resources.files("undiffuse") / "assets"))
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def load(
+    source: str | Path, device: str | torch.device = "auto", trusted: bool = False, weights: str | None = None
+) -> Model:
+    """A model from a run folder, one checkpoint in it, an exported folder or file, or a shipped model's name.
+
+    `weights` are those of a run: `average` (EMA) or `raw` of a checkpoint, or `best`, the average at the lowest
+    held-out loss. Unless given, `best` of a run that is ended by its held-out loss, else `average`. `device` "auto" is
+    CUDA, MPS or the CPU, whichever is there. Raises UsageError for what is not there or does not fit, Corrupt for a
+    damaged file or a pickle.
+    """
+    if weights not in (None, *PARTS):
+        raise unknown("weights", str(weights), PARTS)
+    path, device = Path(source), choose(str(device))
+    if not path.exists():
+        if str(source) not in shipped():
+            raise unknown("model", str(source), shipped())
+        path = shipped()[str(source)]
+    if path.is_dir() and not diffusers.is_folder(path):
+        tensors, meta = _from_run(path, weights)
+    elif weights in ("raw", "best"):
+        raise UsageError(f"{path} holds one set of weights; --weights {weights} needs a training run or its checkpoint")
+    else:
+        tensors, meta = diffusers.read_folder(path) if path.is_dir() else read_weights(path)
+    return parse_model(tensors, meta, str(path), device, trusted)
+
+
+def _from_run(path: Path, weights: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of the newest good checkpoint of a run, or of the checkpoint that is named."""
+    run, step = store.locate(path)
+    part = PARTS.get(weights or "", "ema")
+    parts, meta = run.load(step, only=(part,))
+    named = run.folder(step).name == path.resolve().name
+    if weights == "best" or (weights is None and not named and _ends_by_itself(meta) and (run.path / BEST).exists()):
+        if named or not (run.path / BEST).exists():
+            raise UsageError(f"{path} has no {BEST}; it is kept in the folder of a run with train.patience")
+        return read_weights(run.path / BEST)
+    if part not in parts:
+        what = "model" if part == "ema" else "training run"
+        raise (Corrupt if part == "ema" else UsageError)(
+            f"{run.folder(step)} has no {part}.safetensors, so it is not a {what}"
+        )
+    return parts[part], meta
+
+
+def _ends_by_itself(meta: dict[str, Any]) -> bool:
+    recipe = meta.get("recipe")
+    train = recipe.get("train") if isinstance(recipe, dict) else None
+    return isinstance(train, dict) and bool(train.get("patience"))
+
+
+def averaged(run: Path, sigma_rel: float, step: int | None = None) -> Model:
+    """A run's model with an average of another relative width, from its EMA snapshots; see `average.reconstruct`."""
+    tensors, meta = average.reconstruct(average.snapshots(run), sigma_rel, step)
+    return parse_model(tensors, meta, str(run))
+
+
+def parse_model(
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    where: str,
+    device: str | torch.device = "cpu",
+    trusted: bool = False,
+) -> Model:
+    """A model from weights and from the metadata beside them; names in it resolve to built-ins unless `trusted`."""
+    if "model" not in meta:
+        raise Corrupt(f"{where} holds no undiffuse model: its metadata has no model section")
+    return from_weights(parse(ModelConfig, meta["model"], where, trusted), tensors, meta, device)
+
+
+def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """One safetensors file that `load` reads: weights, config and history."""
+    tensors = {name: tensor.to("cpu", dtype) for name, tensor in model.denoiser.network.state_dict().items()}
+    write_weights(path, tensors, {**model.meta, "model": plain(model.config)})

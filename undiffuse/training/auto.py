@@ -1,0 +1,196 @@
+"""What `--preset auto` chooses, from the data and the device, and why; and what `auto` settings become.
+
+The choice is a shipped preset with a few settings changed, all of them definite, so that `config.toml` says it whole.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from undiffuse.config import override, parse
+from undiffuse.data.source import Source, open_raw, spread
+from undiffuse.errors import DataError
+from undiffuse.machine import device as machine
+from undiffuse.machine import dist
+from undiffuse.model.recipe import Recipe, load_recipe
+
+LOOKED_AT = 64  # pictures, spread over the data
+SIDES = (8, 16, 32, 64, 128, 256)
+LARGEST = {"cpu": 32, "mps": 64, "cuda": 64}  # side that trains within a day
+SMALL = 5000  # images: below, a network learns them by heart before it has learnt what they have in common
+HELD_OUT = 0.1
+EPOCHS, IMAGES = 100, {"cpu": (300_000, 2_000_000), "mps": (1_000_000, 10_000_000), "cuda": (5_000_000, 50_000_000)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choice is made from."""
+
+    images: int
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of those looked at
+    grey: bool
+    has_test: bool
+    device: str  # its type
+
+    @property
+    def side(self) -> int:
+        """The median of the shorter sides."""
+        return int(median(min(size) for size in self.sizes))
+
+    @property
+    def common(self) -> tuple[int, int] | None:
+        """(height, width) where all have the same."""
+        return self.sizes[0] if len(set(self.sizes)) == 1 else None
+
+
+def look_at(source: Source, spec: str | None, device: torch.device) -> Facts:
+    """Looks at some pictures of a training split. Raises DataError if none of them can be read."""
+    sizes, grey = [], True
+    for index in spread(len(source), LOOKED_AT):
+        try:
+            image = source[index].image
+        except DataError:  # told, with all others, when the whole is decoded
+            continue
+        sizes.append((image.shape[1], image.shape[2]))
+        grey = grey and bool((image == image[:1]).all())
+    if not sizes:
+        raise DataError(f"none of {min(len(source), LOOKED_AT)} pictures can be read; `undiffuse data check` says why")
+    return Facts(len(source), tuple(sizes), grey, spec is not None and _has_test(spec), device.type)
+
+
+def _has_test(spec: str) -> bool:
+    try:
+        open_raw(spec, "test")
+    except DataError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Choice:
+    recipe: Recipe
+    why: tuple[str, str, str]
+
+
+def choose(facts: Facts, settings: Sequence[str] = (), steps: int | None = None, timed: bool = False) -> Choice:
+    """A recipe for these pictures and this device, with the user's `a.b=c` settings applied last.
+
+    `steps` is the last one if the user said so. The learning rate of a `timed` run does not fall, because its last step
+    is not known.
+    """
+    fixed = load_recipe("digits", settings)  # only to read what the user has set himself
+    given = {setting.partition("=")[0].strip() for setting in settings}
+    size = fixed.data.size if "data.size" in given else _size(facts)
+    base = _base(facts, size)
+    small = facts.images < SMALL
+    batch = fixed.train.batch if "train.batch" in given else _batch(facts)
+    last = steps or -(-_length(facts) // batch)
+    chosen: dict[str, Any] = {
+        "data.size": list(size) if isinstance(size, tuple) else size,
+        "data.channels": 1 if facts.grey else 3,
+        "data.flip": False,
+        "data.hold_out": HELD_OUT if small and not facts.has_test and facts.images > 1 else 0.0,
+        "train.batch": batch,
+        "train.steps": last,
+        "train.decay": "constant" if small or timed else "cosine",
+        "train.ema": 0.999,
+        "train.ema_ramp": True,
+        "train.warmup": min(200, last // 10),
+        "train.precision": "auto",
+        "train.save_every": 1000,
+        "train.sample_every": 2000,
+        "train.held_out_every": max(50, min(500, 20 * facts.images // batch)) if small else 1000,
+        "train.patience": 0.5 if small else 0.0,
+        "network.dropout": _dropout(facts),
+    }
+    about = f"chosen by auto for {facts.images:,} images on {facts.device}, from preset {base}"
+    recipe = load_recipe(base, [f"{name}={_toml(value)}" for name, value in chosen.items()] + list(settings))
+    recipe = replace(recipe, about=about, expected={})
+    return Choice(recipe, _why(facts, recipe, base))
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _size(facts: Facts) -> int | tuple[int, int]:
+    """The pictures' own where all are alike and small; else the largest that they and the device have room for."""
+    limit = LARGEST[facts.device]
+    if facts.common and max(facts.common) <= limit:
+        height, width = (max(4, 4 * round(side / 4)) for side in facts.common)
+        return height if height == width else (height, width)
+    return max(side for side in SIDES if side <= max(SIDES[0], min(limit, facts.side)))
+
+
+def _base(facts: Facts, size: Any) -> str:
+    side = max(size) if isinstance(size, (tuple, list)) else size
+    if facts.device == "cuda" and facts.images >= SMALL:
+        return "cifar10"
+    if side <= 16:
+        return "digits"
+    odd = any(part % 8 for part in (size if isinstance(size, (tuple, list)) else (size,)))
+    return "fashion-mnist" if facts.grey or odd else "emoji-32"
+
+
+def _batch(facts: Facts) -> int:
+    """64, or 128 on a card; for fewer images the power of two that does not exceed them."""
+    most = 128 if facts.device == "cuda" else 64
+    return max(4, min(most, 2 ** (facts.images.bit_length() - 1)))
+
+
+def _length(facts: Facts) -> int:
+    """Images to see: a hundred epochs, within what the device does in half an hour and in a day."""
+    low, high = IMAGES[facts.device]
+    return min(max(EPOCHS * facts.images, low), high)
+
+
+def _dropout(facts: Facts) -> float:
+    return 0.0 if facts.images >= SMALL else 0.1 if facts.images >= 1000 else 0.2
+
+
+def _why(facts: Facts, recipe: Recipe, base: str) -> tuple[str, str, str]:
+    """What was chosen, in three lines: the pictures, the network, the length."""
+    data, train, network = recipe.data, recipe.train, recipe.network
+    height, width = data.size if isinstance(data.size, tuple) else (data.size, data.size)
+    sizes = Counter(facts.sizes).most_common(1)[0][0]
+    seen = f"{sizes[1]}×{sizes[0]}" if facts.common else f"of many sizes, half of them over {facts.side} pixels"
+    limit = LARGEST[facts.device]
+    larger = f"; above {limit} a {facts.device} takes days, --size 64 asks for it" if facts.side > limit else ""
+    dropout = getattr(network, "dropout", 0.0)
+    few = f" with dropout {dropout:g}, because {facts.images:,} images are few" if dropout else ""
+    held = "the test split" if facts.has_test else f"{data.hold_out:.0%} of the pictures, kept for this,"
+    until = (
+        f"until the loss on {held} has not fallen for a third of the run, at most "
+        if train.patience
+        else "for as many as a day allows: "
+    )
+    turn = "pictures are flipped" if data.flip else "none is flipped, --set data.flip=true does"
+    return (
+        f"auto: images of {width}×{height}, {'grey' if data.channels == 1 else 'RGB'}, because the pictures are "
+        f"{'grey' if facts.grey else 'in colour'} and {seen}{larger}",
+        f"auto: the network of preset {base}{few}; batches of {train.batch}; {facts.device}",
+        f"auto: trains {until}{train.steps:,} steps; {turn}",
+    )
+
+
+def resolved(recipe: Recipe, then: dict[str, Any] | None, device: torch.device) -> Recipe:
+    """`precision = "auto"` made definite: as the run began, or as this machine has it. So is micro_batch on resume.
+
+    `then` is the training section of the run that goes on, None for a new one.
+    """
+    train = recipe.train
+    if train.precision == "auto":
+        here = machine.native_bf16(device) if then is None else then.get("precision") == "bf16"
+        train = replace(train, precision="bf16" if dist.decide(int(here)) else "float32")
+    if train.micro_batch == "auto" and (found := dist.decide((then or {}).get("micro_batch", 0))):
+        train = replace(train, micro_batch=found)
+    return replace(recipe, train=train)
+
+
+def recipe_of(saved: dict[str, Any], settings: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run was started with, from its checkpoint, with settings applied."""
+    return parse(Recipe, override(saved, settings), "the recipe of this run", trusted=True)

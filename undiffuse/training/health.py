@@ -1,0 +1,59 @@
+"""Which checkpoint is known to be good: every number finite, and a loss that has not run away.
+
+A loss that is not finite is seen at one step, but the weights were often lost some steps before: they are finite still,
+and nothing that starts from them learns. So each checkpoint is tried on a fixed batch when it is written.
+"""
+
+from typing import Any
+
+import torch
+
+from undiffuse.errors import Corrupt
+from undiffuse.key import Key
+from undiffuse.machine import store
+from undiffuse.model.model import to_float
+from undiffuse.training.trainer import Trainer
+
+IMAGES = 16
+LOST = 10  # times the loss of step 0; a network that has learnt nothing but zeros has once that loss
+
+
+@torch.no_grad()
+def examine(trainer: Trainer, first: float | None) -> dict[str, Any]:
+    """What a checkpoint says of itself: its loss on a fixed batch, that of its average, that of step 0, and `good`."""
+    losses = [fixed_loss(trainer, averaged) for averaged in (False, True)]
+    first = losses[0] if trainer.step == 0 or first is None else first
+    finite = all(bool(t.isfinite().all()) for part in trainer.tensors().values() for t in part.values())
+    good = finite and all(loss <= LOST * first for loss in losses)  # NaN is not
+    return {"good": good, "loss": losses[0], "average_loss": losses[1], "first": first}
+
+
+def fixed_loss(trainer: Trainer, averaged: bool) -> float:
+    """The objective on the first images of the training set, with fixed noise, in float32."""
+    denoiser = trainer.model(averaged).denoiser
+    denoiser.clip = False
+    source = trainer.batches.loader.source
+    index = torch.arange(min(IMAGES, len(source)))
+    image, label = source.gather(index)
+    keys = Key(0).fold("health").rows(index, trainer.device)
+    cond = None if label is None or trainer.config.classes is None else label.to(trainer.device)
+    total = 0.0
+    for part in index.split(trainer.micro):
+        x_0 = to_float(image[part].to(trainer.device))
+        some = None if cond is None else cond[part]
+        loss = trainer.recipe.objective(denoiser, x_0, some, keys[int(part[0]) : int(part[-1]) + 1])
+        total += float(loss.per_example.double().sum())
+    return total / len(index)
+
+
+def known_good(run: store.Run, before: int | None = None) -> int | None:
+    """The newest step, below `before` if that is given, whose checkpoint was found good when it was written."""
+    for step in reversed(run.steps()):
+        if before is None or step < before:
+            try:
+                meta = run.load(step, only=())[1]
+            except Corrupt:
+                continue
+            if meta.get("health", {}).get("good") is True:
+                return step
+    return None

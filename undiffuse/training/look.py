@@ -1,0 +1,120 @@
+"""What a run looks at on its way: the loss on held-out images, the lowest of them so far, and previews."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from undiffuse.data.source import Source, open_raw, spread, unify
+from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.errors import DataError, UsageError
+from undiffuse.figure import grid, png
+from undiffuse.key import Key
+from undiffuse.machine import disk, dist, log, sink
+from undiffuse.model.model import to_float, to_uint8
+from undiffuse.model.recipe import Recipe
+from undiffuse.training.trainer import Trainer
+
+Journal = sink.Journal | sink.Nowhere
+TERMS = 256  # losses that a held-out loss is at least the mean of: fewer images are seen with more noises each
+PREVIEWS, PREVIEW_STEPS = 64, 50
+
+
+def held_out_split(data: str, recipe: Recipe, shape: tuple[int, int, int], skip_bad: bool = False) -> Source | None:
+    """What process 0 measures of the test split of a data set, in the training images' shape; None without one."""
+    count = recipe.train.held_out
+    if count < 1 or not dist.is_first():
+        return None
+    channels = shape[0] if shape[0] in (1, 3) else None  # arrays may have other numbers, which nothing is turned into
+    try:
+        return unify(open_raw(data, "test", recipe.data.background), shape[1:], channels, skip_bad, count)
+    except DataError as error:
+        log.warn(f"no held-out loss: {error}")
+        return None
+
+
+def held_out_images(source: Source | None, count: int) -> UInt8[Tensor, "n c h w"] | None:
+    """`count` images of a held-out split, spread evenly over it, or None."""
+    if source is None or count < 1:
+        return None
+    return torch.stack([source[i].image for i in spread(len(source), count)])
+
+
+@torch.no_grad()
+def held_out_loss(trainer: Trainer, images: UInt8[Tensor, "n c h w"], check: Callable[[], None] | None = None) -> float:
+    """The objective on fixed images with fixed noise, by the averaged weights, in float32."""
+    denoiser = trainer.model().denoiser
+    denoiser.clip = False
+    rows = torch.arange(len(images) * -(-TERMS // len(images)))
+    total = 0.0
+    for part in rows.split(trainer.micro):
+        if check is not None:
+            check()
+        x_0 = to_float(images[part % len(images)].to(trainer.device))
+        keys = Key(0).fold("held out").rows(part, trainer.device)
+        total += float(trainer.recipe.objective(denoiser, x_0, None, keys).per_example.double().sum())
+    return total / len(rows)
+
+
+@dataclass
+class Lowest:
+    """The lowest held-out loss so far and its step, and the step that was measured last."""
+
+    loss: float = math.inf
+    step: int = 0
+    measured: int = 0
+
+    def note(self, step: int, loss: float) -> bool:
+        """Whether it is the lowest."""
+        self.measured = step
+        if loss < self.loss:
+            self.loss, self.step = loss, step
+        return self.step == step
+
+    def is_over(self, patience: float, every: int) -> bool:
+        """Whether it has not fallen for `patience` times the steps up to the lowest, and five measurements at least."""
+        return patience > 0 and self.measured >= self.step + max(patience * self.step, 5 * every)
+
+    def plain(self) -> dict[str, Any]:
+        return {"loss": self.loss, "step": self.step, "measured": self.measured}
+
+
+def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[int], None]) -> None:
+    """64 samples in 50 steps of the averaged weights, and of the weights as they are, from the same noise each time.
+
+    None if they cannot be drawn; `tick(n)` is called after every n of `preview_steps` and may raise: nothing is written
+    then.
+    """
+    for averaged, name in ((True, f"step-{trainer.step:09d}.png"), (False, f"step-{trainer.step:09d}-raw.png")):
+        model = trainer.model(averaged)
+        try:
+            model.config.parameterisation.check(model.process)
+        except UsageError as error:  # training it is allowed, and the reason is told to whoever asks for a sample
+            log.warn(f"no preview at step {trainer.step}: {error}")
+            return
+        times = model.times(_steps(trainer))
+        keys = Key(0).fold("preview").rows(PREVIEWS)
+        parts = (keys[i : i + _batch(trainer)] for i in range(0, PREVIEWS, _batch(trainer)))
+        x = torch.cat([model.chain(part, times, DDIM(), progress=tick) for part in parts])
+        picture = grid(to_uint8(x))
+        disk.write_atomic(folder / name, png(picture))
+        lines.image(trainer.step, "samples" if averaged else "samples of the raw weights", picture)
+
+
+def preview_steps(trainer: Trainer) -> int:
+    """How many steps of a batch `save_grids` takes."""
+    return 2 * _steps(trainer) * -(-PREVIEWS // _batch(trainer))
+
+
+def _steps(trainer: Trainer) -> int:
+    return min(PREVIEW_STEPS, trainer.recipe.process.steps or PREVIEW_STEPS)
+
+
+def _batch(trainer: Trainer) -> int:
+    # Without a backward pass an image takes less than half the room of one in a step; all at once may not fit.
+    return trainer.micro * (1 if trainer.recipe.train.recompute else 2)

@@ -1,0 +1,85 @@
+"""Before step 0: how a batch is divided, what the run will cost, and which settings cannot work together."""
+
+import math
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from undiffuse.errors import UsageError
+from undiffuse.machine import dist
+from undiffuse.model.recipe import ModelConfig, TrainConfig
+
+REMEMBERED = 0.05  # the share of the first weights in the final average from which it is worth a warning
+
+
+def shares(train: TrainConfig) -> tuple[int, int]:
+    """The rows of a process and of a micro-batch. Raises UsageError where the batch cannot be divided so."""
+    processes, shards = dist.size(), train.exact_shards
+    if train.batch % processes or (shards and (shards % processes or train.batch % shards)):
+        fit = [n for n in range(1, train.batch + 1) if train.batch % n == 0 and (not shards or shards % n == 0)]
+        what = f"{train.batch} images in {shards} exact shards" if shards else f"{train.batch} images"
+        raise UsageError(
+            f"a batch of {what} cannot be divided over {processes} processes; "
+            f"{', '.join(map(str, fit))} of them would do, or set another train.batch"
+        )
+    if shards:
+        if train.micro_batch not in (None, train.batch // shards):
+            raise UsageError(
+                f"exact_shards = {shards} makes micro-batches of {train.batch // shards}; leave train.micro_batch out"
+            )
+        return train.batch // processes, train.batch // shards
+    share = train.batch // processes
+    micro = share if train.micro_batch in (None, "auto") else train.micro_batch
+    return share, min(micro, share)
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """Floating-point operations of the network on one image, counted without computing any."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network = config.build(clip=False).network
+        network(torch.empty(1, *config.image), torch.empty(1))
+    return counter.get_total_flops()
+
+
+def plan(train: TrainConfig, config: ModelConfig, micro: int, images: int, last: int) -> str:
+    """The size of a step and the cost of the whole run, in words; `images` are those of the training set."""
+    processes, share = dist.size(), train.batch // dist.size()
+    micros = -(-share // micro)
+    flops = forward_flops(config)
+    return (
+        f"batch {train.batch} = {processes} process{'es' if processes > 1 else ''} × {micros} micro-batch"
+        f"{'es' if micros > 1 else ''} of {micro}, {train.precision}; {last:,} steps see "
+        f"{last * train.batch:,} images, {last * train.batch / images:,.3g} epochs. An image forward is "
+        f"{flops / 1e9:.3g} GFLOP; the whole run {3 * flops * last * train.batch:.2g} FLOP"
+    )
+
+
+def first_weights_share(train: TrainConfig, last: int) -> float:
+    """How much the first, untrained weights still count in the average after `last` steps."""
+    if not train.ema_ramp:
+        return train.ema**last
+    ramped = min(last, 1000)  # beyond these steps the ramp has passed any decay that leaves something to tell
+    return math.prod(min(train.ema, (1 + n) / (10 + n)) for n in range(ramped)) * train.ema ** (last - ramped)
+
+
+def conflicts(train: TrainConfig, last: int, minutes: float | None = None) -> list[str]:
+    """Settings that cannot do together what they are for in a run of `last` steps, each with what to set instead."""
+    found = []
+    share = first_weights_share(train, last)
+    if share > REMEMBERED:
+        fit = math.floor(1000 * 0.01 ** (1 / last)) / 1000
+        found.append(
+            f"train.ema = {train.ema:g} is long for {last:,} steps: the untrained weights would still be {share:.0%} "
+            f"of the average at the end; set train.ema={fit:g} or less, or train more steps"
+        )
+    if train.warmup >= last and train.warmup > 0:
+        found.append(
+            f"train.warmup = {train.warmup:,} is not over at the last step, {last:,}, so the learning rate never "
+            f"comes to {train.lr:g}; set train.warmup={last // 10} or less"
+        )
+    if minutes is not None and train.decay != "constant":
+        found.append(
+            f"the learning rate falls until step {last:,}, which --minutes may not let it reach; give --steps as well, "
+            "or set train.decay=constant"
+        )
+    return found
