@@ -2,14 +2,14 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-STAMPS := .venv/base.stamp .venv/test.stamp .venv/dev.stamp
+STAMPS := .venv/base.stamp .venv/test.stamp .venv/dev.stamp .venv/docs.stamp
 
 FASHION_MNIST := $(or $(UNDIFFUSE_FASHION_MNIST),/usr/share/datasets/fashion-mnist)
 HAVE_DATA := $(wildcard $(FASHION_MNIST)/train-images-idx3-ubyte.gz)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-reliability check docs
+.PHONY: help demo test test-reliability check docs site
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -33,9 +33,13 @@ check: .venv/dev.stamp  ## format, lint, types and the fast tests (two minutes o
 docs: .venv/base.stamp  ## docs/cli.md, from the commands themselves
 	$(BIN)/python docs/make_cli.py
 
+site: .venv/docs.stamp  ## the documentation as web pages in site/, with the Python interface; look at site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/base.stamp: WHAT := .
 .venv/test.stamp: WHAT := .[test]
 .venv/dev.stamp: WHAT := .[dev]
+.venv/docs.stamp: WHAT := .[docs]
 
 $(STAMPS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
