@@ -6,6 +6,7 @@ STAMPS := .venv/base.stamp .venv/test.stamp .venv/dev.stamp .venv/docs.stamp
 
 FASHION_MNIST := $(or $(UNDIFFUSE_FASHION_MNIST),/usr/share/datasets/fashion-mnist)
 HAVE_DATA := $(wildcard $(FASHION_MNIST)/train-images-idx3-ubyte.gz)
+HAVE_BROWSER := $(shell command -v chromium)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -19,7 +20,8 @@ demo: .venv/base.stamp  ## the whole paper in one HTML report: train, sample, me
 
 test: .venv/test.stamp  ## all tests, two at a time (15 minutes on 2 cores); ARGS="tests/test_key.py -x" for some of them
 	$(if $(HAVE_DATA),,@echo 'Fashion-MNIST is not in $(FASHION_MNIST): the tests marked "data" are left out')
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long$(if $(HAVE_DATA),, and not data)" $(ARGS)
+	$(if $(HAVE_BROWSER),,@echo 'there is no chromium: the tests marked "browser" are left out')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long$(if $(HAVE_DATA),, and not data)$(if $(HAVE_BROWSER),, and not browser)" $(ARGS)
 
 test-reliability: .venv/test.stamp  ## the long tests: kills by the dozen, runs of thousands of steps (10 minutes)
 	$(BIN)/python -m pytest -m long
