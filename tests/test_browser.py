@@ -47,20 +47,26 @@ onload = () => {
 </script>"""
 
 
+def browse(address: str, folder: Path, *flags: str) -> str:
+    """The page as it is once it is loaded; no host but the disk can be reached."""
+    command = ["chromium", *FLAGS.split(), "--host-resolver-rules=MAP * ~NOTFOUND", *flags, address]
+    command.insert(1, f"--user-data-dir={folder / 'browser'}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
+    assert done.returncode == 0 and "<html" in done.stdout, done.stderr
+    return done.stdout
+
+
 def look(pages: list[Path], folder: Path, dark: bool, size=PHONE) -> tuple[list[dict], Image.Image]:
     """What was measured of each page, and a picture of the first."""
     width, height = size
     frames = "".join(f'<iframe src="{page.as_uri()}"></iframe>' for page in pages)
     text = MEASURE.replace("WIDTH", str(width)).replace("HEIGHT", str(height)).replace("FRAMES", frames)
-    (folder / "measure.html").write_text(text)
-    command = ["chromium", *FLAGS.split(), "--host-resolver-rules=MAP * ~NOTFOUND"]
-    command += [f"--user-data-dir={folder / 'browser'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
-    command += [f"--window-size={width},{height}", f"--screenshot={folder / 'seen.png'}"]
-    done = subprocess.run(
-        [*command, (folder / "measure.html").as_uri()], capture_output=True, text=True, timeout=120, cwd=folder
-    )
-    found = re.search(r"<pre>(.+)</pre>", done.stdout)
-    assert found, done.stderr
+    measure = folder / "measure.html"
+    measure.write_text(text)
+    window, scheme = f"--window-size={width},{height}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    page = browse(measure.as_uri(), folder, window, scheme, f"--screenshot={folder / 'seen.png'}")
+    found = re.search(r"<pre>(.+)</pre>", page)
+    assert found, page
     with Image.open(folder / "seen.png") as picture:
         return json.loads(html.unescape(found[1])), picture.convert("RGB")
 
@@ -134,6 +140,12 @@ def test_the_home_page_on_a_desk(site, tmp_path):
     (page,), _ = look([site[0] / "index.html"], tmp_path, False, (1280, 900))
     assert complaints(page, False, 1280) == []
     assert page["links"][:4] == ["Home", "Getting started", "Concepts", "The paper"]
+
+
+def test_the_search_works_from_a_disk(site, tmp_path):
+    page = browse(f"{(site[0] / 'index.html').as_uri()}?q=checkpoint", tmp_path, "--virtual-time-budget=6000")
+    (count,) = re.findall(r'md-search-result__meta">\s*(\d+) matching documents', page)
+    assert int(count) > 3
 
 
 def test_what_is_wrong_is_seen(tmp_path):

@@ -1,4 +1,4 @@
-"""What is published: a wheel that holds its data and runs with nothing else of the tree, and the sources it is made of."""
+"""What is published: a wheel that holds its data and runs with nothing else of the tree, and a source distribution."""
 
 import json
 import os
