@@ -1,7 +1,9 @@
 """What every test runs under: checked shapes and types, two threads, reproducible property tests."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -41,3 +43,13 @@ def data():
     from undiffuse.data.source import open_source
 
     return open_source("digits").subset(slice(64))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The documentation as `make site` builds it, and what mkdocs said."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    root = Path(__file__).parent.parent
+    return folder, subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

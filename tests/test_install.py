@@ -1,11 +1,13 @@
-"""What `pip install .` installs: a wheel that holds its data, and runs from a folder with nothing else of the tree."""
+"""What is published: a wheel that holds its data and runs with nothing else of the tree, and a source distribution."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,11 @@ from undiffuse.model.recipe import presets
 
 ROOT = Path(__file__).parent.parent
 PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input")
+
+FOLDERS = ("undiffuse", "tests", "docs", "bench")
+FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile",
+         "MANIFEST.in", "constraints.txt", "mkdocs.yml")  # fmt: skip
+CACHES = ("__pycache__", ".hypothesis", ".pytest_cache")
 
 
 def python(*words: object, path: Path | None = None) -> str:
@@ -28,17 +35,42 @@ def python(*words: object, path: Path | None = None) -> str:
     return done.stdout
 
 
+@dataclass(frozen=True)
+class Built:
+    """From a copy of the tree, so that neither `build/` of an older tree gets in nor a new one is left behind."""
+
+    wheel: Path
+    sdist: Path  # unpacked in `unpacked`
+    unpacked: Path
+    second: Path  # the wheel that was built from what was unpacked
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that neither `build/` of an older tree gets in nor a new one is left behind."""
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
     clone = folder / "clone"
-    shutil.copytree(ROOT / "undiffuse", clone / "undiffuse", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for place in FOLDERS:
+        shutil.copytree(ROOT / place, clone / place, ignore=shutil.ignore_patterns(*CACHES))
+        (clone / place / "__pycache__").mkdir()
+        (clone / place / "__pycache__" / "stale.cpython-311.pyc").write_bytes(b"not to be shipped")
+    for name in FILES:
         shutil.copy(ROOT / name, clone)
-    python(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, clone)
-    (made,) = folder.glob("*.whl")
-    return made
+    build = ("-m", "build", "--no-isolation", "--outdir")
+    python(*build, folder, "--sdist", clone)
+    python(*build, folder / "first", "--wheel", clone)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), (folder / "first").glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    unpacked = folder / sdist.name.removesuffix(".tar.gz")
+    shutil.copytree(unpacked, folder / "source")
+    python(*build, folder / "second", "--wheel", folder / "source")
+    (second,) = (folder / "second").glob("*.whl")
+    return Built(wheel, sdist, unpacked, second)
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    return built.wheel
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +103,55 @@ def test_what_is_installed_runs_with_its_data(installed):
     assert model["parameters"] == found["fashion-mnist"]["expected"]["parameters"]
     digits = json.loads(python("-m", "undiffuse", "data", "inspect", "digits", "--json", path=installed))
     assert digits["images"] == 1500
+
+
+def files(folder: Path) -> set[str]:
+    """Every file below, but caches."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if not {*path.parts} & {*CACHES}}
+
+
+@pytest.mark.slow
+def test_both_can_be_published(built):
+    said = python("-m", "twine", "--no-color", "check", "--strict", built.wheel, built.sdist)
+    assert said.count("PASSED") == 2 and "WARNING" not in said
+
+
+@pytest.mark.slow
+def test_the_sources_are_all_there_and_nothing_else(built):
+    with tarfile.open(built.sdist) as archive:
+        inside = {member.name.partition("/")[2]: member.size for member in archive if member.isfile()}
+    made = {name for name in inside if name.startswith("undiffuse.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    wanted = {f"{place}/{name}" for place in FOLDERS for name in files(ROOT / place)} | {*FILES}
+    assert inside.keys() - made == wanted
+    large = {name for name, size in inside.items() if size > 100_000}
+    assert {name.rpartition("/")[0] for name in large} <= {"undiffuse/assets", "docs/images"}
+
+
+@pytest.mark.slow
+def test_the_sources_build_the_same_wheel(built):
+    def content(wheel: Path) -> dict[str, bytes]:
+        with zipfile.ZipFile(wheel) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+    first, second = content(built.wheel), content(built.second)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+@pytest.mark.slow
+def test_the_sources_can_be_tested(built):
+    """By the tests that look for every file which the pages name."""
+    words = (
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_docs.py",
+        "-k",
+        "links_and_names or named_exist",
+    )
+    done = subprocess.run([sys.executable, *words], cwd=built.unpacked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert f"{len(list((ROOT / 'docs').glob('*.md'))) + 3} passed" in done.stdout
