@@ -23,14 +23,11 @@ class DataError(Error):
 
 
 class NotFiniteError(Error):
-    """A loss or gradient is NaN or infinite; raised before the update.
-
-    `good` is the newest checkpoint, a folder, that is known to be good from before; `lr` is a rate to go on with.
-    """
+    """A loss or gradient is NaN or infinite; raised before the update."""
 
     exit_code = 3
-    good: "str | None" = None
-    lr: "float | None" = None
+    good: str | None = None  # the newest checkpoint, a folder, that is known to be good from before
+    lr: float | None = None  # a learning rate to go on with
 
 
 class StorageError(Error):

@@ -11,7 +11,7 @@ from undiffuse.data.source import FORMATS, ArraySource, Item, Source, open_raw, 
 from undiffuse.errors import DataError, MemoryExhausted, UsageError
 
 NAMES = {"cifar10", "digits", "fashion-mnist", "fashion-mnist-sample", "folder", "idx", "numpy", "rule", "zip"}
-NAMES |= {"lmdb", "packed", "saved-dataset", "tar-shards"}
+NAMES |= {"lmdb", "packed", "saved-dataset", "several", "tar-shards"}
 
 
 def noise(height, width, channels=3, seed=0):

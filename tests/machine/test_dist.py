@@ -18,7 +18,7 @@ from undiffuse.data.loader import Loader
 from undiffuse.data.source import open_source
 from undiffuse.errors import Stalled, UsageError
 from undiffuse.machine import dist, store
-from undiffuse.training.trainer import shares
+from undiffuse.training.plan import shares
 
 
 def free_port() -> int:
@@ -191,11 +191,11 @@ def test_another_layout_of_the_weights_is_shared_and_summed_exactly(tmp_path):
 BAD_ROW = """
 from undiffuse.cli import main as cli
 from undiffuse.training import trainer
-real = trainer.Trainer._loss
-def _loss(self, batch, part):
+real = trainer.Trainer.loss
+def loss(self, batch, part):
     loss, t = real(self, batch, part)
     return (loss / (batch.rows[part] != 6).float() if self.step == 3 else loss), t
-trainer.Trainer._loss = _loss
+trainer.Trainer.loss = loss
 cli.main()
 """
 

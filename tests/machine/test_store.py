@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from undiffuse.errors import Corrupt, Locked, StorageError, UsageError
-from undiffuse.machine import disk, store
+from undiffuse.machine import disk, store, tensorfile
 from undiffuse.machine.store import Run, locate
 from undiffuse.machine.tensorfile import read_weights, write_weights
 
@@ -215,7 +215,8 @@ def test_a_checkpoint_under_another_name(run):
 
 
 def test_a_newer_format_is_refused_and_not_passed_over(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "FORMAT", 2)
+    for module in (store, tensorfile):
+        monkeypatch.setattr(module, "FORMAT", 2)
     with run.lock():
         run.save(400, state(400), {})
     write_weights(tmp_path / "a.safetensors", state(1)["model"], {})

@@ -22,7 +22,7 @@ from undiffuse.machine import store
 from undiffuse.machine.log import read_rows
 from undiffuse.model.load import averaged, load
 from undiffuse.model.recipe import Recipe, learning_rate
-from undiffuse.training import loop
+from undiffuse.training import look, loop
 from undiffuse.training.resume import refuse_changes
 from undiffuse.training.trainer import Trainer
 
@@ -90,7 +90,7 @@ def test_profiles_are_snapshot_and_resumed_exactly(tmp_path, data):
 
 
 def test_no_snapshot_is_lost_between_it_and_its_checkpoint(tmp_path, data, monkeypatch):
-    def killed(*arguments):
+    def killed(*arguments, **also):
         raise KeyboardInterrupt
 
     chosen = recipe(train={"ema_profiles": [0.1], "ema_snapshot_every": 2})
@@ -241,17 +241,17 @@ def test_of_a_held_out_split_only_what_is_measured_is_read(tmp_path):
         for i in range(10):
             Image.new("L", (8, 8), 20 * i).save(tmp_path / split / f"{i}.png")
     (tmp_path / "test" / "1.png").write_bytes(b"")
-    held = loop.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (1, 8, 8))
+    held = look.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (1, 8, 8))
     assert held.images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160]
-    assert loop.held_out_images(held, 2)[:, 0, 0, 0].tolist() == [0, 80]
-    assert loop.held_out_images(held, 9).shape[0] == 5
-    assert loop.held_out_split(str(tmp_path), recipe(train={"held_out": 0}), (1, 8, 8)) is None
-    turned = loop.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (3, 4, 6))
+    assert look.held_out_images(held, 2)[:, 0, 0, 0].tolist() == [0, 80]
+    assert look.held_out_images(held, 9).shape[0] == 5
+    assert look.held_out_split(str(tmp_path), recipe(train={"held_out": 0}), (1, 8, 8)) is None
+    turned = look.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (3, 4, 6))
     assert turned.image_shape == (3, 4, 6)  # of the training images, whatever its own
     (tmp_path / "four").mkdir()
     for split in ("train", "test"):
         np.savez(tmp_path / "four" / f"{split}.npz", images=np.zeros((3, 8, 8, 4), np.uint8))
-    four = loop.held_out_split(str(tmp_path / "four"), recipe(train={"held_out": 5}), (4, 8, 8))
+    four = look.held_out_split(str(tmp_path / "four"), recipe(train={"held_out": 5}), (4, 8, 8))
     assert four.image_shape == (4, 8, 8)
 
 

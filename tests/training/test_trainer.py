@@ -12,13 +12,14 @@ from tests.training.test_loop import Breaks, assert_equal, recipe, run, state
 from undiffuse.data.loader import Loader, Prefetched
 from undiffuse.data.source import ArraySource
 from undiffuse.errors import MemoryExhausted, NotFiniteError, UsageError
-from undiffuse.machine import store
+from undiffuse.machine import device, store
 from undiffuse.model.load import load
 from undiffuse.model.model import Model
-from undiffuse.model.recipe import FREE, load_recipe
-from undiffuse.training import loop, trainer
+from undiffuse.model.recipe import FREE, TrainConfig, load_recipe
+from undiffuse.training import loop
+from undiffuse.training.plan import forward_flops
 from undiffuse.training.resume import refuse_changes
-from undiffuse.training.trainer import Trainer, forward_flops
+from undiffuse.training.trainer import Trainer
 
 FLOAT = {"precision": "float32"}
 
@@ -114,14 +115,14 @@ class Small:
             raise torch.OutOfMemoryError("not enough")
         return self.real(one, batch, part)
 
-    real = staticmethod(Trainer._loss)
+    real = staticmethod(Trainer.loss)
 
 
 @pytest.mark.slow
 def test_an_automatic_micro_batch_is_found_before_step_0_and_kept(tmp_path, data, monkeypatch):
     chosen, said = recipe(train={**FLOAT, "micro_batch": "auto"}), []
     small = Small(3)
-    monkeypatch.setattr(Trainer, "_loss", lambda self, batch, part: small(self, batch, part))
+    monkeypatch.setattr(Trainer, "loss", lambda self, batch, part: small(self, batch, part))
     arguments = {"show_progress": False, "say": said.append}
     loop.train(chosen, data, tmp_path / "auto", budget=loop.Budget(steps=2), **arguments)
     assert small.tried[:3] == [8, 4, 2] and set(small.tried[3:]) == {2}
@@ -142,7 +143,7 @@ def test_out_of_memory_in_a_run_says_what_to_set(tmp_path, data, monkeypatch):
             raise torch.OutOfMemoryError("not enough")
         return Small.real(self, batch, part)
 
-    monkeypatch.setattr(Trainer, "_loss", fails)
+    monkeypatch.setattr(Trainer, "loss", fails)
     with pytest.raises(
         MemoryExhausted, match=r"at step 3 with micro-batches of 8, when [\d.]+ GB .*--set train.micro_batch=4"
     ):
@@ -154,10 +155,10 @@ def test_out_of_memory_in_a_run_says_what_to_set(tmp_path, data, monkeypatch):
 @pytest.mark.slow
 def test_auto_precision_is_what_the_processor_has_and_stays_so(tmp_path, data, monkeypatch):
     for native, name in ((True, "bf16"), (False, "float32")):
-        monkeypatch.setattr(train, "native_bf16", lambda device, native=native: native)
+        monkeypatch.setattr(device, "native_bf16", lambda where, native=native: native)
         run(recipe(), data, tmp_path / name, budget=loop.Budget(steps=2))
         assert load(tmp_path / name).meta["recipe"]["train"]["precision"] == name
-    monkeypatch.setattr(train, "native_bf16", lambda device: True)
+    monkeypatch.setattr(device, "native_bf16", lambda where: True)
     assert run(recipe(), data, tmp_path / "float32").meta["recipe"]["train"]["precision"] == "float32"
 
 
@@ -176,7 +177,7 @@ def test_the_plan_is_said_before_step_0_and_once(tmp_path, data):
     for steps in (2, 4):
         loop.train(chosen, data, tmp_path, budget=loop.Budget(steps=steps), say=said.append, show_progress=False)
     (line,) = [line for line in said if line.startswith("batch ")]
-    assert line.startswith("batch 8 = 1 process × 3 micro-batches of 3, float32; 2 steps see 16 images. An image")
+    assert line.startswith("batch 8 = 1 process × 3 micro-batches of 3, float32; 2 steps see 16 images, 0.25 epochs.")
     assert f"resuming {tmp_path} at step 2" in said
 
 
@@ -197,7 +198,8 @@ def test_a_loss_that_is_not_finite_is_saved_before_and_replayed(tmp_path, data, 
     for _ in range(2):  # the same command replays it
         with pytest.raises(NotFiniteError, match="step 3: the loss is inf") as raised:
             run(chosen, data, tmp_path)
-    assert "The state before this step is saved. To go on," in str(raised.value)
+    assert "The state before this step is saved, and the same command replays it. To go on," in str(raised.value)
+    assert raised.value.good == str(tmp_path / "step-000000002") and raised.value.lr == chosen.train.lr / 10
     named = json.loads(str(raised.value).partition("examples ")[2].partition("]")[0] + "]")
     assert sorted(named) == sorted(made(data).batches.at(3).index.tolist())
     assert store.Run(tmp_path).latest() == 3
@@ -229,7 +231,7 @@ def test_every_critical_field_is_refused_with_a_diff_and_every_free_one_is_not(t
     """Field by field, so that a new one has to be put on one side or the other."""
     base = {**FLOAT, "ema_snapshot_every": 5}
     run(recipe(train=base), data, tmp_path, budget=loop.Budget(steps=1))
-    fields = set(trainer.TrainConfig.__dataclass_fields__)
+    fields = set(TrainConfig.__dataclass_fields__)
     assert fields == OTHER.keys() | FREE and not OTHER.keys() & FREE
     saved = store.Run(tmp_path).load(1)[1]
     for name in sorted(fields):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from undiffuse.config import parse
+from undiffuse.config import parse, plain
 from undiffuse.data import picture
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.source import ArraySource, open_raw, unify
@@ -42,12 +43,33 @@ class Model:
     meta: dict[str, Any]
     device: torch.device = torch.device("cpu")
 
+    def facts(self) -> dict[str, str]:
+        """What it is, in words: for `_repr_html_`, which a notebook shows."""
+        c, h, w = self.image_shape
+        process, network = plain(self.config)["process"], type(self.config.network).__name__
+        found = {
+            "images": f"{w}×{h}, {'grey' if c == 1 else 'RGB' if c == 3 else f'{c} channels'}",
+            "network": f"{network}, {self.parameters():,} weights",
+            "process": f"{process['name']}, {self.process.steps:,} steps" if self.process.steps else process["name"],
+        }
+        if self.meta.get("images"):
+            found["trained on"] = f"{self.meta['images']:,} images in {self.meta['step']:,} steps"
+        return found | {"device": str(self.device)}
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in self.facts().items()
+        )
+        return f"<table><caption>undiffuse model</caption>{rows}</table>"
+
     @property
     def process(self) -> Process:
+        """The noise schedule that the network was trained with."""
         return self.config.process
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
         return self.config.image
 
     @property
@@ -203,6 +225,7 @@ class Model:
         return torch.full((count,), label, dtype=torch.int64, device=self.device)
 
     def parameters(self) -> int:
+        """How many weights the network has."""
         return sum(parameter.numel() for parameter in self.denoiser.parameters())
 
 

@@ -4,6 +4,7 @@ A loss that is not finite is seen at one step, but the weights were often lost s
 and nothing that starts from them learns. So each checkpoint is tried on a fixed batch when it is written.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def examine(trainer: Trainer, first: float | None) -> dict[str, Any]:
     losses = [fixed_loss(trainer, averaged) for averaged in (False, True)]
     first = losses[0] if trainer.step == 0 or first is None else first
     finite = all(bool(t.isfinite().all()) for part in trainer.tensors().values() for t in part.values())
-    good = finite and all(loss <= LOST * first for loss in losses)  # NaN is not
+    limit = LOST * first if first > 0 else math.inf
+    good = finite and all(math.isfinite(loss) and loss <= limit for loss in losses)
     return {"good": good, "loss": losses[0], "average_loss": losses[1], "first": first}
 
 
