@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import undiffuse
 from undiffuse.data.format.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
 from undiffuse.diffusion.denoiser import (
@@ -61,6 +62,22 @@ PAIRS = list(zip(blocks(CONCEPTS, "python"), blocks(CONCEPTS, "text"), strict=Tr
 @pytest.mark.parametrize("code, text", PAIRS, ids=["score matching and Langevin", "eq-16", "autoregressive"])
 def test_concepts_prints_what_it_says(code, text):
     assert printed(code, "docs/concepts.md") == text
+
+
+PYTHON = (DOCS / "python.md").read_text("utf-8")
+SURFACE = list(zip(blocks(PYTHON, "python"), blocks(PYTHON, "text"), strict=True))
+
+
+@pytest.mark.parametrize("code, text", SURFACE, ids=["load", "show", "open_data", "train", "evaluate"])
+def test_the_python_page_prints_what_it_says(code, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert printed(code, "docs/python.md") == text
+
+
+def test_the_python_page_has_every_public_function():
+    named = {name for name in undiffuse._LAZY if name[0].islower()}
+    assert set(re.findall(r"undiffuse\.(\w+)\(", PYTHON)) == named
+    assert {*named, "Model", "Key", "Error"} <= set(dir(undiffuse))
 
 
 def test_a_wrong_number_would_be_seen():

@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_is_saved_before_and_replayed(tmp_path, data, 
         with pytest.raises(NotFiniteError, match="step 3: the loss is inf") as raised:
             run(chosen, data, tmp_path)
     assert "The state before this step is saved, and the same command replays it. To go on," in str(raised.value)
-    assert raised.value.good == str(tmp_path / "step-000000002") and raised.value.lr == chosen.train.lr / 10
+    assert raised.value.good == str(tmp_path / "step-000000002") and raised.value.lr == 2e-4
     named = json.loads(str(raised.value).partition("examples ")[2].partition("]")[0] + "]")
     assert sorted(named) == sorted(made(data).batches.at(3).index.tolist())
     assert store.Run(tmp_path).latest() == 3

@@ -30,7 +30,7 @@ from undiffuse.training.resume import claim_data, differences, refuse_changes, s
 from undiffuse.training.trainer import Trainer
 
 Say = Callable[[str], None]
-SLOWER = 10  # a learning rate to try after one that ended in NaN is that many times smaller
+SLOWER, SAFE = 10, 2e-4  # a rate to try after one that ended in NaN: so many times smaller, and at most the paper's
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def train(
 
 def _advised(error: NotFiniteError, trainer: Trainer, run: store.Run) -> NotFiniteError:
     """The same, with what to do about it."""
-    good, lr = health.known_good(run, before=trainer.step), trainer.recipe.train.lr / SLOWER
+    good, lr = health.known_good(run, before=trainer.step), min(trainer.recipe.train.lr / SLOWER, SAFE)
     folder = None if good is None else run.folder(good)
     start = "start a new run" if folder is None else f"start a new run from {folder}, which is known to be good, with"
     advised = NotFiniteError(
