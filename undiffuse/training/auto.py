@@ -121,14 +121,20 @@ def _size(facts: Facts) -> int | tuple[int, int]:
     """The pictures' own where all are alike and small; else the largest that they and the device have room for."""
     limit = LARGEST[facts.device]
     if facts.common and max(facts.common) <= limit:
-        height, width = (max(4, 4 * round(side / 4)) for side in facts.common)
+        step = 8 if _paper(facts) else 4  # what the strides of the networks divide
+        height, width = (max(step, step * round(side / step)) for side in facts.common)
         return height if height == width else (height, width)
     return max(side for side in SIDES if side <= max(SIDES[0], min(limit, facts.side)))
 
 
+def _paper(facts: Facts) -> bool:
+    """Whether there are enough pictures, and a card, for the network of the paper."""
+    return facts.device == "cuda" and facts.images >= SMALL
+
+
 def _base(facts: Facts, size: Any) -> str:
     side = max(size) if isinstance(size, (tuple, list)) else size
-    if facts.device == "cuda" and facts.images >= SMALL:
+    if _paper(facts):
         return "cifar10"
     if side <= 16:
         return "digits"

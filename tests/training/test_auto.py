@@ -1,0 +1,162 @@
+"""What `--preset auto` chooses, on what grounds, and that the same command goes on with it."""
+
+import itertools
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import undiffuse
+from undiffuse.config import plain
+from undiffuse.data.source import open_raw
+from undiffuse.errors import DataError, UsageError
+from undiffuse.machine.device import choose as choose_device
+from undiffuse.machine.store import Run
+from undiffuse.training.auto import Facts, choose, look_at, resolved
+
+MIXED = ((480, 640), (300, 200), (90, 120))
+
+
+def facts(images=40, sizes=MIXED, grey=False, has_test=False, device="cpu") -> Facts:
+    return Facts(images, tuple(sizes), grey, has_test, device)
+
+
+def test_forty_photographs_on_a_cpu():
+    choice = choose(facts())
+    data, train, network = (getattr(choice.recipe, name) for name in ("data", "train", "network"))
+    assert (data.size, data.channels, data.flip, data.hold_out) == (32, 3, False, 0.1)
+    assert (train.batch, train.patience, train.decay) == (32, 0.5, "constant")
+    assert (network.channels, network.dropout) == (64, 0.2)
+    first, second, third = choice.why
+    assert first == (
+        "auto: images of 32×32, RGB, because the pictures are in colour and of many sizes, half of them over 200 "
+        "pixels; above 32 a cpu takes days, --size 64 asks for it"
+    )
+    assert "preset emoji-32 with dropout 0.2, because 40 images are few; batches of 32; cpu" in second
+    assert "has not fallen for a third of the run, at most 9,375 steps" in third and "none is flipped" in third
+
+
+def test_sixty_thousand_grey_pictures_keep_their_size_and_see_a_hundred_epochs_at_most():
+    recipe = choose(facts(60_000, [(28, 28)], grey=True, has_test=True)).recipe
+    assert (recipe.data.size, recipe.data.channels, recipe.data.hold_out) == (28, 1, 0.0)
+    assert (recipe.train.patience, recipe.train.decay, recipe.network.dropout) == (0.0, "cosine", 0.0)
+    assert recipe.train.steps * recipe.train.batch == 2_000_000
+    assert choose(facts(10_000, [(28, 28)], grey=True)).recipe.train.steps * 64 == pytest.approx(1_000_000, abs=64)
+
+
+def test_a_card_takes_the_network_of_the_paper():
+    recipe = choose(facts(50_000, [(32, 32)], device="cuda")).recipe
+    assert (recipe.network.channels, recipe.train.batch, recipe.data.size) == (128, 128, 32)
+    assert choose(facts(50_000, device="cuda")).recipe.data.size == 64
+
+
+SIDES = [(8, 8), (9, 9), (28, 28), (20, 36), (30, 30), (64, 48), (7, 5), (1000, 800)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_every_choice_can_be_built(device):
+    """The strides divide the size, the levels have their attention, and the batch is not more than the images."""
+    built: list[object] = []
+    for size, images, grey in itertools.product(SIDES, (1, 2, 7, 4999, 5000, 10**6), (True, False)):
+        recipe = choose(facts(images, [size], grey, device=device)).recipe
+        side = recipe.data.size
+        height, width = side if isinstance(side, tuple) else (side, side)
+        assert recipe.train.batch <= max(4, images) and recipe.train.steps > 0
+        assert recipe.data.hold_out == (0.1 if 1 < images < 5000 else 0.0)
+        if (case := (side, recipe.data.channels, recipe.network)) in built:
+            continue
+        built.append(case)
+        with torch.device("meta"):
+            denoiser = recipe.model((recipe.data.channels, height, width)).build(clip=False)
+            out = denoiser.network(torch.empty(2, recipe.data.channels, height, width), torch.empty(2))
+        assert out.shape == (2, recipe.data.channels, height, width)
+
+
+def test_what_the_user_says_wins_and_a_run_without_a_known_end_keeps_its_rate():
+    recipe = choose(facts(50_000), ["data.size=16", "train.batch=8", "data.flip=true", "network.dropout=0.3"]).recipe
+    assert (recipe.data.size, recipe.train.batch, recipe.data.flip, recipe.network.dropout) == (16, 8, True, 0.3)
+    assert choose(facts(50_000)).recipe.train.decay == "cosine"
+    assert choose(facts(50_000), timed=True).recipe.train.decay == "constant"
+    assert choose(facts(), steps=50).recipe.train.warmup == 5
+    with pytest.raises(UsageError, match='has no field "data.sise". Did you mean "size"'):
+        choose(facts(), ["data.sise=16"])
+
+
+def test_all_of_it_is_definite():
+    recipe = resolved(choose(facts()).recipe, None, torch.device("cpu"))
+    texts = [value for section in plain(recipe).values() if isinstance(section, dict) for value in section.values()]
+    assert "auto" not in texts and recipe.train.precision in ("bf16", "float32")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 255, (9 + i, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_the_pictures_are_looked_at(photos):
+    found = look_at(open_raw(photos), str(photos), torch.device("cpu"))
+    assert found == Facts(12, tuple((9 + i, 12) for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)), False, False, "cpu")
+    assert found.side == 12 and found.common is None
+    grey = look_at(undiffuse.open_data("digits"), "digits", torch.device("cpu"))
+    assert (grey.images, grey.common, grey.grey, grey.has_test) == (1500, (8, 8), True, True)
+    for path in photos.iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of 12 pictures can be read; `undiffuse data check` says why"):
+        look_at(open_raw(photos), str(photos), torch.device("cpu"))
+
+
+SMALL = ["network.channels=8", "process.steps=4", "train.sample_every=0", "data.size=8"]
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_with_what_was_chosen(photos, tmp_path):
+    said: list[str] = []
+
+    def once(steps: int, settings=SMALL):
+        return undiffuse.train(photos, tmp_path / "run", steps=steps, settings=settings, device="cpu", say=said.append,
+                               show_progress=False)  # fmt: skip
+
+    assert once(2).meta["step"] == 2
+    assert [line[:5] for line in said[:3]] == ["auto:"] * 3
+    assert "1 of them are held out, 11 are trained on" in said
+    assert said[-1] == "finished at step 2: all 2 steps are done"
+    config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert config["network"]["channels"] == 8 and config["data"]["hold_out"] == 0.1
+    said.clear()
+    once(2)
+    assert said[-1] == f"{tmp_path / 'run'} is finished already, at step 2"
+    assert not [line for line in said if line.startswith("auto:")]
+    (photos / "more.png").write_bytes((photos / "0.png").read_bytes())
+    with pytest.raises(UsageError, match="the data has changed since this run began"):
+        once(3)
+    (photos / "more.png").unlink()
+    with pytest.raises(UsageError, match=r"other settings \(network.channels: 8 -> 16\)"):
+        once(3, [*SMALL, "network.channels=16"])
+    assert once(3).meta["step"] == 3
+    assert Run(tmp_path / "run").latest() == 3
+
+
+def test_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device() == choose_device("auto") == torch.device("cpu")
+    tried: list[torch.device] = []
+    monkeypatch.setattr(torch, "zeros", lambda n, device: tried.append(device))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device().type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device() == choose_device("cuda") == tried[-1] == torch.device("cuda:1")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(UsageError, match=r'device "tpu" cannot be used here \(.*\); try --device cpu'):
+        choose_device("tpu")
