@@ -1,0 +1,165 @@
+"""What ends a run by itself, what it is that is sampled then, and what is looked at on the way."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tests.training.test_loop import assert_equal, recipe, run, state
+from undiffuse.errors import Preempted, UsageError
+from undiffuse.machine import log, store
+from undiffuse.machine.log import read_rows
+from undiffuse.machine.watch import Flag
+from undiffuse.model.load import load
+from undiffuse.training import look, loop
+from undiffuse.training.look import Lowest
+from undiffuse.training.trainer import Trainer
+
+
+def test_the_lowest_loss_ends_a_run_after_half_as_many_steps_again():
+    lowest = Lowest()
+    for step, loss in ((100, 3.0), (200, 2.0), (1000, 1.0)):
+        assert lowest.note(step, loss) and not lowest.is_over(0.5, 100)
+    for step in range(1100, 1500, 100):
+        assert not lowest.note(step, 1.0) and not lowest.is_over(0.5, 100)
+    assert not lowest.note(1500, 1.5) and lowest.is_over(0.5, 100)
+    assert lowest.plain() == {"loss": 1.0, "step": 1000, "measured": 1500}
+    assert not lowest.is_over(0, 100) and not lowest.is_over(0.6, 100)
+
+
+def test_no_run_ends_before_five_measurements_without_a_lower_one():
+    lowest = Lowest()
+    lowest.note(10, 1.0)
+    lowest.note(50, 2.0)
+    assert not lowest.is_over(0.5, 10)
+    lowest.note(60, 2.0)
+    assert lowest.is_over(0.5, 10)
+
+
+LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.0, 10: 4.0, 12: 4.0, 14: 4.0, 16: 1.0}
+PATIENT = {"patience": 0.5, "held_out_every": 2, "steps": 40, "save_every": 4, "sample_every": 0, "ema_ramp": True}
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Held-out losses that are known, one a step."""
+    asked: list[int] = []
+
+    def loss(trainer, images, check=None):
+        asked.append(trainer.step)
+        return LOSSES[trainer.step]
+
+    monkeypatch.setattr(look, "held_out_loss", loss)
+    return asked
+
+
+def test_a_run_ends_by_its_held_out_loss_and_the_best_is_what_is_sampled(tmp_path, data, losses):
+    chosen, said = recipe(train=PATIENT), []
+    arguments = {"held_out": data, "show_progress": False, "say": said.append}
+    loop.train(chosen, data, tmp_path, **arguments)
+    assert said[-1] == (
+        "finished at step 14: the held-out loss was lowest, 3, at step 4, and has not fallen since; the average of "
+        "that step is what is sampled"
+    )
+    assert losses == [2, 4, 6, 8, 10, 12, 14]
+    best, last = load(tmp_path), load(tmp_path / "step-000000014")
+    assert best.meta["step"] == 4 and best.meta["held_out"] == 3.0 and last.meta["step"] == 14
+    expected = run(recipe(train={**PATIENT, "patience": 0.0}), data, tmp_path / "four", budget=loop.Budget(steps=4))
+    for one, two in zip(best.denoiser.parameters(), expected.denoiser.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert load(tmp_path, weights="average").meta["step"] == 14
+    loop.train(chosen, data, tmp_path, **arguments)
+    assert said[-1] == f"{tmp_path} is finished already, at step 14" and losses[-1] == 14
+
+
+def test_a_signal_before_a_held_out_loss_that_may_end_the_run_changes_nothing(tmp_path, data, losses, monkeypatch):
+    chosen = recipe(train={**PATIENT, "save_every": 100})
+    run(chosen, data, tmp_path / "whole", held_out=data)
+    real = Trainer.update
+
+    def update(self, last):
+        found = real(self, last)
+        if self.step == 14 and not losses.count(99):
+            losses.append(99)
+            flags[-1].name = "SIGTERM"
+        return found
+
+    flags: list[Flag] = []
+    monkeypatch.setattr(Flag, "__init__", lambda self: flags.append(self) or setattr(self, "name", None))
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(Preempted, match="stopped after step 14"):
+        run(chosen, data, tmp_path / "parts", held_out=data)
+    assert losses[-1] == 99  # the loss of step 14 was left undone
+    run(chosen, data, tmp_path / "parts", held_out=data)
+    assert losses[-1] == 14
+    assert_equal(state(tmp_path / "whole", 14), state(tmp_path / "parts", 14))
+    held = [
+        [row for row in read_rows(tmp_path / name / "log.jsonl") if "held_out" in row] for name in ("whole", "parts")
+    ]
+    assert held[0] == held[1] and held[0][-1] == {"step": 14, "held_out": 4.0}
+
+
+def test_raw_weights_are_loaded_where_there_are_some(tmp_path, data):
+    run(recipe(), data, tmp_path / "run")
+    tensors, _ = store.Run(tmp_path / "run").load(6)
+    for weights, part in (("raw", "model"), ("average", "ema"), (None, "ema")):
+        for place in ("run", "run/step-000000006"):
+            network = load(tmp_path / place, weights=weights).denoiser.network
+            assert all(torch.equal(tensor, tensors[part][name]) for name, tensor in network.named_parameters())
+    for name, message in (
+        ("best", "has no best.safetensors; it is kept in the folder of a run with train.patience"),
+        ("rav", 'weights "rav" is not known. Did you mean "raw"?'),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load(tmp_path / "run", weights=name)
+    with pytest.raises(UsageError, match="holds one set of weights; --weights raw needs a training run"):
+        load("fashion-mnist", weights="raw")
+
+
+def test_no_previews_where_none_are_wanted_and_as_many_checkpoints_as_asked(tmp_path, data):
+    run(recipe(train={"sample_every": 0, "save_every": 1, "keep": 4}), data, tmp_path)
+    assert not (tmp_path / "samples").exists()
+    assert store.Run(tmp_path).steps() == [3, 4, 5, 6]
+    with pytest.raises(UsageError, match='"train.keep" input should be greater than or equal to 2, given 1'):
+        recipe(train={"keep": 1})
+
+
+def test_few_held_out_images_are_seen_with_many_noises(data):
+    chosen = recipe()
+    trainer = Trainer(chosen, chosen.model((1, 8, 8)), data)
+    one = look.held_out_loss(trainer, data.images[:1])
+    assert one == pytest.approx(1.0, abs=4 * (2 / 64 / look.TERMS) ** 0.5)  # a fresh network: the mean of eps²
+    assert one != look.held_out_loss(trainer, data.images[1:2].clone()) or trainer.step == 0
+
+
+def test_the_time_of_previews_is_not_that_of_steps(tmp_path, data, monkeypatch, capsys):
+    """A clock that only previews and steps move: 2 s a step, 10 s a step of a preview."""
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    real, ticks = Trainer.update, []
+
+    def update(self, last):
+        now[0] += 2.0
+        return real(self, last)
+
+    def grids(trainer, folder, lines, tick):
+        for _ in range(3):
+            now[0] += 10.0
+            tick(1)
+            ticks.append(1)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    monkeypatch.setattr(look, "save_grids", grids)
+    chosen = recipe(train={"sample_every": 2, "micro_batch": 8})
+    loop.train(chosen, data, tmp_path, say=lambda text: None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(ticks) == 9
+    assert [line for line in lines if line.startswith("training 6/6")][-1].startswith(
+        "training 6/6 (100 %), 0.5/s, 12 s"
+    )
+    assert [re.sub(", loss.*;", " ;", line) for line in lines if "preview" in line][0] == (
+        f"training 2/6 (33 %), 0.5/s, 8 s left ; preview 1/{look.preview_steps(Trainer(chosen, chosen.model((1, 8, 8)), data))}"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {row["images_per_second"] for row in rows if "loss" in row} == {4.0}
