@@ -25,7 +25,7 @@ def test_the_lowest_loss_ends_a_run_after_half_as_many_steps_again():
         assert not lowest.note(step, 1.0) and not lowest.is_over(0.5, 100)
     assert not lowest.note(1500, 1.5) and lowest.is_over(0.5, 100)
     assert lowest.plain() == {"loss": 1.0, "step": 1000, "measured": 1500}
-    assert not lowest.is_over(0, 100) and not lowest.is_over(0.6, 100)
+    assert not lowest.is_over(0.0, 100) and not lowest.is_over(0.6, 100)
 
 
 def test_no_run_ends_before_five_measurements_without_a_lower_one():
@@ -94,10 +94,9 @@ def test_a_signal_before_a_held_out_loss_that_may_end_the_run_changes_nothing(tm
     run(chosen, data, tmp_path / "parts", held_out=data)
     assert losses[-1] == 14
     assert_equal(state(tmp_path / "whole", 14), state(tmp_path / "parts", 14))
-    held = [
-        [row for row in read_rows(tmp_path / name / "log.jsonl") if "held_out" in row] for name in ("whole", "parts")
-    ]
-    assert held[0] == held[1] and held[0][-1] == {"step": 14, "held_out": 4.0}
+    rows = [read_rows(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
+    whole, parts = ([row for row in part if "held_out" in row] for part in rows)
+    assert whole == parts and whole[-1] == {"step": 14, "held_out": 4.0}
 
 
 def test_raw_weights_are_loaded_where_there_are_some(tmp_path, data):
@@ -155,11 +154,9 @@ def test_the_time_of_previews_is_not_that_of_steps(tmp_path, data, monkeypatch, 
     loop.train(chosen, data, tmp_path, say=lambda text: None)
     lines = capsys.readouterr().err.splitlines()
     assert len(ticks) == 9
-    assert [line for line in lines if line.startswith("training 6/6")][-1].startswith(
-        "training 6/6 (100 %), 0.5/s, 12 s"
-    )
-    assert [re.sub(", loss.*;", " ;", line) for line in lines if "preview" in line][0] == (
-        f"training 2/6 (33 %), 0.5/s, 8 s left ; preview 1/{look.preview_steps(Trainer(chosen, chosen.model((1, 8, 8)), data))}"
-    )
+    assert lines[-1].startswith("training 6/6 (100 %), 0.5/s, 12 s, loss")
+    first = next(line for line in lines if "preview" in line)
+    two_grids = f"preview 1/{2 * 20 * 4}"  # of 20 steps and four batches of 16
+    assert re.sub(", loss.*;", ";", first) == f"training 2/6 (33 %), 0.5/s, 8 s left; {two_grids}"
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {row["images_per_second"] for row in rows if "loss" in row} == {4.0}

@@ -184,7 +184,7 @@ def export_model(
 
 
 def doctor(as_json: JsonOpt = False) -> None:
-    """What undiffuse finds on this machine: versions, devices, threads, named data sets.
+    """What undiffuse finds on this machine: versions, the device that it takes, named data sets.
 
     Example: `undiffuse doctor`
     """
@@ -197,6 +197,7 @@ def doctor(as_json: JsonOpt = False) -> None:
     from undiffuse.data.format.named import FashionMnist
     from undiffuse.data.source import open_raw
     from undiffuse.errors import DataError
+    from undiffuse.machine.device import choose
 
     try:
         fashion = f"{len(open_raw(FashionMnist.names[0])):,} training images"
@@ -206,7 +207,13 @@ def doctor(as_json: JsonOpt = False) -> None:
     found = {"undiffuse": __version__, "python": platform.python_version(), "torch": torch.__version__}
     found |= {name: version(name) for name in ("numpy", "pillow", "safetensors")}
     show(
-        found | {"threads": torch.get_num_threads(), "cuda": ", ".join(cuda) or "none", "fashion_mnist": fashion},
+        found
+        | {
+            "device": str(choose()),
+            "threads": torch.get_num_threads(),
+            "cuda": ", ".join(cuda) or "none",
+            "fashion_mnist": fashion,
+        },
         as_json,
     )
 
