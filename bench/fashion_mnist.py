@@ -19,7 +19,7 @@ from machine import machine, publish
 import undiffuse
 from undiffuse.data.source import open_source
 from undiffuse.figure import grid, line_plot, png
-from undiffuse.machine import log, store
+from undiffuse.machine import disk, log
 from undiffuse.measure import evaluate
 from undiffuse.model import model
 from undiffuse.view import explore
@@ -45,7 +45,7 @@ def measure(loaded: model.Model, whole: int, draws: int, cache: Path) -> dict[st
             if name == "whole_chain" and split == "test":
                 result["rate_distortion"] = evaluate.table(terms)
                 svg = (cache / f"{split}-{name}" / "rate-distortion.svg").read_bytes()
-                store.write_atomic(IMAGES / "fashion-mnist-rate-distortion.svg", svg)
+                disk.write_atomic(IMAGES / "fashion-mnist-rate-distortion.svg", svg)
             result[f"{split}_{name}"] = entry
     return result
 
@@ -56,7 +56,7 @@ def pictures(loaded: model.Model) -> dict[str, object]:
     with log.progress(len(loaded.times()) - 1, "samples", True) as bar:
         samples = loaded.sample(64, seed=0, progress=bar.advance)
     seconds = round(time.monotonic() - started, 1)
-    store.write_atomic(IMAGES / "fashion-mnist-samples.png", png(grid(samples, columns=16, scale=2)))
+    disk.write_atomic(IMAGES / "fashion-mnist-samples.png", png(grid(samples, columns=16, scale=2)))
     steps, _ = explore.progressive(loaded, 6, slots=16)
     explore.write_grid(steps, IMAGES / "fashion-mnist-progressive.png")
     return {"images": 64, "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
@@ -67,10 +67,10 @@ def keep_log(run: Path) -> dict[str, object]:
     rows = log.read_rows(run / "log.jsonl")
     losses = [row for row in rows if "loss" in row]
     kept = [row for row in rows if "held_out" in row or row["step"] % 100 == 0]
-    store.write_atomic(HERE / "fashion_mnist.log.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+    disk.write_atomic(HERE / "fashion_mnist.log.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
     held = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
     svg = line_plot([("held out", *map(list, zip(*held, strict=True)))], x="step", y="loss", title="Held-out loss")
-    store.write_atomic(IMAGES / "fashion-mnist-loss.svg", svg.encode())
+    disk.write_atomic(IMAGES / "fashion-mnist-loss.svg", svg.encode())
     last = held[-1][0]
     before = float(np.interp(0.8 * last, *zip(*held, strict=True)))  # between the two records around it
     images = [b["images"] - a["images"] for a, b in zip([{"images": 0}, *losses], losses, strict=False)]
@@ -140,7 +140,7 @@ def main() -> None:
         "samples": pictures(loaded),
         "bits_per_dim": measure(loaded, given.whole, given.draws, given.cache),
     }
-    store.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+    disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", "fashion-mnist", table(result))
 
 

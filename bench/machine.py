@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import undiffuse
-from undiffuse.machine import store
+from undiffuse.machine import disk
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -33,4 +33,4 @@ def publish(page: str, mark: str, table: str) -> None:
     new, count = re.subn(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.S)
     if count != 1:
         raise SystemExit(f"docs/{page} has {count} places between {begin} and {end}; expected one")
-    store.write_atomic(DOCS / page, new.encode())
+    disk.write_atomic(DOCS / page, new.encode())

@@ -18,7 +18,7 @@ from typing import Any
 
 from machine import machine, publish
 
-from undiffuse.machine import store
+from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -87,7 +87,7 @@ def main() -> None:
         "machine": machine(),
         "rows": summary(curves),
     }
-    store.write_atomic(HERE / "precision.json", (json.dumps(result, indent=1) + "\n").encode())
+    disk.write_atomic(HERE / "precision.json", (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", "precision", table(result))
 
 

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from machine import machine, publish
 
-from undiffuse.machine import store
+from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 
@@ -65,7 +65,7 @@ def main() -> None:
         "machine": machine(),
         "tests": tests,
     }
-    store.write_atomic(HERE / "reliability.json", (json.dumps(result, indent=1) + "\n").encode())
+    disk.write_atomic(HERE / "reliability.json", (json.dumps(result, indent=1) + "\n").encode())
     publish("reliability.md", "long", table(result))
     sys.exit(int(any(row["result"] != "passed" for row in tests)))
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from machine import machine, publish
 
-from undiffuse.machine import store
+from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 RATE_BATCH = 32  # of the convolution that measures the machine
@@ -174,7 +174,7 @@ def main() -> None:
         "rounds": given.rounds,
         "parts": {name: parts[name] for name in PARTS if name in parts},
     }
-    store.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+    disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", "speed", table(result))
 
 

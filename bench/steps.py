@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from machine import machine, publish
 
-from undiffuse.machine import store
+from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 CORES = os.cpu_count() or 1
@@ -110,7 +110,7 @@ def main() -> None:
         "cores": CORES,
         "arrangements": {name: middle(of) for name, of in runs.items()},
     }
-    store.write_atomic(HERE / "steps.json", (json.dumps(result, indent=1) + "\n").encode())
+    disk.write_atomic(HERE / "steps.json", (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", "budget", budget(result))
     publish("scaling.md", "scaling", scaling(result))
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from undiffuse.data.source import open_source
-from undiffuse.machine import store
+from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 MINUTES = (15, 30, 60)  # the peer's samples, at each of these
@@ -178,7 +178,7 @@ def main() -> None:
         "peer": peer,
         "ours": mine,
     }
-    store.write_atomic(HERE / "time_to_quality.json", (json.dumps(result, indent=1) + "\n").encode())
+    disk.write_atomic(HERE / "time_to_quality.json", (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", "quality", table(result))
 
 

@@ -31,11 +31,11 @@ def inspect(
     from undiffuse.data.inspect import inspect
     from undiffuse.data.source import open_raw
     from undiffuse.figure import png
-    from undiffuse.machine import store
+    from undiffuse.machine import disk
 
     summary = inspect(open_raw(join(path), split))
     if sheet is not None:
-        store.write_atomic(sheet, png(summary.sheet))
+        disk.write_atomic(sheet, png(summary.sheet))
     result = {
         "images": summary.count,
         "sizes": {f"{w}x{h}": count for (h, w), count in summary.sizes.items()},

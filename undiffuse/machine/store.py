@@ -21,9 +21,6 @@ from typing import Any, BinaryIO
 from undiffuse.errors import Corrupt, Locked, StorageError, UsageError
 from undiffuse.machine import disk, log
 from undiffuse.machine.disk import from_json, reading, to_json, writing
-from undiffuse.machine.disk import read_json as read_json
-from undiffuse.machine.disk import write_atomic as write_atomic
-from undiffuse.machine.disk import write_json as write_json
 from undiffuse.machine.lock import try_lock
 from undiffuse.machine.tensorfile import FORMAT, Loaded, Tensors, damaged, decode, encode, refuse_newer
 

@@ -19,7 +19,7 @@ from undiffuse.diffusion.likelihood import Terms, bound, chain, concatenate, str
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.figure import line_plot
 from undiffuse.key import Key
-from undiffuse.machine import dist, store
+from undiffuse.machine import disk, dist
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
@@ -90,7 +90,7 @@ def nll(
             part = bound(model.denoiser, x_0, keys, query.steps, query.draws, tick)
             if out is not None and path is not None:
                 if not (out / QUERY).exists():
-                    store.write_json(out / QUERY, claim)
+                    disk.write_json(out / QUERY, claim)
                 _write(path, part)
         parts.append(part)
     terms = concatenate(parts) if dist.size() == 1 else _gathered(parts, mine, count)
@@ -145,7 +145,7 @@ def _claim(out: Path, model: Model, source: Source, query: Nll) -> dict[str, Any
     }
     path = out / QUERY
     if path.exists():
-        before = store.read_json(path)
+        before = disk.read_json(path)
         if not isinstance(before, dict):
             raise Corrupt(f"{path} is damaged: it is not a JSON object; give another --out")
         refuse_newer(path, before.get("format"))
@@ -160,7 +160,7 @@ def _claim(out: Path, model: Model, source: Source, query: Nll) -> dict[str, Any
 def _write(path: Path, terms: Terms) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, format=np.array(FORMAT), **{name: getattr(terms, name) for name in COLUMNS})
-    store.write_atomic(path, buffer.getvalue())
+    disk.write_atomic(path, buffer.getvalue())
 
 
 def _read(path: Path, rows: int) -> Terms | None:
@@ -181,7 +181,7 @@ def _read(path: Path, rows: int) -> Terms | None:
 def _finish(out: Path, terms: Terms, model: Model, query: Nll) -> None:
     """summary.json, terms.npz, and for a whole chain the terms by t and the rate-distortion table and plot."""
     _write(out / "terms.npz", terms)
-    store.write_json(out / "summary.json", {"format": FORMAT} | terms.summary() | {"model": model.meta.get("step")})
+    disk.write_json(out / "summary.json", {"format": FORMAT} | terms.summary() | {"model": model.meta.get("step")})
     if query.draws is not None:
         return
     times = chain(model.process, query.steps)
@@ -189,17 +189,17 @@ def _finish(out: Path, terms: Terms, model: Model, query: Nll) -> None:
         f"{i}\t{float(times[i + 1]):.6f}\t{b:.8f}\t{m:.8f}"
         for i, (b, m) in enumerate(zip(terms.bits.mean(0), terms.mse.mean(0), strict=True))
     ]
-    store.write_atomic(out / "terms.tsv", "\n".join(["step\tt\tbits_per_dim\tmse", *rows, ""]).encode())
+    disk.write_atomic(out / "terms.tsv", "\n".join(["step\tt\tbits_per_dim\tmse", *rows, ""]).encode())
     curve = terms.rate_distortion()
     lines = [f"{row['step']}\t{row['rate']:.5f}\t{row['rmse']:.5f}" for row in curve]
-    store.write_atomic(out / "rate-distortion.tsv", "\n".join(["step\trate\trmse", *lines, ""]).encode())
+    disk.write_atomic(out / "rate-distortion.tsv", "\n".join(["step\trate\trmse", *lines, ""]).encode())
     svg = line_plot(
         [("", [row["rate"] for row in curve], [row["rmse"] for row in curve])],
         x="rate (bits/dim)",
         y="distortion (RMSE, 0–255)",
         title="Rate-distortion",
     )
-    store.write_atomic(out / "rate-distortion.svg", svg.encode())
+    disk.write_atomic(out / "rate-distortion.svg", svg.encode())
 
 
 def table(terms: Terms, rows: int = 10) -> list[dict[str, float | int]]:

@@ -23,7 +23,7 @@ from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.likelihood import Terms
 from undiffuse.figure import grid, line_plot, png
 from undiffuse.key import Key
-from undiffuse.machine import log, store
+from undiffuse.machine import disk, log
 from undiffuse.measure import evaluate
 from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
@@ -116,7 +116,7 @@ def _ticking(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 def _keep(out: Path, name: str, content: Image.Image | str, caption: str, **sides: tuple[str, ...]) -> Figure:
     """A figure of the report that is also a file of its own."""
-    store.write_atomic(out / name, content.encode() if isinstance(content, str) else png(content))
+    disk.write_atomic(out / name, content.encode() if isinstance(content, str) else png(content))
     return Figure(content, caption, **sides)
 
 

@@ -19,7 +19,7 @@ from undiffuse.diffusion.process import F64, Process, per_image
 from undiffuse.errors import DataError, StorageError, UsageError
 from undiffuse.figure import enlarged, grid, picture, png
 from undiffuse.key import Key, Keys
-from undiffuse.machine import disk, store
+from undiffuse.machine import disk
 from undiffuse.model.model import Model, to_float, to_uint8
 
 Number = float | int  # said in full, because the tests' type checker does not take an int for a float
@@ -222,7 +222,7 @@ def langevin(
 
 def write_grid(images: UInt8[Tensor, "rows columns c h w"], path: Path) -> None:
     """Rows of pictures as one PNG, small ones enlarged."""
-    store.write_atomic(path, png(grid(images.flatten(0, 1), images.shape[1], enlarged(images.shape[-1]))))
+    disk.write_atomic(path, png(grid(images.flatten(0, 1), images.shape[1], enlarged(images.shape[-1]))))
 
 
 def write_images(images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Path | None) -> dict[str, Path]:
@@ -244,7 +244,7 @@ def write_images(images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Pat
     if npz is not None:
         buffer = io.BytesIO()
         np.savez(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
-        store.write_atomic(npz, buffer.getvalue())
+        disk.write_atomic(npz, buffer.getvalue())
         written["npz"] = npz
     return written
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from undiffuse import __version__
 from undiffuse.figure import png
-from undiffuse.machine import store
+from undiffuse.machine import disk
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5d6672; --page: #f6f7f9; --card: #fff; --edge: #dfe3e8 }
@@ -89,7 +89,7 @@ class Section:
 
 def write_report(path: Path, sections: Sequence[Section], title: str = "undiffuse", lead: str = "") -> None:
     """Writes the page, whole or not at all; `lead` stands under the title. Raises StorageError."""
-    store.write_atomic(path, render(sections, title, lead).encode())
+    disk.write_atomic(path, render(sections, title, lead).encode())
 
 
 def render(sections: Sequence[Section], title: str = "undiffuse", lead: str = "") -> str:
