@@ -4,7 +4,6 @@ A loss that is not finite is seen at one step, but the weights were often lost s
 and nothing that starts from them learns. So each checkpoint is tried on a fixed batch when it is written.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from undiffuse.model.model import to_float
 from undiffuse.training.trainer import Trainer
 
 IMAGES = 16
+LEAST = 0.01  # a loss at step 0 that is less, as after fine-tuning, counts as this
 LOST = 10  # times the loss of step 0; a network that has learnt nothing but zeros has once that loss
 
 
@@ -25,8 +25,7 @@ def examine(trainer: Trainer, first: float | None) -> dict[str, Any]:
     losses = [fixed_loss(trainer, averaged) for averaged in (False, True)]
     first = losses[0] if trainer.step == 0 or first is None else first
     finite = all(bool(t.isfinite().all()) for part in trainer.tensors().values() for t in part.values())
-    limit = LOST * first if first > 0 else math.inf
-    good = finite and all(math.isfinite(loss) and loss <= limit for loss in losses)
+    good = finite and all(loss <= LOST * max(first, LEAST) for loss in losses)  # NaN is not
     return {"good": good, "loss": losses[0], "average_loss": losses[1], "first": first}
 
 
