@@ -76,18 +76,27 @@ def train(
 def ended(model: "Model", out: Path, profile: bool) -> dict[str, Any]:
     """Where everything is, and what to run next."""
     others = {"averages": out / "ema", "tensorboard": out / "tensorboard", "previews": out / "samples"}
-    more = {"profile": out / "profile.json"} if profile else {}
+    profiled = {"profile": out / "profile.json"} if profile else {}
     return {
         "run": out,
         "step": model.meta["step"],
         "images_seen": model.meta["images"],
         "parameters": model.parameters(),
         "log": out / "log.jsonl",
-        **more,
+        **profiled,
         **{name: folder for name, folder in others.items() if folder.is_dir()},
-        "more": again({"--steps": str(2 * model.meta["step"])}),
+        "more": more(model),
         "next": sampling(out),
     }
+
+
+def more(model: "Model") -> str:
+    """The command that goes on with a finished run: as long again, or past the end that its held-out loss set."""
+    if any(word.partition("=")[0] == "--minutes" for word in sys.argv):
+        return again({})
+    train, step = model.meta["recipe"]["train"], model.meta["step"]
+    itself = {"--set train.patience": "0"} if train["patience"] and step < train["steps"] else {}
+    return again({"--steps": str(2 * step), **itself}, without=("--images",))
 
 
 def again(options: dict[str, str], without: tuple[str, ...] = ()) -> str:

@@ -355,4 +355,4 @@ class _Loop:
                 f"the held-out loss was lowest, {lowest.loss:.4g}, at step {lowest.step:,}, and has not fallen since; "
                 f"the average of that step is what is sampled"
             )
-        return f"{self.budget.minutes:g} minutes are over"
+        return f"the time is over, {log.duration(60 * (self.budget.minutes or 0))}"
