@@ -27,7 +27,8 @@ AGAIN = [
      "undiffuse train 'my photos/' -o 'a run' --set train.lr=1 --set=train.batch=4 --steps 10"),
     ({"--set train.lr": "0.1", "--set train.batch": "8"}, ("--images", "--steps"),
      "undiffuse train 'my photos/' -o 'a run' --set train.lr=0.1 --set train.batch=8"),
-    ({"--out": "b"}, ("--images", "--steps"), "undiffuse train 'my photos/' --set train.lr=1 --set=train.batch=4 --out b"),
+    ({"--out": "b"}, ("--images", "--steps"),
+     "undiffuse train 'my photos/' --set train.lr=1 --set=train.batch=4 --out b"),
 ]  # fmt: skip
 
 

@@ -46,11 +46,12 @@ def plan(train: TrainConfig, config: ModelConfig, micro: int, images: int, last:
     processes, share = dist.size(), train.batch // dist.size()
     micros = -(-share // micro)
     flops, epochs = forward_flops(config), last * train.batch / images
+    seen = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
     return (
         f"batch {train.batch} = {processes} process{'es' if processes > 1 else ''} × {micros} micro-batch"
         f"{'es' if micros > 1 else ''} of {micro}, {train.precision}; {last:,} steps see "
-        f"{last * train.batch:,} images, {f'{epochs:,.0f}' if epochs >= 100 else f'{epochs:.3g}'} epochs. An image forward is "
-        f"{flops / 1e9:.3g} GFLOP; the whole run {3 * flops * last * train.batch:.2g} FLOP"
+        f"{last * train.batch:,} images, {seen} epochs. An image forward is {flops / 1e9:.3g} GFLOP; the whole run "
+        f"{3 * flops * last * train.batch:.2g} FLOP"
     )
 
 
