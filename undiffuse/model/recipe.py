@@ -99,7 +99,7 @@ class TrainConfig:
     deterministic: bool = False
 
     save_every: Count = 5000
-    sample_every: Count = 5000
+    sample_every: Number = 5000
     log_every: Count = 50
     held_out_every: Count = 2000
     held_out: Number = 1024

@@ -295,7 +295,10 @@ class _Loop:
     def _look(self, lines: Journal, ended: bool, dog: Watchdog) -> None:
         """Held-out loss and previews, by process 0. A signal leaves them undone: they are no part of the state."""
         trainer, step = self.trainer, self.trainer.step
-        held, drawn = (ended or step % every == 0 for every in (self.config.held_out_every, self.config.sample_every))
+        held, drawn = (
+            every > 0 and (ended or step % every == 0)
+            for every in (self.config.held_out_every, self.config.sample_every)
+        )
         if not held and not drawn:
             return
 
