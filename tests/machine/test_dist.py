@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
 from tests.training.test_loop import assert_equal, recipe, state
 from undiffuse.config import to_toml
 from undiffuse.data.loader import Loader
@@ -27,33 +29,26 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-COMMAND = ["-m", "undiffuse"]
-
-
 def start(
-    processes: int, *arguments: str, more: dict[int, list[str]] | None = None, command: list[str] = COMMAND
-) -> list[subprocess.Popen]:
+    processes: int, *arguments: str, more: dict[int, list[str]] | None = None, script: str = warm.COMMAND
+) -> list[warm.Process]:
     """The same command once for each process, or `more`'s, with what torchrun would put into the environment."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     return [
-        subprocess.Popen(
-            [sys.executable, *command, *(more or {}).get(rank, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        warm.Process(
+            script, *(more or {}).get(rank, arguments), env={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         )
         for rank in range(processes)
     ]
 
 
-def finish(running: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def finish(running: list[warm.Process]) -> list[tuple[int, str, str]]:
     ended = [process.communicate(timeout=240) for process in running]
-    return [(process.returncode, out, err) for process, (out, err) in zip(running, ended, strict=True)]
+    return [(process.wait(), out, err) for process, (out, err) in zip(running, ended, strict=True)]
 
 
 def preset(folder: Path, **train) -> str:
-    chosen = recipe(train={"precision": "float32", "sample_every": 1000, "log_every": 1, **train})
+    chosen = recipe(train={"precision": "float32", "held_out": 0, **train})
     path = folder / f"{abs(hash(str(train)))}.toml"
     path.write_text(to_toml(chosen))
     return str(path)
@@ -205,7 +200,7 @@ def test_an_example_of_one_process_is_named_by_all(tmp_path):
     """Row 6 of the batch of step 3, which process 1 has, is not finite: both name it, and what replays it."""
     name = preset(tmp_path, save_every=100)
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run")]
-    ended = finish(start(2, *words, command=["-c", BAD_ROW]))
+    ended = finish(start(2, *words, script=BAD_ROW))
     assert [code for code, _, _ in ended] == [3, 3], ended
     whole = recipe()
     index = Loader(open_source("digits"), whole.train.batch, whole.train.seed).batch(3).index[6]
@@ -273,7 +268,7 @@ def test_previews_may_take_longer_than_a_sum_waits(tmp_path):
     """Two grids of 8 parts of 20 steps of 0.05 s, where a process is given up after 12 s."""
     name = preset(tmp_path, steps=3)
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run"), "--set", "train.sample_every=2"]
-    ended = finish(start(2, *words, command=["-c", SLOW_LOOK]))
+    ended = finish(start(2, *words, script=SLOW_LOOK))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert (tmp_path / "run" / "samples" / "step-000000002.png").exists()
 
@@ -298,7 +293,7 @@ cli.main()
 def test_a_process_that_hangs_ends_the_run(tmp_path):
     """By the watchdog of process 0, which waits for it in a sum; torchrun then ends the one that hangs."""
     words = ["train", "digits", "--preset", preset(tmp_path, save_every=1), "--out", str(tmp_path / "run")]
-    running = start(2, *words, command=["-c", HANG])
+    running = start(2, *words, script=HANG)
     try:
         _, err = running[0].communicate(timeout=120)
         assert running[0].returncode == Stalled.exit_code and "nothing has moved for" in err, err
@@ -344,7 +339,7 @@ def test_drawing_and_measuring_are_divided_and_give_the_same(tmp_path):
         assert (alone / file).read_bytes() == (together / file).read_bytes(), file
 
 
-def wait_for_steps(out: Path, running: list[subprocess.Popen], lines: int) -> None:
+def wait_for_steps(out: Path, running: Sequence[warm.Process | subprocess.Popen], lines: int) -> None:
     log, deadline = out / "log.jsonl", time.monotonic() + 200
     while not (log.exists() and log.read_text().count("\n") >= lines):
         assert all(process.poll() is None for process in running) and time.monotonic() < deadline

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.training.test_loop import assert_equal, recipe, state
 from undiffuse.config import to_toml
 from undiffuse.machine import store
@@ -23,20 +24,14 @@ STEPS, EVERY = 400, 5
 
 def preset(folder: Path, **train) -> Path:
     path = folder / "small.toml"
-    fields = {"steps": STEPS, "save_every": EVERY, "sample_every": 10**6, "precision": "float32", "log_every": 1}
+    fields = {"steps": STEPS, "save_every": EVERY, "held_out": 0, "precision": "float32"}
     path.write_text(to_toml(recipe(train={**fields, **train})))
     return path
 
 
-def start(out: Path, *more: str, script: str = "from undiffuse import cli; cli.main()") -> subprocess.Popen:
+def start(out: Path, *more: str, script: str = warm.COMMAND) -> warm.Process:
     words = ["train", "digits", "--preset", str(out.parent / "small.toml"), "--out", str(out), *more]
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return warm.Process(script, *words)
 
 
 def complete(out: Path, *more: str) -> None:
@@ -49,7 +44,7 @@ def saving(out: Path) -> bool:
     return any(name.startswith(".tmp-") for name in (os.listdir(out) if out.exists() else ()))
 
 
-def wait(process: subprocess.Popen, what) -> bool:
+def wait(process: warm.Process, what) -> bool:
     """Whether it came true before the process ended."""
     deadline = time.monotonic() + 120
     while process.poll() is None:
@@ -74,7 +69,7 @@ def test_25_kills_end_where_no_kill_would_have(tmp_path):
     while inside_save + inside_step < 25:
         before = newest(out)
         process = start(out)
-        assert wait(process, lambda before=before: newest(out) > before), process.stderr.read()
+        assert wait(process, lambda before=before: newest(out) > before), process.said()
         if inside_save < 8:
             wait(process, lambda: saving(out))
         else:
@@ -153,7 +148,7 @@ cli.main()
 def test_a_step_that_hangs_ends_a_real_run_and_the_same_command_goes_on(tmp_path):
     preset(tmp_path, steps=8, save_every=2)
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
-    ended = subprocess.run([sys.executable, "-c", HANG, *words], capture_output=True, text=True, timeout=240)
+    ended = warm.run(HANG, *words)
     assert ended.returncode == 8, ended.stderr
     assert "nothing has moved for" in ended.stderr and newest(tmp_path / "run") == 4
     assert "in update" in (tmp_path / "run" / "stacks-0.txt").read_text()
@@ -175,7 +170,7 @@ def test_a_run_whose_previews_are_slow_is_no_hang(tmp_path):
         "trainer.Model.chain = chain\ncli.main()",
     )
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
-    ended = subprocess.run([sys.executable, "-c", slow, *words], capture_output=True, text=True, timeout=240)
+    ended = warm.run(slow, *words)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -194,8 +189,7 @@ def test_a_process_that_may_not_have_the_memory_says_what_to_set(tmp_path):
     """Allocations that really fail."""
     preset(tmp_path, steps=1, batch=2**15)
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
-    narrow, environment = [sys.executable, "-c", NARROW, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(narrow, capture_output=True, text=True, timeout=240, env=environment)
+    ended = warm.run(NARROW, *words)
     assert ended.returncode == 6, ended.stderr
     assert "out of memory at step 0 with micro-batches of 32768, when" in ended.stderr
     assert "--set train.micro_batch=16384" in ended.stderr and "Traceback" not in ended.stderr

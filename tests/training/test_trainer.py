@@ -153,10 +153,10 @@ def test_out_of_memory_in_a_run_says_what_to_set(tmp_path, data, monkeypatch):
 @pytest.mark.slow
 def test_auto_precision_is_what_the_processor_has_and_stays_so(tmp_path, data, monkeypatch):
     for native, name in ((True, "bf16"), (False, "float32")):
-        monkeypatch.setattr(train, "native_bf16", lambda device, native=native: native)
+        monkeypatch.setattr(loop, "native_bf16", lambda device, native=native: native)
         run(recipe(), data, tmp_path / name, budget=loop.Budget(steps=2))
         assert load(tmp_path / name).meta["recipe"]["train"]["precision"] == name
-    monkeypatch.setattr(train, "native_bf16", lambda device: True)
+    monkeypatch.setattr(loop, "native_bf16", lambda device: True)
     assert run(recipe(), data, tmp_path / "float32").meta["recipe"]["train"]["precision"] == "float32"
 
 
@@ -165,7 +165,7 @@ def test_previews_take_no_more_images_at_once_than_a_step_has_room_for(tmp_path,
     monkeypatch.setattr(
         Model, "chain", lambda self, keys, *a, **b: sizes.append(len(keys.rows)) or real(self, keys, *a, **b)
     )
-    run(recipe(train={"micro_batch": 5, "steps": 1}), data, tmp_path)
+    run(recipe(train={"micro_batch": 5, "steps": 1, "sample_every": 6}), data, tmp_path)
     assert sizes == [*[10] * 6, 4] * 2
 
 
