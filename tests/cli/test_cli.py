@@ -246,7 +246,12 @@ def test_bad_input_gets_one_line(call, run_folder, tmp_path, monkeypatch, words,
 
 def apart(words: list[object], largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
     """A command line in a process of its own, whose files may be no larger than so many bytes."""
-    lines = ["import sys", "from undiffuse import cli", f"sys.argv = {['undiffuse', *map(str, words)]!r}", "cli.main()"]
+    lines = [
+        "import sys",
+        "from undiffuse.cli import main as cli",
+        f"sys.argv = {['undiffuse', *map(str, words)]!r}",
+        "cli.main()",
+    ]
     if largest_file is not None:
         lines.insert(0, f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({largest_file}, {largest_file}))")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +133,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 def test_a_signal_to_one_process_of_a_profile_ends_that_one_alone(tmp_path):
     """The profile is written all the same, and process 0 comes to its end."""
     words = ["train", "digits", "--preset", preset(tmp_path, steps=100), "--out", str(tmp_path / "run"), "--profile"]
-    running = start(2, *words)
+    running = start(2, *words, script=f"from undiffuse.training import profile\nprofile.STEPS = 4\n{warm.COMMAND}")
     while not (tmp_path / "run" / "config.toml").exists():
         assert all(process.poll() is None for process in running)
         time.sleep(0.02)
@@ -221,6 +219,12 @@ def save(self, *what):
 store.Run.save = save
 cli.main()
 """
+TORCHRUN = """
+import os
+from torch.distributed import run
+os.setsid()
+run.main()
+"""
 
 
 @pytest.mark.slow
@@ -228,16 +232,9 @@ def test_a_signal_to_torchrun_and_all_its_processes_saves(tmp_path):
     """As service managers send it: the processes get it twice, and torchrun ends process 0 once the other has ended."""
     (tmp_path / "slow.py").write_text(SLOW_SAVE)
     name = preset(tmp_path, steps=100_000, save_every=100_000)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "slow.py")]
+    launch = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "slow.py")]
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run")]
-    running = subprocess.Popen(
-        [sys.executable, *launch, *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-    )
+    running = warm.Process(TORCHRUN, *launch, *words, env={"PYTHONPATH": os.getcwd()})
     wait_for_steps(tmp_path / "run", [running], 4)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     assert len(children) >= 2
@@ -253,11 +250,11 @@ import datetime, time
 from undiffuse.cli import main as cli
 from undiffuse.machine import dist
 from undiffuse.training import trainer
-dist.PATIENCE = datetime.timedelta(seconds=12)
+dist.PATIENCE = datetime.timedelta(seconds=6)
 dist.joined.__wrapped__.__defaults__ = (dist.PATIENCE,)
 real = trainer.Model.chain
 def chain(self, *what, progress):
-    return real(self, *what, progress=lambda n: (time.sleep(0.05 * (self.meta["step"] == 2)), progress(n)))
+    return real(self, *what, progress=lambda n: (time.sleep(0.03 * (self.meta["step"] == 2)), progress(n)))
 trainer.Model.chain = chain
 cli.main()
 """
@@ -265,7 +262,7 @@ cli.main()
 
 @pytest.mark.slow
 def test_previews_may_take_longer_than_a_sum_waits(tmp_path):
-    """Two grids of 8 parts of 20 steps of 0.05 s, where a process is given up after 12 s."""
+    """Two grids of 8 parts of 20 steps of 0.03 s, where a process is given up after 6 s."""
     name = preset(tmp_path, steps=3)
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run"), "--set", "train.sample_every=2"]
     ended = finish(start(2, *words, script=SLOW_LOOK))
@@ -339,7 +336,7 @@ def test_drawing_and_measuring_are_divided_and_give_the_same(tmp_path):
         assert (alone / file).read_bytes() == (together / file).read_bytes(), file
 
 
-def wait_for_steps(out: Path, running: Sequence[warm.Process | subprocess.Popen], lines: int) -> None:
+def wait_for_steps(out: Path, running: Sequence[warm.Process], lines: int) -> None:
     log, deadline = out / "log.jsonl", time.monotonic() + 200
     while not (log.exists() and log.read_text().count("\n") >= lines):
         assert all(process.poll() is None for process in running) and time.monotonic() < deadline

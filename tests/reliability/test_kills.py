@@ -160,13 +160,13 @@ def test_a_step_that_hangs_ends_a_real_run_and_the_same_command_goes_on(tmp_path
 @pytest.mark.slow
 def test_a_run_whose_previews_are_slow_is_no_hang(tmp_path):
     """Steps of the chain are signs of life: here all of a preview takes longer than a step may."""
-    preset(tmp_path, steps=4, sample_every=2)
+    preset(tmp_path, steps=4, sample_every=4)
     slow = HANG.replace("4:", "-1:").replace(
         "cli.main()",
         "real_chain = trainer.Model.chain\n"
         "def chain(self, keys, times, solver, **rest):\n"
         "    tell = rest.pop('progress')\n"
-        "    return real_chain(self, keys, times, solver, progress=lambda n: (time.sleep(0.06), tell(n)), **rest)\n"
+        "    return real_chain(self, keys, times, solver, progress=lambda n: (time.sleep(0.04), tell(n)), **rest)\n"
         "trainer.Model.chain = chain\ncli.main()",
     )
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
@@ -215,6 +215,19 @@ def test_a_long_run_does_not_grow(tmp_path):
     assert len(seen[2500][1]) <= len(seen[500][1]), seen
 
 
+SEVERAL = """
+import runpy, sys
+lines, codes = sys.argv[1:], []
+for line in lines:
+    sys.argv = ["undiffuse", *line.split()]
+    try:
+        runpy.run_module("undiffuse", run_name="__main__")
+    except SystemExit as ended:
+        codes.append(int(ended.code or 0))
+print(codes)
+"""
+
+
 @pytest.mark.slow
 def test_odd_surroundings(tmp_path):
     """`python -O`, a path with spaces and accents, no HOME, the C locale: training and drawing work all the same."""
@@ -223,13 +236,14 @@ def test_odd_surroundings(tmp_path):
     preset(folder, steps=3, save_every=3)
     strange = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.getcwd()}
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | strange
-    for words, code in (
-        (["train", "digits", "--preset", "small.toml", "--out", "run"], 0),
-        (["sample", "run", "-n", "2", "--out", "drawn"], 0),
-        (["train", "digits", "--preset", "small.toml", "--out", "run2", "--steps", "0"], 2),
-    ):
-        command = [sys.executable, "-O", "-m", "undiffuse", *words]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
+    lines = (
+        ("train digits --preset small.toml --out run", 0),
+        ("sample run -n 2 --out drawn", 0),
+        ("train digits --preset small.toml --out run2 --steps 0", 2),
+    )
+    command = [sys.executable, "-O", "-c", SEVERAL, *(line for line, _ in lines)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str([code for _, code in lines]), done.stderr
     assert "a budget of 0 steps is not possible" in done.stderr  # checks are raised, not asserted
     assert len(list((folder / "drawn").glob("*.png"))) == 3

@@ -104,7 +104,7 @@ def test_a_run_tells_its_sinks(tmp_path, data):
     """What TensorBoard shows is log.jsonl, and a sink may come and go: it is no setting of the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    chosen = recipe(train={"sample_every": 6})
+    chosen = recipe(process={"steps": 4}, train={"sample_every": 6})
     run(chosen, data, tmp_path, budget=loop.Budget(steps=2))
     run(chosen, data, tmp_path, held_out=data, logs=["tensorboard"])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -221,7 +221,7 @@ def test_a_budget_of_minutes_stops_soon(tmp_path, data):
 
 
 def test_a_run_leaves_what_the_other_commands_need(tmp_path, data):
-    trained = run(recipe(train={"sample_every": 6}), data, tmp_path, held_out=data)
+    trained = run(recipe(process={"steps": 4}, train={"sample_every": 6}), data, tmp_path, held_out=data)
     assert (tmp_path / "config.toml").exists() and (tmp_path / "data.json").exists()
     assert (tmp_path / "samples" / "step-000000006.png").stat().st_size > 500
     assert store.Run(tmp_path).steps() == [4, 6]  # two are kept
@@ -350,7 +350,7 @@ def test_a_size_that_the_strides_do_not_divide(tmp_path, data):
 @pytest.mark.slow
 def test_labels_train_a_conditional_model(tmp_path, data):
     model = run(
-        recipe(data={"labels": True}, train={"drop_label": 0.5, "steps": 40, "sample_every": 40}), data, tmp_path
+        recipe(data={"labels": True}, train={"drop_label": 0.5, "steps": 20, "sample_every": 20}), data, tmp_path
     )
     assert model.config.classes == 10
     assert not torch.equal(model.sample(2, label=3), model.sample(2, label=4))
@@ -368,7 +368,7 @@ def start(out: Path) -> warm.Process:
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, name):
     from undiffuse.config import to_toml
 
-    (tmp_path / "small.toml").write_text(to_toml(recipe(train={"steps": 200, "save_every": 1000, "held_out": 0})))
+    (tmp_path / "small.toml").write_text(to_toml(recipe(train={"steps": 120, "save_every": 1000, "held_out": 0})))
     process = start(tmp_path / "stopped")
     log = tmp_path / "stopped" / "log.jsonl"
     deadline = time.monotonic() + 120
@@ -380,9 +380,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, name):
     assert process.returncode == Preempted.exit_code == 143
     assert f"{name}: stopped after step" in errors and "the same command goes on" in errors
     stopped = store.Run(tmp_path / "stopped").latest()
-    assert 5 <= stopped < 200
+    assert 5 <= stopped < 120
     for out in ("stopped", "whole"):
         process = start(tmp_path / out)
         process.communicate(timeout=240)
         assert process.returncode == 0
-    assert_equal(state(tmp_path / "stopped", 200), state(tmp_path / "whole", 200))
+    assert_equal(state(tmp_path / "stopped", 120), state(tmp_path / "whole", 120))
