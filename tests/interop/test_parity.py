@@ -185,7 +185,7 @@ def their_chain(path: Path, keys: Keys, shape: tuple[int, ...], process: Linear,
     ids=["hundred", "thousand"],
 )
 def test_a_thousand_steps_with_either_variance(tmp_path, monkeypatch, process):
-    """And a hundred, in `make test`. diffusers' β and ᾱ are overwritten in float64: its own are wrong by 5e-4 at small t."""
+    """diffusers' β and ᾱ are overwritten in float64: its float32 ones are wrong by 5e-4 where t is small."""
     keys, ours, theirs = Key(1).rows(1), [], []
     for variance in (FixedSmall(), FixedLarge()):
         config = ModelConfig((3, 8, 8), process, Eps(), variance, UNet(32, (1,), 1, ()))
