@@ -35,7 +35,7 @@ def warnings(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGSTOP])
 def test_the_work_of_a_worker_that_is_killed_or_stopped_is_done_by_others(tmp_path, warnings, monkeypatch, sent):
     monkeypatch.setattr(workers, "STILL", 3)
     done, hit = [], 0
