@@ -18,12 +18,12 @@ help:  ## this list
 demo: .venv/base.stamp  ## the whole paper in one HTML report: train, sample, measure (5 minutes on 2 cores)
 	$(BIN)/undiffuse demo --out demo
 
-test: .venv/test.stamp  ## all tests, two at a time (15 minutes on 2 cores); ARGS="tests/test_key.py -x" for some of them
+test: .venv/test.stamp  ## all tests, two at a time (6 minutes on 2 cores); ARGS="tests/test_key.py -x" for some of them
 	$(if $(HAVE_DATA),,@echo 'Fashion-MNIST is not in $(FASHION_MNIST): the tests marked "data" are left out')
 	$(if $(HAVE_BROWSER),,@echo 'there is no chromium: the tests marked "browser" are left out')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long$(if $(HAVE_DATA),, and not data)$(if $(HAVE_BROWSER),, and not browser)" $(ARGS)
 
-test-reliability: .venv/test.stamp  ## the long tests: kills by the dozen, runs of thousands of steps (10 minutes)
+test-reliability: .venv/test.stamp  ## the long tests: kills by the dozen, whole trainings (20 minutes)
 	$(BIN)/python -m pytest -m long
 
 check: .venv/dev.stamp  ## format, lint, types and the fast tests (two minutes on 2 cores)

@@ -25,7 +25,7 @@ from undiffuse.training.loop import train
 SETTINGS = [
     "process.steps=12", "process.beta_end=0.5", "network.channels=8", "network.multipliers=[1, 1]", "network.blocks=1",
     "network.attention=[]", "train.steps=3", "train.batch=4", "train.warmup=1", "train.save_every=2",
-    "train.sample_every=3", "train.log_every=1", "train.held_out=4", "train.lr=1e-2", "train.ema=0.5",
+    "train.sample_every=0", "train.log_every=1", "train.held_out=4", "train.lr=1e-2", "train.ema=0.5",
 ]  # fmt: skip
 
 
@@ -246,7 +246,12 @@ def test_bad_input_gets_one_line(call, run_folder, tmp_path, monkeypatch, words,
 
 def apart(words: list[object], largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
     """A command line in a process of its own, whose files may be no larger than so many bytes."""
-    lines = ["import sys", "from undiffuse import cli", f"sys.argv = {['undiffuse', *map(str, words)]!r}", "cli.main()"]
+    lines = [
+        "import sys",
+        "from undiffuse.cli import main as cli",
+        f"sys.argv = {['undiffuse', *map(str, words)]!r}",
+        "cli.main()",
+    ]
     if largest_file is not None:
         lines.insert(0, f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({largest_file}, {largest_file}))")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ from undiffuse.machine import log
 
 def note(folder, number):
     (folder / f"{number}-{os.getpid()}").touch()
-    time.sleep(0.4)
+    time.sleep(0.2)
 
 
 def die(number):
@@ -35,8 +35,9 @@ def warnings(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_work_of_a_worker_that_is_killed_or_stopped_is_done_by_others(tmp_path, warnings, sent):
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGSTOP])
+def test_the_work_of_a_worker_that_is_killed_or_stopped_is_done_by_others(tmp_path, warnings, monkeypatch, sent):
+    monkeypatch.setattr(workers, "STILL", 3)
     done, hit = [], 0
     for number in finished(partial(note, tmp_path), range(12), 2):
         done.append(number)

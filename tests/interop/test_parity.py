@@ -102,7 +102,7 @@ def read(path: Path) -> tuple[torch.nn.Module, ModelConfig]:
     return network.eval(), config
 
 
-@pytest.fixture(scope="module", params=["cifar10", pytest.param("256", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["cifar10", pytest.param("256", marks=[pytest.mark.slow, pytest.mark.long])])
 def pair(request, tmp_path_factory) -> Pair:
     """diffusers' network with redrawn weights, saved by diffusers and imported by us."""
     name, table = request.param, TABLES[request.param]
@@ -127,6 +127,7 @@ def test_an_imported_network_says_what_theirs_says(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("pair", ["256"], indirect=True)
 def test_at_256_pixels_too(pair):
     """Attention over 16×16 positions, and 8×8 in the middle, as in the published models."""
@@ -161,35 +162,39 @@ def test_an_eps_of_1e_5_would_be_seen(pair):
     assert difference > 2e-5
 
 
-def their_chain(path: Path, keys: Keys, shape: tuple[int, ...], monkeypatch) -> torch.Tensor:
+def their_chain(path: Path, keys: Keys, shape: tuple[int, ...], process: Linear, monkeypatch) -> torch.Tensor:
     """The whole pipeline on our noise, with the tables of its scheduler in float64."""
     pipeline = diffusers.DDPMPipeline.from_pretrained(path)
     pipeline.set_progress_bar_config(disable=True)
     scheduler = pipeline.scheduler
-    scheduler.betas = Linear().betas()
+    scheduler.betas = process.betas()
     scheduler.alphas = 1 - scheduler.betas
     scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, 0)
-    names = [("x_T",), *(("step", n) for n in range(1000, 1, -1))]
+    names = [("x_T",), *(("step", n) for n in range(process.steps, 1, -1))]
     noise = (keys.fold(*name).normal(*shape) for name in names)
     for module in (scheduling_ddpm, pipeline_ddpm):
         monkeypatch.setattr(module, "randn_tensor", lambda *arguments, **options: next(noise))
-    images = pipeline(len(keys.rows), num_inference_steps=1000, output_type="pt").images
+    images = pipeline(len(keys.rows), num_inference_steps=process.steps, output_type="pt").images
     assert next(noise, None) is None
     return images * 2 - 1
 
 
-@pytest.mark.slow
-def test_a_thousand_steps_with_either_variance(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "process",
+    [Linear(100, 1e-3, 0.2), pytest.param(Linear(), marks=[pytest.mark.slow, pytest.mark.long])],
+    ids=["hundred", "thousand"],
+)
+def test_a_thousand_steps_with_either_variance(tmp_path, monkeypatch, process):
     """diffusers' β and ᾱ are overwritten in float64: its float32 ones are wrong by 5e-4 where t is small."""
     keys, ours, theirs = Key(1).rows(1), [], []
     for variance in (FixedSmall(), FixedLarge()):
-        config = ModelConfig((3, 8, 8), Linear(), Eps(), variance, UNet(32, (1,), 1, ()))
+        config = ModelConfig((3, 8, 8), process, Eps(), variance, UNet(32, (1,), 1, ()))
         denoiser = config.build(clip=True).eval()
-        x, index = Key(0).normal(1, *config.image), torch.tensor([500.0])
+        x, index = Key(0).normal(1, *config.image), torch.tensor([process.steps / 2])
         redraw(denoiser.network, lambda network=denoiser.network, x=x, index=index: network(x, index))
         folder = tmp_path / type(variance).__name__
         write_folder(folder, denoiser.network.state_dict(), {"model": plain(config)})
-        theirs.append(their_chain(folder, keys, config.image, monkeypatch))
+        theirs.append(their_chain(folder, keys, config.image, process, monkeypatch))
         ours.append(sample(Ancestral(variance), denoiser, config.process, keys, config.image, config.process.grid()))
     assert (ours[0].abs() < 1).float().mean() > 0.5  # not all at the ends, where clipping hides differences
     for i in (0, 1):

@@ -4,14 +4,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
 from tests.training.test_loop import assert_equal, recipe, state
 from undiffuse.config import to_toml
 from undiffuse.data.loader import Loader
@@ -27,33 +27,26 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-COMMAND = ["-m", "undiffuse"]
-
-
 def start(
-    processes: int, *arguments: str, more: dict[int, list[str]] | None = None, command: list[str] = COMMAND
-) -> list[subprocess.Popen]:
+    processes: int, *arguments: str, more: dict[int, list[str]] | None = None, script: str = warm.COMMAND
+) -> list[warm.Process]:
     """The same command once for each process, or `more`'s, with what torchrun would put into the environment."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     return [
-        subprocess.Popen(
-            [sys.executable, *command, *(more or {}).get(rank, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        warm.Process(
+            script, *(more or {}).get(rank, arguments), env={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         )
         for rank in range(processes)
     ]
 
 
-def finish(running: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def finish(running: list[warm.Process]) -> list[tuple[int, str, str]]:
     ended = [process.communicate(timeout=240) for process in running]
-    return [(process.returncode, out, err) for process, (out, err) in zip(running, ended, strict=True)]
+    return [(process.wait(), out, err) for process, (out, err) in zip(running, ended, strict=True)]
 
 
 def preset(folder: Path, **train) -> str:
-    chosen = recipe(train={"precision": "float32", "sample_every": 1000, "log_every": 1, **train})
+    chosen = recipe(train={"precision": "float32", "held_out": 0, **train})
     path = folder / f"{abs(hash(str(train)))}.toml"
     path.write_text(to_toml(chosen))
     return str(path)
@@ -69,35 +62,35 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_exact_shards_give_the_same_bits_for_every_number_of_processes(tmp_path):
+@pytest.mark.parametrize(
+    "lives",
+    [[(1, "2"), (2, "4"), (4, "6")], pytest.param([(4, "6")], marks=pytest.mark.long)],
+    ids=["one then two then four", "four"],
+)
+def test_exact_shards_give_the_same_bits_for_every_number_of_processes(tmp_path, lives):
     """Also across a resume: begun by one, gone on with by two, finished by four."""
     name = preset(tmp_path, exact_shards=4, steps=6)
-    for processes in (1, 4):
-        ended = fit(processes, tmp_path / str(processes), name)
+    for out, processes, last in (("alone", 1, "6"), *(("other", *life) for life in lives)):
+        ended = fit(processes, tmp_path / out, name, "--steps", last)
         assert [code for code, _, _ in ended] == [0] * processes, ended
         assert [bool(out) for _, out, _ in ended] == [True] + [False] * (processes - 1)  # process 0 alone speaks
-    for processes, last in ((1, "2"), (2, "4"), (4, "6")):
-        assert fit(processes, tmp_path / "mixed", name, "--steps", last)[0][0] == 0
-    alone = state(tmp_path / "1", 6)
-    for other in ("4", "mixed"):
-        assert_equal(alone, state(tmp_path / other, 6))
-        assert losses(tmp_path / other) == losses(tmp_path / "1")
+    assert_equal(state(tmp_path / "alone", 6), state(tmp_path / "other", 6))
+    assert losses(tmp_path / "other") == losses(tmp_path / "alone")
 
 
 @pytest.mark.slow
-def test_other_numbers_of_processes_differ_by_rounding_alone(tmp_path):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_other_numbers_of_processes_differ_by_rounding_alone(tmp_path, processes):
     """Same examples, same noise: the first loss agrees to 1e-6, and after 60 steps to 1e-4, in float32."""
     name = preset(tmp_path, steps=60, save_every=60, lr=1e-3)
     no_dropout = tmp_path / "plain.toml"
     no_dropout.write_text(Path(name).read_text().replace("dropout = 0.2", "dropout = 0.0"))
-    for processes in (1, 2, 4):
-        assert [code for code, _, _ in fit(processes, tmp_path / str(processes), str(no_dropout))] == [0] * processes
-    alone = losses(tmp_path / "1")
+    for number, out in ((1, "alone"), (processes, "many")):
+        assert [code for code, _, _ in fit(number, tmp_path / out, str(no_dropout))] == [0] * number
+    alone, many = losses(tmp_path / "alone"), losses(tmp_path / "many")
     assert len(alone) == 60
-    for other in ("2", "4"):
-        many = losses(tmp_path / other)
-        assert many[0] == pytest.approx(alone[0], rel=1e-6)
-        assert many == pytest.approx(alone, rel=1e-4)
+    assert many[0] == pytest.approx(alone[0], rel=1e-6)
+    assert many == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -140,7 +133,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 def test_a_signal_to_one_process_of_a_profile_ends_that_one_alone(tmp_path):
     """The profile is written all the same, and process 0 comes to its end."""
     words = ["train", "digits", "--preset", preset(tmp_path, steps=100), "--out", str(tmp_path / "run"), "--profile"]
-    running = start(2, *words)
+    running = start(2, *words, script=f"from undiffuse.training import profile\nprofile.STEPS = 4\n{warm.COMMAND}")
     while not (tmp_path / "run" / "config.toml").exists():
         assert all(process.poll() is None for process in running)
         time.sleep(0.02)
@@ -205,13 +198,15 @@ def test_an_example_of_one_process_is_named_by_all(tmp_path):
     """Row 6 of the batch of step 3, which process 1 has, is not finite: both name it, and what replays it."""
     name = preset(tmp_path, save_every=100)
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run")]
-    ended = finish(start(2, *words, command=["-c", BAD_ROW]))
+    ended = finish(start(2, *words, script=BAD_ROW))
     assert [code for code, _, _ in ended] == [3, 3], ended
     whole = recipe()
     index = Loader(open_source("digits"), whole.train.batch, whole.train.seed).batch(3).index[6]
     for _, _, err in ended:
         assert "step 3: the loss is inf and the gradient norm" in err and f"examples [{index}]." in err
-        assert f"replays the step: undiffuse {' '.join(words)}" in err
+        assert "the same command replays it" in err
+        again = f"undiffuse train digits --preset {name} --set train.lr=0.0002 --out {tmp_path / 'run-2'}"
+        assert err.splitlines()[-1].endswith(f": {again}")
     assert store.Run(tmp_path / "run").steps() == [3]
 
 
@@ -226,6 +221,12 @@ def save(self, *what):
 store.Run.save = save
 cli.main()
 """
+TORCHRUN = """
+import os
+from torch.distributed import run
+os.setsid()
+run.main()
+"""
 
 
 @pytest.mark.slow
@@ -233,16 +234,9 @@ def test_a_signal_to_torchrun_and_all_its_processes_saves(tmp_path):
     """As service managers send it: the processes get it twice, and torchrun ends process 0 once the other has ended."""
     (tmp_path / "slow.py").write_text(SLOW_SAVE)
     name = preset(tmp_path, steps=100_000, save_every=100_000)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "slow.py")]
+    launch = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "slow.py")]
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run")]
-    running = subprocess.Popen(
-        [sys.executable, *launch, *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-    )
+    running = warm.Process(TORCHRUN, *launch, *words, env={"PYTHONPATH": os.getcwd()})
     wait_for_steps(tmp_path / "run", [running], 4)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     assert len(children) >= 2
@@ -258,11 +252,11 @@ import datetime, time
 from undiffuse.cli import main as cli
 from undiffuse.machine import dist
 from undiffuse.training import trainer
-dist.PATIENCE = datetime.timedelta(seconds=12)
+dist.PATIENCE = datetime.timedelta(seconds=6)
 dist.joined.__wrapped__.__defaults__ = (dist.PATIENCE,)
 real = trainer.Model.chain
 def chain(self, *what, progress):
-    return real(self, *what, progress=lambda n: (time.sleep(0.05 * (self.meta["step"] == 2)), progress(n)))
+    return real(self, *what, progress=lambda n: (time.sleep(0.03 * (self.meta["step"] == 2)), progress(n)))
 trainer.Model.chain = chain
 cli.main()
 """
@@ -270,10 +264,10 @@ cli.main()
 
 @pytest.mark.slow
 def test_previews_may_take_longer_than_a_sum_waits(tmp_path):
-    """Two grids of 8 parts of 20 steps of 0.05 s, where a process is given up after 12 s."""
+    """Two grids of 8 parts of 20 steps of 0.03 s, where a process is given up after 6 s."""
     name = preset(tmp_path, steps=3)
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run"), "--set", "train.sample_every=2"]
-    ended = finish(start(2, *words, command=["-c", SLOW_LOOK]))
+    ended = finish(start(2, *words, script=SLOW_LOOK))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert (tmp_path / "run" / "samples" / "step-000000002.png").exists()
 
@@ -298,7 +292,7 @@ cli.main()
 def test_a_process_that_hangs_ends_the_run(tmp_path):
     """By the watchdog of process 0, which waits for it in a sum; torchrun then ends the one that hangs."""
     words = ["train", "digits", "--preset", preset(tmp_path, save_every=1), "--out", str(tmp_path / "run")]
-    running = start(2, *words, command=["-c", HANG])
+    running = start(2, *words, script=HANG)
     try:
         _, err = running[0].communicate(timeout=120)
         assert running[0].returncode == Stalled.exit_code and "nothing has moved for" in err, err
@@ -344,7 +338,7 @@ def test_drawing_and_measuring_are_divided_and_give_the_same(tmp_path):
         assert (alone / file).read_bytes() == (together / file).read_bytes(), file
 
 
-def wait_for_steps(out: Path, running: list[subprocess.Popen], lines: int) -> None:
+def wait_for_steps(out: Path, running: Sequence[warm.Process], lines: int) -> None:
     log, deadline = out / "log.jsonl", time.monotonic() + 200
     while not (log.exists() and log.read_text().count("\n") >= lines):
         assert all(process.poll() is None for process in running) and time.monotonic() < deadline

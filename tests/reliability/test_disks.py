@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.reliability.test_kills import preset
 from tests.training.test_loop import assert_equal, state
 
@@ -35,8 +35,7 @@ def disk(tmp_path) -> Iterator[Path]:
 def train(out: Path, steps: int) -> tuple[int, str]:
     settings = out.parent.parent / "small.toml"
     words = ["train", "digits", "--preset", str(settings), "--out", str(out), "--steps", str(steps)]
-    command = [sys.executable, "-m", "undiffuse", *words]
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = warm.run(warm.COMMAND, *words)
     return ended.returncode, ended.stderr
 
 

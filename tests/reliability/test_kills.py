@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.training.test_loop import assert_equal, recipe, state
 from undiffuse.config import to_toml
 from undiffuse.machine import store
@@ -23,20 +24,14 @@ STEPS, EVERY = 400, 5
 
 def preset(folder: Path, **train) -> Path:
     path = folder / "small.toml"
-    fields = {"steps": STEPS, "save_every": EVERY, "sample_every": 10**6, "precision": "float32", "log_every": 1}
+    fields = {"steps": STEPS, "save_every": EVERY, "held_out": 0, "precision": "float32"}
     path.write_text(to_toml(recipe(train={**fields, **train})))
     return path
 
 
-def start(out: Path, *more: str, script: str = "from undiffuse import cli; cli.main()") -> subprocess.Popen:
+def start(out: Path, *more: str, script: str = warm.COMMAND) -> warm.Process:
     words = ["train", "digits", "--preset", str(out.parent / "small.toml"), "--out", str(out), *more]
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return warm.Process(script, *words)
 
 
 def complete(out: Path, *more: str) -> None:
@@ -49,7 +44,7 @@ def saving(out: Path) -> bool:
     return any(name.startswith(".tmp-") for name in (os.listdir(out) if out.exists() else ()))
 
 
-def wait(process: subprocess.Popen, what) -> bool:
+def wait(process: warm.Process, what) -> bool:
     """Whether it came true before the process ended."""
     deadline = time.monotonic() + 120
     while process.poll() is None:
@@ -74,7 +69,7 @@ def test_25_kills_end_where_no_kill_would_have(tmp_path):
     while inside_save + inside_step < 25:
         before = newest(out)
         process = start(out)
-        assert wait(process, lambda before=before: newest(out) > before), process.stderr.read()
+        assert wait(process, lambda before=before: newest(out) > before), process.said()
         if inside_save < 8:
             wait(process, lambda: saving(out))
         else:
@@ -153,7 +148,7 @@ cli.main()
 def test_a_step_that_hangs_ends_a_real_run_and_the_same_command_goes_on(tmp_path):
     preset(tmp_path, steps=8, save_every=2)
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
-    ended = subprocess.run([sys.executable, "-c", HANG, *words], capture_output=True, text=True, timeout=240)
+    ended = warm.run(HANG, *words)
     assert ended.returncode == 8, ended.stderr
     assert "nothing has moved for" in ended.stderr and newest(tmp_path / "run") == 4
     assert "in update" in (tmp_path / "run" / "stacks-0.txt").read_text()
@@ -165,17 +160,17 @@ def test_a_step_that_hangs_ends_a_real_run_and_the_same_command_goes_on(tmp_path
 @pytest.mark.slow
 def test_a_run_whose_previews_are_slow_is_no_hang(tmp_path):
     """Steps of the chain are signs of life: here all of a preview takes longer than a step may."""
-    preset(tmp_path, steps=4, sample_every=2)
+    preset(tmp_path, steps=4, sample_every=4)
     slow = HANG.replace("4:", "-1:").replace(
         "cli.main()",
         "real_chain = trainer.Model.chain\n"
         "def chain(self, keys, times, solver, **rest):\n"
         "    tell = rest.pop('progress')\n"
-        "    return real_chain(self, keys, times, solver, progress=lambda n: (time.sleep(0.06), tell(n)), **rest)\n"
+        "    return real_chain(self, keys, times, solver, progress=lambda n: (time.sleep(0.04), tell(n)), **rest)\n"
         "trainer.Model.chain = chain\ncli.main()",
     )
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
-    ended = subprocess.run([sys.executable, "-c", slow, *words], capture_output=True, text=True, timeout=240)
+    ended = warm.run(slow, *words)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -194,8 +189,7 @@ def test_a_process_that_may_not_have_the_memory_says_what_to_set(tmp_path):
     """Allocations that really fail."""
     preset(tmp_path, steps=1, batch=2**15)
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
-    narrow, environment = [sys.executable, "-c", NARROW, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(narrow, capture_output=True, text=True, timeout=240, env=environment)
+    ended = warm.run(NARROW, *words)
     assert ended.returncode == 6, ended.stderr
     assert "out of memory at step 0 with micro-batches of 32768, when" in ended.stderr
     assert "--set train.micro_batch=16384" in ended.stderr and "Traceback" not in ended.stderr
@@ -221,6 +215,19 @@ def test_a_long_run_does_not_grow(tmp_path):
     assert len(seen[2500][1]) <= len(seen[500][1]), seen
 
 
+SEVERAL = """
+import runpy, sys
+lines, codes = sys.argv[1:], []
+for line in lines:
+    sys.argv = ["undiffuse", *line.split()]
+    try:
+        runpy.run_module("undiffuse", run_name="__main__")
+    except SystemExit as ended:
+        codes.append(int(ended.code or 0))
+print(codes)
+"""
+
+
 @pytest.mark.slow
 def test_odd_surroundings(tmp_path):
     """`python -O`, a path with spaces and accents, no HOME, the C locale: training and drawing work all the same."""
@@ -229,13 +236,14 @@ def test_odd_surroundings(tmp_path):
     preset(folder, steps=3, save_every=3)
     strange = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.getcwd()}
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | strange
-    for words, code in (
-        (["train", "digits", "--preset", "small.toml", "--out", "run"], 0),
-        (["sample", "run", "-n", "2", "--out", "drawn"], 0),
-        (["train", "digits", "--preset", "small.toml", "--out", "run2", "--steps", "0"], 2),
-    ):
-        command = [sys.executable, "-O", "-m", "undiffuse", *words]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
+    lines = (
+        ("train digits --preset small.toml --out run", 0),
+        ("sample run -n 2 --out drawn", 0),
+        ("train digits --preset small.toml --out run2 --steps 0", 2),
+    )
+    command = [sys.executable, "-O", "-c", SEVERAL, *(line for line, _ in lines)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str([code for _, code in lines]), done.stderr
     assert "a budget of 0 steps is not possible" in done.stderr  # checks are raised, not asserted
     assert len(list((folder / "drawn").glob("*.png"))) == 3

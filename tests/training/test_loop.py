@@ -1,10 +1,7 @@
 """The loop: exact resume, real signals, budgets, and what stops it."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import warm
 from undiffuse.config import parse, plain
 from undiffuse.data.source import ArraySource
 from undiffuse.diffusion.objective import Loss, Objective
@@ -30,7 +28,7 @@ SMALL = {
     "data": {"flip": True},
     "process": {"name": "linear", "steps": 20, "beta_end": 0.3},
     "network": {"name": "unet", "channels": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.2},
-    "train": {"steps": 6, "batch": 8, "warmup": 2, "lr": 1e-2, "ema": 0.9, "save_every": 2, "sample_every": 6,
+    "train": {"steps": 6, "batch": 8, "warmup": 2, "lr": 1e-2, "ema": 0.9, "save_every": 2, "sample_every": 0,
               "log_every": 1, "held_out": 16, "held_out_every": 3},
 }  # fmt: skip
 
@@ -106,8 +104,9 @@ def test_a_run_tells_its_sinks(tmp_path, data):
     """What TensorBoard shows is log.jsonl, and a sink may come and go: it is no setting of the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(recipe(), data, tmp_path, budget=loop.Budget(steps=2))
-    run(recipe(), data, tmp_path, held_out=data, logs=["tensorboard"])
+    chosen = recipe(process={"steps": 4}, train={"sample_every": 6})
+    run(chosen, data, tmp_path, budget=loop.Budget(steps=2))
+    run(chosen, data, tmp_path, held_out=data, logs=["tensorboard"])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     rows = [row for row in read_rows(tmp_path / "log.jsonl") if row["step"] > 2]
     for name in ("loss", "grad_norm", "lr", "held_out"):
@@ -222,7 +221,7 @@ def test_a_budget_of_minutes_stops_soon(tmp_path, data):
 
 
 def test_a_run_leaves_what_the_other_commands_need(tmp_path, data):
-    trained = run(recipe(), data, tmp_path, held_out=data)
+    trained = run(recipe(process={"steps": 4}, train={"sample_every": 6}), data, tmp_path, held_out=data)
     assert (tmp_path / "config.toml").exists() and (tmp_path / "data.json").exists()
     assert (tmp_path / "samples" / "step-000000006.png").stat().st_size > 500
     assert store.Run(tmp_path).steps() == [4, 6]  # two are kept
@@ -266,8 +265,8 @@ def test_fine_tuning_begins_with_the_other_weights(tmp_path, data):
 
 
 def test_what_cannot_be_sampled_can_be_trained(tmp_path, data, capsys):
-    process = {"process": {"name": "jsd", "steps": 20}}
-    model = loop.train(parse(Recipe, {**SMALL, **process}, "test"), data, tmp_path, show_progress=False)
+    other = {"process": {"name": "jsd", "steps": 20}, "train": {**SMALL["train"], "sample_every": 6}}
+    model = loop.train(parse(Recipe, {**SMALL, **other}, "test"), data, tmp_path, show_progress=False)
     assert model.meta["step"] == 6 and not (tmp_path / "samples").exists()
     assert "no preview at step 6: eps" in capsys.readouterr().err
     with pytest.raises(UsageError, match="x0 or v"):
@@ -351,7 +350,7 @@ def test_a_size_that_the_strides_do_not_divide(tmp_path, data):
 @pytest.mark.slow
 def test_labels_train_a_conditional_model(tmp_path, data):
     model = run(
-        recipe(data={"labels": True}, train={"drop_label": 0.5, "steps": 40, "sample_every": 40}), data, tmp_path
+        recipe(data={"labels": True}, train={"drop_label": 0.5, "steps": 20, "sample_every": 20}), data, tmp_path
     )
     assert model.config.classes == 10
     assert not torch.equal(model.sample(2, label=3), model.sample(2, label=4))
@@ -359,35 +358,31 @@ def test_labels_train_a_conditional_model(tmp_path, data):
         model.sample(2, label=10)
 
 
-def start(out: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "undiffuse", "train", "digits", "--preset", str(out.parent / "small.toml"),
-               "--out", str(out), *more]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+def start(out: Path) -> warm.Process:
+    words = ["train", "digits", "--preset", str(out.parent / "small.toml"), "--out", str(out)]
+    return warm.Process(warm.COMMAND, *words)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.long)])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, name):
     from undiffuse.config import to_toml
 
-    (tmp_path / "small.toml").write_text(
-        to_toml(recipe(train={"steps": 400, "save_every": 1000, "sample_every": 1000}))
-    )
+    (tmp_path / "small.toml").write_text(to_toml(recipe(train={"steps": 120, "save_every": 1000, "held_out": 0})))
     process = start(tmp_path / "stopped")
     log = tmp_path / "stopped" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 5):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.said()
         time.sleep(0.02)
     process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == Preempted.exit_code == 143
     assert f"{name}: stopped after step" in errors and "the same command goes on" in errors
     stopped = store.Run(tmp_path / "stopped").latest()
-    assert 5 <= stopped < 400
+    assert 5 <= stopped < 120
     for out in ("stopped", "whole"):
         process = start(tmp_path / out)
         process.communicate(timeout=240)
         assert process.returncode == 0
-    assert_equal(state(tmp_path / "stopped", 400), state(tmp_path / "whole", 400))
+    assert_equal(state(tmp_path / "stopped", 120), state(tmp_path / "whole", 120))

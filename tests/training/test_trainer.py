@@ -167,7 +167,7 @@ def test_previews_take_no_more_images_at_once_than_a_step_has_room_for(tmp_path,
     monkeypatch.setattr(
         Model, "chain", lambda self, keys, *a, **b: sizes.append(len(keys.rows)) or real(self, keys, *a, **b)
     )
-    run(recipe(train={"micro_batch": 5, "steps": 1}), data, tmp_path)
+    run(recipe(process={"steps": 4}, train={"micro_batch": 5, "steps": 1, "sample_every": 6}), data, tmp_path)
     assert sizes == [*[10] * 6, 4] * 2
 
 

@@ -82,6 +82,7 @@ def test_each_claim_can_fail():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_digits_of_the_demo_are_digits(tmp_path):
     section = demo._digits(tmp_path, demo.FULL, print)
     (table,) = section.tables
