@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from undiffuse.errors import UsageError
-from undiffuse.figure import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, grid, line_plot, picture, png
+from undiffuse.figure import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, grid, line_plot, picture, png, show
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -105,3 +105,10 @@ def test_several_lines_have_colours_and_a_legend_and_text_is_escaped():
     assert len(set(strokes)) == 2
     assert {"train", "a < b", "x & y", '"t"'} <= set(texts(svg))
     assert root.attrib["aria-label"] == '"t"'
+
+
+def test_a_notebook_shows_a_grid():
+    shown = show(torch.full((4, 1, 28, 28), 7, dtype=torch.uint8))
+    assert shown.size == (2 * (2 * 29 + 1),) * 2 and shown.getpixel((3, 3)) == 7
+    assert shown._repr_png_().startswith(b"\x89PNG")
+    assert show(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), columns=3, scale=1).size == (28, 10)

@@ -139,7 +139,8 @@ def test_inspect_verify_presets_doctor(call, run_folder):
     assert json.loads(call("verify", run_folder, "--json")[1]) == {"good": 2, "damaged": "none"}
     presets = json.loads(call("presets", "--json")[1])
     assert presets["cifar10"]["expected"]["fid_train"] == 3.17
-    assert json.loads(call("doctor", "--json")[1])["torch"] == torch.__version__
+    found = json.loads(call("doctor", "--json")[1])
+    assert found["torch"] == torch.__version__ and found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_average_rebuilds_a_model_from_a_run(call, tmp_path):

@@ -1,5 +1,7 @@
 """The object users hold: which times it walks, what a variant of it changes, and how it reads pictures."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +16,7 @@ from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
+from undiffuse.model.load import load
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
@@ -169,3 +172,10 @@ def test_bad_pictures_are_left_out_when_asked(tmp_path):
         model(half).source(tmp_path)
     kept = model(half).source(tmp_path, skip_bad=True)
     assert len(kept) == 1 and kept.skipped == ("b.png",)
+
+
+def test_a_notebook_shows_what_a_model_is():
+    html = load("fashion-mnist")._repr_html_()
+    cells = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", html))
+    assert cells["images"] == "28×28, grey" and cells["network"] == "UNet, 639,796 weights"
+    assert cells["process"] == "cosine, 1,000 steps" and cells["trained on"].endswith("steps")
