@@ -308,10 +308,13 @@ class _Loop:
             with suppress(Asked), bar.aside():
                 loss = look.held_out_loss(trainer, self.held, check)
                 lines.write({"step": trainer.step, "held_out": loss})
-                if self.lowest.note(trainer.step, loss) and patience:
+                # The end of a budget is no place that an unbroken run would look at.
+                due = trainer.step % self.config.held_out_every == 0
+                if due and self.lowest.note(trainer.step, loss) and patience:
                     meta = {**trainer.meta(), "held_out": loss}
                     write_weights(self.run.path / BEST, dict(zip(trainer.names, trainer.ema.shadow, strict=True)), meta)
-        return self._no_better() if patience else self._wait(dog)
+        self._wait(dog)
+        return self._no_better()
 
     def _unmeasured(self) -> bool:
         """Whether a signal came before the last held-out loss that may end the run."""
@@ -323,14 +326,13 @@ class _Loop:
         """Whether the held-out loss ends the run; what process 0 says."""
         if not self.config.patience:
             return False
-        dist.wait_for_first()
         over = self.lowest.is_over(self.config.patience, self.config.held_out_every)
         return bool(dist.decide(int(over)))
 
-    def _wait(self, dog: Watchdog) -> bool:
+    def _wait(self, dog: Watchdog) -> None:
+        """For what process 0 does alone, however long it takes."""
         with nullcontext() if self.first else dog.slow(math.inf):
             dist.wait_for_first()
-        return False
 
     def _preview(self, lines: look.Journal, dog: Watchdog, bar: log.Progress) -> None:
         """Previews, by process 0. A signal leaves them undone: they are no part of the state."""
