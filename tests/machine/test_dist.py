@@ -265,11 +265,12 @@ cli.main()
 @pytest.mark.slow
 def test_previews_may_take_longer_than_a_sum_waits(tmp_path):
     """Two grids of 8 parts of 20 steps of 0.03 s, where a process is given up after 6 s."""
-    name = preset(tmp_path, steps=3)
+    name = preset(tmp_path, steps=3, held_out=16)
     words = ["train", "digits", "--preset", name, "--out", str(tmp_path / "run"), "--set", "train.sample_every=2"]
     ended = finish(start(2, *words, script=SLOW_LOOK))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert (tmp_path / "run" / "samples" / "step-000000002.png").exists()
+    assert "held_out" in (tmp_path / "run" / "log.jsonl").read_text()
 
 
 HANG = """
