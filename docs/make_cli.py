@@ -14,14 +14,18 @@ HEAD = """# The command line
 
 Made by `make docs` from the commands themselves; do not edit.
 
-MODEL is a run folder, one checkpoint in it, an exported folder or file, or the name of a shipped model. DATA is a
-folder or zip of pictures, a packed folder, an npz, npy or IDX file, a CIFAR-10 archive, tar shards, an LMDB, a saved
-`datasets` folder, or a named set: `digits`, `fashion-mnist`, `fashion-mnist-sample`, `procedural:NAME`. Times are t in
-[0, 1]: 0 is the data, 1 the noise.
+- **MODEL** is a run folder, one checkpoint in it, an exported folder or file, or the name of a shipped model.
+- **DATA** is a folder or zip of pictures, a packed folder, an npz, npy or IDX file, a CIFAR-10 archive, tar shards, an
+  LMDB, a saved `datasets` folder, or a named data set: `digits`, `fashion-mnist`, `fashion-mnist-sample`,
+  `procedural:NAME`. Several of these may be given, and a pattern in quotes such as `'photos/*.jpg'`; they are joined.
+- **Times** are t in [0, 1]: 0 is the data, 1 is noise.
+- `--device auto`, the default everywhere, takes CUDA if it is there, else MPS, else the CPU.
 
-With `--json` a command prints one JSON object on standard output, which scripts may rely on; progress and messages go
-to standard error. An error is one line there, `undiffuse: what was given, what was expected, what to do`, and an exit
-code:
+`undiffuse --version` prints the version. `undiffuse --install-completion` sets up completion in your shell.
+
+With `--json` a command prints one JSON object on standard output, which scripts may rely on. Progress and messages go
+to standard error. An error is one line on standard error, `undiffuse: what was given, what was expected, what to do`,
+with one of these exit codes:
 """
 
 
@@ -48,11 +52,16 @@ def parameters(command: typer.core.TyperCommand, context: typer.Context) -> Iter
         yield f"| `{cell(name)}` | {cell(text)} |"
 
 
+def described(command: typer.core.TyperCommand) -> str:
+    """The help of a command without its marks for lines that a terminal must not wrap."""
+    return (command.help or "").replace("\b\n", "").replace("\n\n\n", "\n\n").strip()
+
+
 def section(name: str, command: typer.core.TyperCommand) -> str:
     context = typer.Context(command, info_name=name, terminal_width=120, max_content_width=120)
     usage = command.get_usage(context).removeprefix("Usage: ").replace("{", "").replace("}", "")
     table = "\n".join(["| | |", "|---|---|", *parameters(command, context)])
-    return f"## {name}\n\n```\n{usage}\n```\n\n{(command.help or '').strip()}\n\n{table}\n"
+    return f"## {name}\n\n```\n{usage}\n```\n\n{described(command)}\n\n{table}\n"
 
 
 def exit_codes() -> str:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from undiffuse.cli import main as cli
+from undiffuse.training.auto import Facts, choose
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "getting-started.md"]
@@ -72,11 +73,11 @@ def look_up(line: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where the reader stands: photos/ with pictures of several sizes and formats."""
-    (tmp_path / "photos").mkdir()
-    for i, name in enumerate(("a.jpg", "b.jpg", "c.png", "d.png", "e.webp", "f.bmp", "more/g.png", "more/h.jpg")):
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(exist_ok=True)
+    """Where the reader stands: photos/ and more/ with pictures of several sizes and formats."""
+    names = ("a.jpg", "b.jpg", "c.png", "d.png", "e.webp", "f.bmp", "inner/g.png", "inner/h.jpg")
+    for i, name in enumerate([*(f"photos/{name}" for name in names), "more/i.png", "more/j.jpg"]):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 255, (4, 5, 3), np.uint8)
         Image.fromarray(pixels).resize((40 + 3 * i, 36)).save(path)
     monkeypatch.chdir(tmp_path)
@@ -93,7 +94,8 @@ def test_every_command_runs(page, folder, monkeypatch):
             look_up(line)
 
 
-def test_the_python_of_the_readme_runs(capsys):
+def test_the_python_of_the_readme_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for code in blocks(PAGES[0].read_text("utf-8"), "python"):
         names = {"__name__": "__readme__"}
         exec(compile(code, "README.md", "exec"), names)
@@ -101,12 +103,18 @@ def test_the_python_of_the_readme_runs(capsys):
     assert 0 < ast.literal_eval(capsys.readouterr().out)["bits_per_dim"] < 8
 
 
+def test_the_readme_quotes_what_auto_says():
+    (quoted,) = blocks(PAGES[0].read_text("utf-8"), "text")
+    sizes = ((367, 500), (367, 600))  # (height, width) of pictures like those it is about
+    assert " ".join(quoted.split()) == " ".join(choose(Facts(40, sizes, False, False, "cpu")).why)
+
+
 def test_the_pages_show_what_there_is():
     """At least one command of each kind is on the first page."""
     shown = {line.split()[1] for line in lines(PAGES[0]) if line.startswith("undiffuse ")}
     assert shown == {*BRIEF, "data", "export", "import", "inspect", "verify"}
     assert {line for line in lines(PAGES[0]) if not line.startswith("undiffuse ")} == {
-        "make demo", "make test", "pip install ."
+        "make demo", "make test", "make site", "pip install ."
     }  # fmt: skip
 
 

@@ -6,26 +6,36 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Inspect, check, pack or build a data set.", no_args_is_help=True, rich_markup_mode=None)
 
 PathArg = Annotated[
     list[str],
-    typer.Argument(metavar="PATH…", help="A folder, zip, npz, tar shards, lmdb, …, a quoted pattern, or a named set"),
+    typer.Argument(
+        metavar="PATH",
+        help="Folders of pictures, zip, npz, tar shards, LMDB, …, a quoted pattern, or a named data set",
+    ),
 ]
-JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on standard output")]
-SplitOpt = Annotated[str, typer.Option("--split", help="train or test, where the data has both")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output")]
+SplitOpt = Annotated[str, typer.Option("--split", help="train or test, if the data has both")]
 
 
 @app.command()
 def inspect(
     path: PathArg,
-    sheet: Annotated[Path | None, typer.Option("--sheet", help="Write a contact sheet of 64 pictures here")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="Write a PNG of 64 of the pictures to this file")
+    ] = None,
     split: SplitOpt = "train",
     as_json: JsonOpt = False,
 ) -> None:
-    """How many pictures, of what sizes, channels and classes; and a contact sheet.
+    """Count pictures by size, channels and class.
 
-    Example: `undiffuse data inspect photos/ --sheet sheet.png`
+    Pictures that cannot be read are listed. `--sheet` also writes a contact sheet.
+
+    Example:
+
+    \b
+    - `undiffuse data inspect photos/ --sheet sheet.png`
     """
     from undiffuse.data.format.several import join
     from undiffuse.data.inspect import inspect
@@ -60,10 +70,16 @@ def _brief(counts: dict[str, int] | dict[str, str]) -> str:
 
 @app.command()
 def check(path: PathArg, split: SplitOpt = "train", as_json: JsonOpt = False) -> None:
-    """Decode every picture and list those that are bad; exit code 2 if there are any.
+    """Decode every picture and list the unreadable ones.
 
-    Of a packed folder every byte is compared with its checksums; exit code 5 if one differs.
-    Examples: `undiffuse data check photos/`, `undiffuse data check packed/`
+    The exit code is 2 if there are any. In a packed folder every byte is compared with the checksums instead; the exit
+    code is 5 if one differs.
+
+    Examples:
+
+    \b
+    - `undiffuse data check photos/`
+    - `undiffuse data check packed/`
     """
     from undiffuse.data.format.several import join
     from undiffuse.data.inspect import check
@@ -82,20 +98,30 @@ def check(path: PathArg, split: SplitOpt = "train", as_json: JsonOpt = False) ->
 @app.command()
 def pack(
     data: PathArg,
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder, or one whose packing was stopped")],
-    size: Annotated[int | None, typer.Option("--size", help="Crop to a square and resize to this side")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make, or one to go on with")],
+    size: Annotated[
+        int | None, typer.Option("--size", help="Crop to a square and resize to this side, in pixels")
+    ] = None,
     channels: Annotated[int | None, typer.Option("--channels", help="1 for grey, 3 for RGB")] = None,
-    background: Annotated[str, typer.Option("--background", help="What is behind transparency")] = "white",
+    background: Annotated[str, typer.Option("--background", help="Colour behind transparent pixels")] = "white",
     split: SplitOpt = "train",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
-    workers: Annotated[int | None, typer.Option("--workers", help="Processes; one a core, up to 16")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Number of processes; one per core, up to 16, unless given")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Decode everything once into a folder of raw pixels; the same command again goes on where it stopped.
+    """Decode pictures once into a folder of raw pixels.
 
-    What is packed is then data like any other; folders named train and test beside each other are its splits. Examples:
-    `undiffuse data pack photos/ --size 64 --out photos-64`, `undiffuse data pack fashion-mnist --out both/train`,
-    `undiffuse data pack fashion-mnist --split test --out both/test`
+    If it is stopped, run the same command again and it continues. The packed folder is used like any other data;
+    folders named train and test beside each other are its splits.
+
+    Examples:
+
+    \b
+    - `undiffuse data pack photos/ --size 64 --out photos-64`
+    - `undiffuse data pack fashion-mnist --out both/train`
+    - `undiffuse data pack fashion-mnist --split test --out both/test`
     """
     from undiffuse.cli.tools import show
     from undiffuse.data.format.several import join
@@ -113,16 +139,21 @@ def pack(
 def build(
     what: Annotated[str, typer.Argument(help="What to build: emoji")],
     packages: Annotated[
-        list[Path], typer.Argument(metavar="PACKAGE…", help="The unpacked packages, or their .tgz files")
+        list[Path], typer.Argument(metavar="PACKAGE", help="The npm packages, unpacked or as .tgz files")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder: train.npz, test.npz, ATTRIBUTION.txt")],
-    size: Annotated[int, typer.Option("--size", help="The side of the pictures")] = 32,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for train.npz, test.npz and ATTRIBUTION.txt")],
+    size: Annotated[int, typer.Option("--size", help="Side of the images, in pixels")] = 32,
     as_json: JsonOpt = False,
 ) -> None:
-    """Build a data set from packages that you fetch: emoji, from any of four npm packages.
+    """Build the emoji data set from downloaded npm packages.
 
-    Example: `npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d openmoji`,
-    then `undiffuse data build emoji *.tgz --out emoji-32`
+    It takes any of four packages. Download them first:
+    `npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d openmoji`
+
+    Example:
+
+    \b
+    - `undiffuse data build emoji *.tgz --out emoji-32`
     """
     from dataclasses import asdict
 

@@ -14,7 +14,7 @@ from undiffuse.errors import Error, MemoryExhausted, NotFiniteError, is_out_of_m
 
 app = typer.Typer(
     name="undiffuse",
-    help="Denoising diffusion for images: train on your own pictures, sample, and measure honestly.",
+    help="Denoising diffusion for images: train on your own pictures, sample and measure.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -33,7 +33,7 @@ def every(
         bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit")
     ] = None,
 ) -> None:
-    """Denoising diffusion for images: train on your own pictures, sample, and measure honestly."""
+    """Denoising diffusion for images: train on your own pictures, sample and measure."""
 
 
 for group in (train, sample, measure):

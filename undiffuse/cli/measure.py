@@ -28,11 +28,17 @@ def nll(
     model: ModelArg,
     data: DataArg,
     split: SplitOpt = "test",
-    n: Annotated[int | None, typer.Option("-n", help="How many images, from the first; all unless given")] = None,
-    draws: Annotated[int | None, typer.Option("--draws", help="Stratified t: this many terms an image")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="The bound of a coarser chain")] = None,
-    rate_distortion: Annotated[bool, typer.Option("--rate-distortion", help="Print the table of the curve")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for all terms; makes it resumable")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Measure the first n images; all unless given")] = None,
+    draws: Annotated[
+        int | None, typer.Option("--draws", help="Estimate: compute this many terms per image, at stratified times t")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Measure the bound of a chain with this many steps")
+    ] = None,
+    rate_distortion: Annotated[bool, typer.Option("--rate-distortion", help="Print the rate-distortion table")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for all terms; a stopped measurement then continues")
+    ] = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
@@ -42,10 +48,16 @@ def nll(
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
-    """Bits/dim with its terms: the whole chain on n images, or stratified t on whole data sets.
+    """Measure the variational bound in bits per dimension.
 
-    Examples: `undiffuse nll fashion-mnist fashion-mnist -n 100 --rate-distortion --out nll`,
-    `undiffuse nll fashion-mnist fashion-mnist --draws 8`
+    Without `--draws` every step of the chain is computed, one network evaluation per step and image. With `--draws`
+    the bound is estimated from a few steps per image, with a standard error, which suits whole data sets.
+
+    Examples:
+
+    \b
+    - `undiffuse nll fashion-mnist fashion-mnist -n 100 --rate-distortion --out nll`
+    - `undiffuse nll fashion-mnist fashion-mnist --draws 8`
     """
     from undiffuse.machine import dist
     from undiffuse.measure import evaluate

@@ -16,29 +16,52 @@ if TYPE_CHECKING:
     from undiffuse.model.model import Model
 
 ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, a file or a shipped name")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A run folder, a checkpoint in it, an exported folder or file, or a shipped model's name"
+    ),
 ]
 DataArg = Annotated[
     list[str],
-    typer.Argument(metavar="DATA…", help="A folder, zip, npz, tar shards, lmdb, …, a quoted pattern, or a named set"),
+    typer.Argument(
+        metavar="DATA",
+        help="Folders of pictures, zip, npz, tar shards, LMDB, …, a quoted pattern, or a named data set",
+    ),
 ]
-OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Where the results go")]
-SeedOpt = Annotated[int, typer.Option("--seed", help="The same seed gives the same pictures")]
-StepsOpt = Annotated[int | None, typer.Option("--steps", help="Steps of the chain; all of the table unless given")]
-TimesOpt = Annotated[str | None, typer.Option("--times", help="The steps by their t instead, falling: 1,0.5,0.1")]
-SolverOpt = Annotated[str, typer.Option("--solver", help="ancestral, ddim, …")]
-EtaOpt = Annotated[float | None, typer.Option("--eta", help="Noise of --solver ddim, 0 (none) to 1 (ancestral)")]
-ClipOpt = Annotated[bool, typer.Option("--clip/--no-clip", help="Limit x̂_0 to [-1, 1]; not in the bare Algorithm 2")]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The PNG file to write")]
+SeedOpt = Annotated[int, typer.Option("--seed", help="Random seed: the same seed gives the same images")]
+StepsOpt = Annotated[
+    int | None, typer.Option("--steps", help="Number of sampling steps; all of the noise schedule unless given")
+]
+TimesOpt = Annotated[
+    str | None, typer.Option("--times", help="The times t of the steps instead, decreasing: 1,0.5,0.1")
+]
+SolverOpt = Annotated[str, typer.Option("--solver", help="Sampler: ancestral (the paper's), ddim or heun")]
+EtaOpt = Annotated[
+    float | None, typer.Option("--eta", help="Noise that --solver ddim adds: 0 (none) to 1 (as ancestral)")
+]
+ClipOpt = Annotated[
+    bool,
+    typer.Option("--clip/--no-clip", help="Clip the predicted x_0 to [-1, 1]; --no-clip is Algorithm 2 as printed"),
+]
 VarianceOpt = Annotated[
-    str | None, typer.Option("--variance", help="fixed-large or fixed-small; as in training unless given")
+    str | None,
+    typer.Option("--variance", help="Reverse variance: fixed-large or fixed-small; as in training unless given"),
 ]
-DeviceOpt = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps")]
+DeviceOpt = Annotated[str, typer.Option("--device", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1 or mps")]
 WeightsOpt = Annotated[
-    str | None, typer.Option("--weights", help="Of a run: average, raw, or best by the held-out loss")
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Weights of a run: average (EMA), raw, or best (the average at the lowest held-out loss); unless given, "
+        "best where the held-out loss ends the run, else average",
+    ),
 ]
-SizeOpt = Annotated[str | None, typer.Option("--size", help="Crop and resize: a side, or HEIGHTxWIDTH")]
-SplitOpt = Annotated[str, typer.Option("--split", help="train or test, where the data has both")]
-BatchOpt = Annotated[int, typer.Option("--batch", help="Images at a time; the results hardly depend on it")]
+SizeOpt = Annotated[
+    str | None, typer.Option("--size", help="Crop and resize to this many pixels: a side, or HEIGHTxWIDTH")
+]
+SplitOpt = Annotated[str, typer.Option("--split", help="train or test, if the data has both")]
+BatchOpt = Annotated[int, typer.Option("--batch", help="Images computed at a time; the results hardly depend on it")]
 SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")]
 
 

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 def sample(
     model: ModelArg,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for PNGs and a grid")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many images")] = 64,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for one PNG per image and a grid of all")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Number of images")] = 64,
     steps: StepsOpt = None,
     times: TimesOpt = None,
     solver: SolverOpt = "ancestral",
@@ -44,17 +46,27 @@ def sample(
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
-    npz: Annotated[Path | None, typer.Option("--npz", help="One uint8 array arr_0 [n, h, w, c] in this file")] = None,
-    label: Annotated[int | None, typer.Option("--label", help="A class, for a model trained with labels")] = None,
+    npz: Annotated[
+        Path | None, typer.Option("--npz", help="Write one uint8 array, arr_0 [n, h, w, c], to this file")
+    ] = None,
+    label: Annotated[
+        int | None, typer.Option("--label", help="Number of the class to draw, for a model trained with labels")
+    ] = None,
     batch: BatchOpt = 64,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
-    """Draw images: PNG files and a grid, or one array.
+    """Sample images, as PNG files and a grid or as one array.
 
-    Examples: `undiffuse sample fashion-mnist -n 16 --out samples`,
-    `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
+    Image i depends only on the seed and on i. A folder that already holds samples is refused.
+
+    Examples:
+
+    \b
+    - `undiffuse sample fashion-mnist -n 16 --out samples`
+    - `undiffuse sample runs/photos -n 64 --steps 50 --solver ddim --out samples`
+    - `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
     """
     from undiffuse.machine import dist
     from undiffuse.view import explore
@@ -80,8 +92,8 @@ def sample(
 def progressive(
     model: ModelArg,
     out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="How many images")] = 8,
-    slots: Annotated[int | None, typer.Option("--slots", help="Pictures along the chain; 20 unless given")] = None,
+    n: Annotated[int, typer.Option("-n", help="Number of images")] = 8,
+    slots: Annotated[int | None, typer.Option("--slots", help="Number of columns; 20 unless given")] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
     clip: ClipOpt = True,
@@ -91,9 +103,14 @@ def progressive(
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
-    """The estimate of x_0 along the reverse chain, a row an image (Fig. 6): large features first.
+    """Draw the predicted x_0 at stages of sampling.
 
-    Example: `undiffuse progressive fashion-mnist --steps 100 --out progressive.png`
+    Each row is one image, from noise to the sample (Fig. 6 of the paper). Large features appear first.
+
+    Example:
+
+    \b
+    - `undiffuse progressive fashion-mnist --steps 100 --out progressive.png`
     """
     from undiffuse.view import explore
 
@@ -109,9 +126,9 @@ def progressive(
 def shared(
     model: ModelArg,
     out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="How many images share each latent")] = 8,
+    n: Annotated[int, typer.Option("-n", help="Number of images that share each latent")] = 8,
     at: Annotated[
-        list[float] | None, typer.Option("--at", help="t of the shared latent, 0 to 1; may be repeated")
+        list[float] | None, typer.Option("--at", help="Time t of a shared latent, 0 to 1; may be repeated")
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
@@ -122,9 +139,15 @@ def shared(
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
-    """Samples that share x_t and then go their own ways, a row for each t (Fig. 7).
+    """Draw samples that share one latent x_t.
 
-    Example: `undiffuse shared fashion-mnist --at 1 --at 0.75 --at 0.5 --at 0.25 --out shared.png`
+    Each row is one time t (Fig. 7 of the paper). Its samples share the chain from noise down to x_t and differ after
+    it.
+
+    Example:
+
+    \b
+    - `undiffuse shared fashion-mnist --at 1 --at 0.75 --at 0.5 --at 0.25 --out shared.png`
     """
     from undiffuse.view import explore
 
@@ -138,15 +161,20 @@ def shared(
 
 def interpolate(
     model: ModelArg,
-    first: Annotated[Path, typer.Argument(metavar="A.png", help="One picture, in any format and size")],
-    second: Annotated[Path, typer.Argument(metavar="B.png", help="Another")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A.png", help="The first picture, of any size and format that Pillow reads")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B.png", help="The second picture")],
     out: OutOpt,
-    t: Annotated[list[float] | None, typer.Option("--t", help="How far to noise, 0 to 1; a row each")] = None,
+    t: Annotated[
+        list[float] | None, typer.Option("--t", help="Time t to add noise up to, 0 to 1; may be repeated, a row each")
+    ] = None,
     count: Annotated[
-        int | None, typer.Option("--count", help="How many mixtures, from A to B; 11 unless given")
+        int | None, typer.Option("--count", help="Number of mixtures from A to B; 11 unless given")
     ] = None,
     mix: Annotated[
-        list[float] | None, typer.Option("--lambda", help="The share of B instead; may be repeated, a column each")
+        list[float] | None,
+        typer.Option("--lambda", help="Share of B, 0 to 1, instead of --count; may be repeated, a column each"),
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
@@ -157,10 +185,16 @@ def interpolate(
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
-    """Mix two pictures in the latent space at t and denoise the mixtures (Figs. 8 and 9).
+    """Interpolate between two pictures.
 
-    Examples: `undiffuse interpolate fashion-mnist a.png b.png --t 0.25 --t 0.5 --t 0.75 --out mix.png`,
-    `undiffuse interpolate fashion-mnist a.png b.png --lambda 0.1 --lambda 0.9 --out mix.png`
+    Noise is added to both up to time t, the noisy pictures are mixed, and the mixtures are denoised (Figs. 8 and 9 of
+    the paper).
+
+    Examples:
+
+    \b
+    - `undiffuse interpolate fashion-mnist a.png b.png --t 0.25 --t 0.5 --t 0.75 --out mix.png`
+    - `undiffuse interpolate fashion-mnist a.png b.png --lambda 0.1 --lambda 0.9 --out mix.png`
     """
     from undiffuse.view import explore
 
@@ -182,10 +216,13 @@ def neighbours(
     model: ModelArg,
     data: DataArg,
     out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="How many samples")] = 8,
-    k: Annotated[int, typer.Option("-k", help="How many neighbours of each")] = 8,
+    n: Annotated[int, typer.Option("-n", help="Number of samples")] = 8,
+    k: Annotated[int, typer.Option("-k", help="Number of neighbours of each sample")] = 8,
     crop: Annotated[
-        str | None, typer.Option("--crop", help="Compare the middle only, HEIGHTxWIDTH; or TOP,LEFT,HEIGHT,WIDTH")
+        str | None,
+        typer.Option(
+            "--crop", help="Compare only a part, in pixels: the middle HEIGHTxWIDTH, or TOP,LEFT,HEIGHT,WIDTH"
+        ),
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
@@ -199,10 +236,16 @@ def neighbours(
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
-    """Samples and their nearest training images, pixel by pixel: has the model copied? (Figs. 12 and 15)
+    """Find the training images nearest to samples.
 
-    Examples: `undiffuse neighbours fashion-mnist fashion-mnist --steps 100 --out neighbours.png`,
-    `undiffuse neighbours runs/faces faces/ --crop 100x100 --out neighbours.png`
+    This shows whether the model has copied its training data (Figs. 12 and 15 of the paper). Each row is one sample
+    and its nearest training images, compared pixel by pixel.
+
+    Examples:
+
+    \b
+    - `undiffuse neighbours fashion-mnist fashion-mnist --steps 100 --out neighbours.png`
+    - `undiffuse neighbours runs/faces faces/ --crop 100x100 --out neighbours.png`
     """
     import torch
 

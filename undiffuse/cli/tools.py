@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from undiffuse.model.average import Snapshot
 
-JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on standard output")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output")]
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
@@ -30,13 +30,20 @@ def sampling(model: Path) -> str:
 
 def inspect(
     what: Annotated[
-        str, typer.Argument(metavar="MODEL|PRESET", help="A run, a checkpoint, a shipped model, or a preset")
+        str,
+        typer.Argument(metavar="MODEL|PRESET", help="A run folder, a checkpoint, a file, a shipped model, or a preset"),
     ],
     as_json: JsonOpt = False,
 ) -> None:
-    """What a model or preset is: its settings as TOML, its size, how far it was trained.
+    """Print the settings of a model or preset as TOML.
 
-    Examples: `undiffuse inspect fashion-mnist`, `undiffuse inspect cifar10 --json`
+    For a model, also its number of parameters and how long it was trained.
+
+    Examples:
+
+    \b
+    - `undiffuse inspect fashion-mnist`
+    - `undiffuse inspect cifar10 --json`
     """
     from undiffuse.config import plain, to_toml
     from undiffuse.model.load import load, shipped
@@ -56,9 +63,14 @@ def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder")],
     as_json: JsonOpt = False,
 ) -> None:
-    """Compare every checkpoint and EMA snapshot of a run with its checksums; exit code 5 if one is damaged.
+    """Check the files of a run against their checksums.
 
-    Example: `undiffuse verify runs/photos`
+    Every checkpoint and every EMA snapshot is read. The exit code is 5 if one is damaged.
+
+    Example:
+
+    \b
+    - `undiffuse verify runs/photos`
     """
     from undiffuse.errors import Corrupt, UsageError
     from undiffuse.machine import store
@@ -94,18 +106,21 @@ def _damage(snapshot: "Snapshot") -> str | None:
 
 def average(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that has EMA snapshots")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to make; it is a MODEL")],
-    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="Width of the average: its share of the run")],
-    step: Annotated[
-        int | None, typer.Option("--step", help="The average as of this step; the last unless given")
-    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write; use it as a MODEL")],
+    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="Width of the average, as a share of the run")],
+    step: Annotated[int | None, typer.Option("--step", help="Average up to this step; the last unless given")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Average the weights of a run with any EMA length, after training, from the snapshots of its profiles.
+    """Make an average of another EMA length after training.
 
-    `profile_error` is what the snapshots miss of the average that was asked for: 0 is all right, 0.1 is rough. Train
-    with `--set train.ema_profiles=[0.05,0.1]` to have snapshots. Examples: `undiffuse average runs/photos --sigma-rel
-    0.08 --out wide.safetensors`, `undiffuse average runs/photos --sigma-rel 0.03 --step 20000 --out narrow.safetensors`
+    The average is built from EMA snapshots; train with `--set train.ema_profiles=[0.05,0.1]` to have them. The printed
+    `profile error` is how far the result is from the average that was asked for: 0 is exact, 0.1 is rough.
+
+    Examples:
+
+    \b
+    - `undiffuse average runs/photos --sigma-rel 0.08 --out wide.safetensors`
+    - `undiffuse average runs/photos --sigma-rel 0.03 --step 20000 --out narrow.safetensors`
     """
     from undiffuse.errors import UsageError
     from undiffuse.model.load import averaged, save
@@ -122,12 +137,19 @@ def average(
 def import_model(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A diffusers folder, or a pytorch_diffusion file")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder to make")],
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin and .ckpt, as data only")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also read .bin and .ckpt files; no code in them is run")
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Turn another project's model into a run, to sample from, measure or fine-tune.
+    """Import a model from diffusers or pytorch_diffusion.
 
-    Example: `undiffuse import ddpm-cifar10-32 runs/ddpm`
+    The result is a run folder, to sample from, measure or fine-tune.
+
+    Example:
+
+    \b
+    - `undiffuse import ddpm-cifar10-32 runs/ddpm`
     """
     from undiffuse.errors import UsageError
     from undiffuse.interop import diffusers, original
@@ -151,17 +173,30 @@ def import_model(
 
 
 def export_model(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a file or a shipped name")],
-    out: Annotated[Path, typer.Argument(metavar="DST", help="The folder or file to make")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run folder, a checkpoint in it, an exported folder or file, or a shipped model's name",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="The folder or file to write")],
     to: Annotated[
-        str, typer.Option("--to", help="diffusers, or file: one .safetensors that undiffuse loads")
+        str, typer.Option("--to", help="diffusers, or file (one .safetensors file for undiffuse)")
     ] = "diffusers",
-    half: Annotated[bool, typer.Option("--half", help="float16 weights, for --to file")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Write float16 weights (with --to file)")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write a model for others: a folder that diffusers' DDPMPipeline loads, or one file.
+    """Export a model to diffusers, or to one file.
 
-    Example: `undiffuse export runs/photos photos-diffusers --to diffusers`
+    diffusers loads the folder with DDPMPipeline. It has no network on 2×2 patches; a model to be exported to it is
+    trained with `--set network.patch=1`, or with a preset of the paper.
+
+    Examples:
+
+    \b
+    - `undiffuse export runs/photos photos-diffusers --to diffusers`
+    - `undiffuse export runs/photos photos.safetensors --to file --half`
     """
     import torch
 
@@ -184,9 +219,14 @@ def export_model(
 
 
 def doctor(as_json: JsonOpt = False) -> None:
-    """What undiffuse finds on this machine: versions, the device that it takes, named data sets.
+    """Show versions, devices and data sets on this machine.
 
-    Example: `undiffuse doctor`
+    `device` is what `--device auto` uses here.
+
+    Example:
+
+    \b
+    - `undiffuse doctor`
     """
     import platform
     from importlib.metadata import version
@@ -219,13 +259,19 @@ def doctor(as_json: JsonOpt = False) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the results go")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Everything tiny: only to see that it runs")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Very small runs, only to see that it works")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """The main job end to end on data inside the package, in under five minutes; ends with an HTML report.
+    """Train, sample and measure on shipped data.
 
-    Examples: `undiffuse demo`, `undiffuse demo --quick --out demo-quick`
+    It takes under five minutes on two CPU cores and ends with an HTML report.
+
+    Examples:
+
+    \b
+    - `undiffuse demo`
+    - `undiffuse demo --quick --out demo-quick`
     """
     from undiffuse.view.demo import run_demo
 
@@ -235,9 +281,13 @@ def demo(
 
 
 def presets(as_json: JsonOpt = False) -> None:
-    """The presets and what each is for; with --json also what is published or measured of it.
+    """List the presets, with published or measured results.
 
-    Examples: `undiffuse presets`, `undiffuse presets --json`
+    Examples:
+
+    \b
+    - `undiffuse presets`
+    - `undiffuse presets --json`
     """
     from undiffuse.model.recipe import load_recipe
     from undiffuse.model.recipe import presets as names

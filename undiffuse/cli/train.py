@@ -7,45 +7,70 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.options import DataArg, DeviceOpt, OutOpt, SizeOpt, parse_sides
+from undiffuse.cli.options import DataArg, DeviceOpt, SizeOpt, SkipBadOpt, parse_sides
 from undiffuse.cli.tools import JsonOpt, sampling, show
 
 if TYPE_CHECKING:
     from undiffuse.model.model import Model
 
-SetOpt = Annotated[list[str] | None, typer.Option("--set", help="Any setting of the recipe, a.b=c; may be repeated")]
+RunOpt = Annotated[Path, typer.Option("--out", "-o", help="The run folder to make or to go on with")]
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting, such as train.lr=1e-4; may be repeated")
+]
 PresetOpt = Annotated[
-    str, typer.Option("--preset", "-p", help="A preset's name, a TOML file like one, or auto: chosen from the pictures")
+    str,
+    typer.Option(
+        "--preset", "-p", help="auto (chosen from the pictures and the device), the name of a preset, or a TOML file"
+    ),
 ]
 
 
 def train(
     data: DataArg,
-    out: OutOpt,
+    out: RunOpt,
     preset: PresetOpt = "auto",
-    steps: Annotated[int | None, typer.Option("--steps", help="Stop at this step")] = None,
-    images: Annotated[int | None, typer.Option("--images", help="Stop when this many images have been seen")] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after this long")] = None,
-    init: Annotated[str | None, typer.Option("--init", help="Fine-tune: begin with this model's weights")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Stop at this step, counted from the start of the run")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", help="Stop after this many images, counted from the start of the run")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Stop after this many minutes of this command")
+    ] = None,
+    init: Annotated[str | None, typer.Option("--init", help="Fine-tune: start from the weights of this model")] = None,
     settings: SetOpt = None,
     size: SizeOpt = None,
-    logs: Annotated[list[str] | None, typer.Option("--log", help="Also tensorboard or wandb; may be repeated")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
-    accept_data: Annotated[bool, typer.Option("--accept-data", help="Go on though the data has changed")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="25 steps, and where their time and memory go")] = False,
+    logs: Annotated[
+        list[str] | None, typer.Option("--log", help="Also log to tensorboard or wandb; may be repeated")
+    ] = None,
+    skip_bad: SkipBadOpt = False,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="Go on with a run although its data has changed")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Run 25 steps and show where time and memory go")] = False,
     use_cache: Annotated[
         bool | None,
-        typer.Option("--pack/--no-pack", help="Decode once into $UNDIFFUSE_CACHE; unless given, if large"),
+        typer.Option(
+            "--pack/--no-pack",
+            help="Decode once into a cache on disk, $UNDIFFUSE_CACHE; unless given, only if the data is large",
+        ),
     ] = None,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
-    """Train a model; the same command again goes on where it stopped.
+    """Train a model, or go on with a run that was stopped.
 
-    Examples: `undiffuse train photos/ --out runs/photos`,
-    `undiffuse train photos/ --out runs/photos --size 64 --minutes 60`,
-    `undiffuse train 'photos/*.jpg' more/ --out runs/all`,
-    `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`
+    Without a preset the image size, network, batch, precision and length are chosen from the pictures and the device.
+    Ctrl-C saves and stops; the same command again goes on from there.
+
+    Examples:
+
+    \b
+    - `undiffuse train photos/ --out runs/photos`
+    - `undiffuse train photos/ --out runs/photos --size 64 --minutes 60`
+    - `undiffuse train 'photos/*.jpg' more/ --out runs/all`
+    - `undiffuse train fashion-mnist -p fashion-mnist -o runs/fm --minutes 30 --set train.lr=5e-4`
     """
     from undiffuse.machine import dist
     from undiffuse.training.start import train
