@@ -1,0 +1,103 @@
+"""What a newcomer waits for: the first training on a folder of 40 pictures, and 64 samples of the shipped model.
+
+    python bench/first_minute.py
+
+Whole commands, `--runs` times each, by turns. The 40 pictures are drawn here, of mixed sizes, in colour. Writes
+`bench/first_minute.json` and the table of docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from machine import machine, publish
+from PIL import Image
+
+from undiffuse.machine import disk
+
+HERE = Path(__file__).parent
+MINUTES = 1.0
+
+
+def draw(folder: Path) -> Path:
+    """40 pictures of smooth colours, between 48 and 400 pixels a side."""
+    folder.mkdir()
+    for i in range(40):
+        rng = np.random.default_rng(i)
+        small = rng.integers(0, 255, (3, 3, 3), np.uint8)
+        Image.fromarray(small).resize(tuple(rng.integers(48, 400, 2)), Image.Resampling.BICUBIC).save(
+            folder / f"{i}.png"
+        )
+    return folder
+
+
+def undiffuse(*words: object) -> float:
+    """Seconds that a command takes."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "undiffuse", *map(str, words)], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def once(folder: Path, n: int) -> dict[str, float]:
+    run = folder / f"run-{n}"
+    undiffuse("train", folder / "photos", "--out", run, "--minutes", MINUTES, "--set", "train.sample_every=0")
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    return {
+        "images_per_second": statistics.median(rates),
+        "images_in_a_minute": max(row["images"] for row in rows if "images" in row),
+        "seconds_to_sample_64_in_50_ddim_steps": undiffuse(
+            "sample", "fashion-mnist", "-n", 64, "--steps", 50, "--solver", "ddim", "--out", folder / f"samples-{n}"
+        ),
+    }
+
+
+def table(result: dict) -> str:
+    middle = result["median"]
+    return "\n".join(
+        [
+            "| what | median |",
+            "|---|---|",
+            f"| `train photos/ --out run`, images a second | {middle['images_per_second']:.0f} |",
+            f"| the same, images seen in the first minute | {middle['images_in_a_minute']:,.0f} |",
+            "| `sample fashion-mnist -n 64 --steps 50 --solver ddim`, the whole command | "
+            f"{middle['seconds_to_sample_64_in_50_ddim_steps']:.1f} s |",
+            "",
+            f"{result['machine']['processor']}, {result['machine']['threads']} threads, torch "
+            f"{result['machine']['torch']}, Python {result['machine']['python']}; {result['date']}. Made by "
+            f"`{result['command']}`, {result['runs']} runs.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    runs = parser.parse_args().runs
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draw(folder / "photos")
+        found = [once(folder, n) for n in range(runs)]
+    median = {key: statistics.median(each[key] for each in found) for key in found[0]}
+    result = {
+        "command": "python bench/first_minute.py",
+        "date": str(date.today()),
+        "seed": 0,
+        "runs": runs,
+        "machine": machine(),
+        "median": median,
+        "each": found,
+    }
+    disk.write_json(HERE / "first_minute.json", result)
+    publish("benchmarks.md", "first-minute", table(result))
+
+
+if __name__ == "__main__":
+    main()
