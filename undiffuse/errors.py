@@ -28,6 +28,7 @@ class NotFiniteError(Error):
     exit_code = 3
     good: str | None = None  # the newest checkpoint, a folder, that is known to be good from before
     lr: float | None = None  # a learning rate to go on with
+    run: str | None = None  # the folder of the run
 
 
 class StorageError(Error):

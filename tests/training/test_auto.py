@@ -14,13 +14,14 @@ from undiffuse.data.source import open_raw
 from undiffuse.errors import DataError, UsageError
 from undiffuse.machine.device import choose as choose_device
 from undiffuse.machine.store import Run
-from undiffuse.training.auto import Facts, choose, look_at, resolved
+from undiffuse.training.auto import Facts, choose, look_at, recipe_of, resolved
+from undiffuse.training.plan import Budget
 
 MIXED = ((480, 640), (300, 200), (90, 120))
 
 
 def facts(images=40, sizes=MIXED, grey=False, has_test=False, device="cpu") -> Facts:
-    return Facts(images, tuple(sizes), grey, has_test, device)
+    return Facts(images, tuple(sizes), grey, 1 if grey else 3, has_test, device)
 
 
 def test_forty_photographs_on_a_cpu():
@@ -78,10 +79,42 @@ def test_what_the_user_says_wins_and_a_run_without_a_known_end_keeps_its_rate():
     recipe = choose(facts(50_000), ["data.size=16", "train.batch=8", "data.flip=true", "network.dropout=0.3"]).recipe
     assert (recipe.data.size, recipe.train.batch, recipe.data.flip, recipe.network.dropout) == (16, 8, True, 0.3)
     assert choose(facts(50_000)).recipe.train.decay == "cosine"
-    assert choose(facts(50_000), timed=True).recipe.train.decay == "constant"
-    assert choose(facts(), steps=50).recipe.train.warmup == 5
+    assert choose(facts(50_000), budget=Budget(minutes=5)).recipe.train.decay == "constant"
+    assert choose(facts(), budget=Budget(steps=50)).recipe.train.warmup == 5
     with pytest.raises(UsageError, match='has no field "data.sise". Did you mean "size"'):
         choose(facts(), ["data.sise=16"])
+
+
+def test_a_model_to_begin_with_decides_its_images_and_its_network():
+    model = undiffuse.load("fashion-mnist")
+    recipe = choose(facts(), init=model.config).recipe
+    assert recipe.data.size == (28, 28) and recipe.data.channels == 1
+    assert recipe.network == model.config.network and recipe.process == model.config.process
+
+
+def test_arrays_of_other_channels_keep_them():
+    choice = choose(Facts(100, ((16, 16),), False, 4, False, "cpu"))
+    assert choice.recipe.data.channels is None and "16×16, 4 channels" in choice.why[0]
+
+
+def test_what_ends_the_run_is_said_as_it_is():
+    assert "trains 7 steps; " in choose(facts(9000), budget=Budget(steps=7)).why[2]
+    assert choose(facts(9000), budget=Budget(images=640)).recipe.train.steps == 10
+    alone = choose(facts(1))
+    assert (alone.recipe.data.hold_out, alone.recipe.train.patience) == (0.0, 0.0)
+    assert "as many as a day allows" in alone.why[2]
+    assert choose(facts(), ["data.hold_out=0"]).recipe.train.patience == 0.0
+    assert choose(facts(), ["data.size=64"]).why[0] == "auto: images of 64×64, RGB, as asked"
+
+
+def test_code_that_only_a_checkpoint_names_is_not_run():
+    saved = plain(choose(facts()).recipe)
+    assert recipe_of(saved).train == choose(facts()).recipe.train
+    saved["network"] = {"name": "os:path"}
+    with pytest.raises(UsageError, match='network "os:path" is code outside undiffuse'):
+        recipe_of(saved)
+    with pytest.raises(UsageError, match='network "os:path" is not a frozen dataclass'):
+        recipe_of(saved, ["network.name=os:path"])  # which the user names himself
 
 
 def test_all_of_it_is_definite():
@@ -101,7 +134,9 @@ def photos(tmp_path):
 
 def test_the_pictures_are_looked_at(photos):
     found = look_at(open_raw(photos), str(photos), torch.device("cpu"))
-    assert found == Facts(12, tuple((9 + i, 12) for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)), False, False, "cpu")
+    assert found == Facts(
+        12, tuple((9 + i, 12) for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)), False, 3, False, "cpu"
+    )
     assert found.side == 12 and found.common is None
     grey = look_at(undiffuse.open_data("digits"), "digits", torch.device("cpu"))
     assert (grey.images, grey.common, grey.grey, grey.has_test) == (1500, (8, 8), True, True)
@@ -124,7 +159,7 @@ def test_the_same_command_goes_on_with_what_was_chosen(photos, tmp_path):
 
     assert once(2).meta["step"] == 2
     assert [line[:5] for line in said[:3]] == ["auto:"] * 3
-    assert "1 of them are held out, 11 are trained on" in said
+    assert "held out: 1 of them; trained on: 11" in said
     assert said[-1] == "finished at step 2: all 2 steps are done"
     config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert config["network"]["channels"] == 8 and config["data"]["hold_out"] == 0.1

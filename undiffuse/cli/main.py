@@ -47,7 +47,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except NotFiniteError as error:
-        code = _fail(f"{error}: {after_nan(error)}", error.exit_code)
+        code = _fail(str(error), error.exit_code, after_nan(error))
     except Error as error:
         code = _fail(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -70,17 +70,15 @@ def after_nan(error: NotFiniteError) -> str:
     changed = {} if error.good is None else {"--init": error.good}
     if error.lr is not None:
         changed["--set train.lr"] = f"{error.lr:g}"
-    return again(changed | {"--out": _fresh()}, without=("--init",))
+    return again(changed | {"--out": _fresh(error.run or "runs/again")}, without=("--init",))
 
 
-def _fresh() -> str:
-    """A folder beside that of this command which is not there yet."""
-    words = sys.argv[1:]
-    out = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--out", "-o")), "runs/again")
-    out = next((word.partition("=")[2] for word in words if word.startswith("--out=")), out).rstrip("/")
-    return next(name for n in range(2, 10**6) if not os.path.exists(name := f"{out}-{n}"))
+def _fresh(run: str) -> str:
+    """A folder beside that of the run which is not there yet."""
+    return next(name for n in range(2, 10**6) if not os.path.exists(name := f"{run.rstrip('/')}-{n}"))
 
 
-def _fail(message: str, code: int) -> int:
-    typer.echo(f"undiffuse: {' '.join(message.split())}", err=True)
+def _fail(message: str, code: int, command: str = "") -> int:
+    line = " ".join(message.split())
+    typer.echo(f"undiffuse: {line}: {command}" if command else f"undiffuse: {line}", err=True)
     return code

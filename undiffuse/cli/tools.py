@@ -24,8 +24,10 @@ def show(result: dict[str, Any], as_json: bool) -> None:
 
 
 def sampling(model: Path) -> str:
-    """The command that draws from a model, quoted so that it can be pasted."""
-    return shlex.join(["undiffuse", "sample", str(model), "-n", "64", "--out", "samples"])
+    """The command that draws from a model into a new folder, quoted so that it can be pasted."""
+    names = ["samples", *(f"samples-{n}" for n in range(2, 1000))]
+    out = next((name for name in names if not Path(name).exists()), names[-1])
+    return shlex.join(["undiffuse", "sample", str(model), "-n", "64", "--out", out])
 
 
 def inspect(

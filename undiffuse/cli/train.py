@@ -25,37 +25,39 @@ PresetOpt = Annotated[
 ]
 
 
+StepsOpt = Annotated[int | None, typer.Option("--steps", help="Stop at this step, counted from the start of the run")]
+ImagesOpt = Annotated[
+    int | None, typer.Option("--images", help="Stop after this many images, counted from the start of the run")
+]
+MinutesOpt = Annotated[float | None, typer.Option("--minutes", help="Stop after this many minutes of this command")]
+InitOpt = Annotated[str | None, typer.Option("--init", help="Fine-tune: start from the weights of this model")]
+LogsOpt = Annotated[list[str] | None, typer.Option("--log", help="Also log to tensorboard or wandb; may be repeated")]
+AcceptOpt = Annotated[bool, typer.Option("--accept-data", help="Go on with a run although its data has changed")]
+ProfileOpt = Annotated[bool, typer.Option("--profile", help="Run 25 steps and show where time and memory go")]
+PackOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--no-pack",
+        help="Decode once into a cache on disk, $UNDIFFUSE_CACHE; unless given, only if the data is large",
+    ),
+]
+
+
 def train(
     data: DataArg,
     out: RunOpt,
     preset: PresetOpt = "auto",
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Stop at this step, counted from the start of the run")
-    ] = None,
-    images: Annotated[
-        int | None, typer.Option("--images", help="Stop after this many images, counted from the start of the run")
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Stop after this many minutes of this command")
-    ] = None,
-    init: Annotated[str | None, typer.Option("--init", help="Fine-tune: start from the weights of this model")] = None,
+    steps: StepsOpt = None,
+    images: ImagesOpt = None,
+    minutes: MinutesOpt = None,
+    init: InitOpt = None,
     settings: SetOpt = None,
     size: SizeOpt = None,
-    logs: Annotated[
-        list[str] | None, typer.Option("--log", help="Also log to tensorboard or wandb; may be repeated")
-    ] = None,
+    logs: LogsOpt = None,
     skip_bad: SkipBadOpt = False,
-    accept_data: Annotated[
-        bool, typer.Option("--accept-data", help="Go on with a run although its data has changed")
-    ] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Run 25 steps and show where time and memory go")] = False,
-    use_cache: Annotated[
-        bool | None,
-        typer.Option(
-            "--pack/--no-pack",
-            help="Decode once into a cache on disk, $UNDIFFUSE_CACHE; unless given, only if the data is large",
-        ),
-    ] = None,
+    accept_data: AcceptOpt = False,
+    profile: ProfileOpt = False,
+    use_cache: PackOpt = None,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
@@ -117,21 +119,24 @@ def ended(model: "Model", out: Path, profile: bool) -> dict[str, Any]:
 
 def more(model: "Model") -> str:
     """The command that goes on with a finished run: as long again, or past the end that its held-out loss set."""
-    if any(word.partition("=")[0] == "--minutes" for word in sys.argv):
-        return again({})
-    train, step = model.meta["recipe"]["train"], model.meta["step"]
-    itself = {"--set train.patience": "0"} if train["patience"] and step < train["steps"] else {}
-    return again({"--steps": str(2 * step), **itself}, without=("--images",))
+    if model.meta.get("ended") == "minutes":
+        return again({}, without=("--init",))
+    itself = {"--set train.patience": "0"} if model.meta.get("ended") == "held-out loss" else {}
+    return again({"--steps": str(2 * model.meta["step"]), **itself}, without=("--images", "--init"))
 
 
 def again(options: dict[str, str], without: tuple[str, ...] = ()) -> str:
     """This command line with other values of some options, quoted so that it can be pasted."""
     words = [word for word in sys.argv[1:] if word != "--profile"]
+    at = words.index("--") if "--" in words else len(words)
+    words, data = words[:at], words[at:]
     dropped, kept = {*options, *without}, list[str]()
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        name = {"-o": "--out"}.get(name, name)
+        if name.startswith("-o") and len(name) > 2:  # -oDIR
+            name, equals, value = "-o", "=", word[2:]
+        name = {"-o": "--out", "-p": "--preset"}.get(name, name)
         if name == "--set" and f"--set {(value or words[0]).partition('=')[0]}" in dropped:
             words = words if equals else words[1:]
         elif name in dropped:
@@ -139,7 +144,7 @@ def again(options: dict[str, str], without: tuple[str, ...] = ()) -> str:
         else:
             kept.append(word)
     added = [part for name, value in options.items() for part in _option(name, value)]
-    return shlex.join(["undiffuse", *kept, *added])
+    return shlex.join(["undiffuse", *kept, *added, *data])
 
 
 def _option(name: str, value: str) -> list[str]:

@@ -153,6 +153,8 @@ def open_raw(spec: str | Path, split: str = "train", background: str = "white") 
 
 
 def _format(spec: str) -> type[Format]:
+    if "\n" in spec:  # a list of names, which may be longer than any path
+        return FORMATS.classes["several"]
     best = max(FORMATS.classes.values(), key=lambda kind: kind.match(spec))
     if best.match(spec) > 0:
         return best

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from undiffuse.data.order import order
 from undiffuse.data.source import Item, Shape, Source
 from undiffuse.errors import DataError
 
@@ -51,10 +50,20 @@ class Subset(Source):
 
 
 def divide(source: Source, share: float) -> tuple[Subset, Subset]:
-    """(the rest, `share` of the images), chosen by a fixed shuffle; at least one in each. Raises DataError."""
+    """(the rest, about `share` of the images), at least one in each. Raises DataError.
+
+    What is held out follows from the name of an image alone, so more images do not change the part of those before.
+    """
     total = len(source)
     if total < 2:
         raise DataError(f"{total} image cannot be divided into what is trained on and what is held out; give 2 or more")
-    held = min(max(1, round(share * total)), total - 1)
-    shuffled = order(0, total, torch.arange(total))
-    return Subset(source, shuffled[held:].sort().values), Subset(source, shuffled[:held].sort().values)
+    place = torch.tensor([_place(source.name(i)) for i in range(total)], dtype=torch.float64)
+    held = place < share
+    held[place.argmin()], held[place.argmax()] = True, False
+    index = torch.arange(total)
+    return Subset(source, index[~held]), Subset(source, index[held])
+
+
+def _place(name: str) -> float:
+    """A number in [0, 1) that looks random."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48

@@ -230,7 +230,7 @@ class Run:
         with writing(self.path, 0):
             for step in (step for step in reversed(self.steps()) if step != also or good < max(keep, 2)):
                 if good < max(keep, 2):
-                    good += self._is_good(step)
+                    good += 1 if good >= 2 else self._is_good(step)  # two that are whole are enough to read
                 elif all(map(FILE.fullmatch, os.listdir(self.folder(step)))):
                     trash = disk.beside(self.folder(step), "trash")
                     disk.rename(self.folder(step), trash)

@@ -79,7 +79,9 @@ def _from_run(path: Path, weights: str | None) -> tuple[dict[str, Tensor], dict[
     parts, meta = run.load(step, only=(part,))
     named = run.folder(step).name == path.resolve().name
     if weights == "best" or (weights is None and not named and _ends_by_itself(meta) and (run.path / BEST).exists()):
-        if named or not (run.path / BEST).exists():
+        if named:
+            raise UsageError(f"{path} is one checkpoint; --weights best needs the folder of the run")
+        if not (run.path / BEST).exists():
             raise UsageError(f"{path} has no {BEST}; it is kept in the folder of a run with train.patience")
         return read_weights(run.path / BEST)
     if part not in parts:

@@ -3,7 +3,6 @@
 The choice is a shipped preset with a few settings changed, all of them definite, so that `config.toml` says it whole.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -11,12 +10,13 @@ from typing import Any
 
 import torch
 
-from undiffuse.config import override, parse
+from undiffuse.config import override, parse, plain
 from undiffuse.data.source import Source, open_raw, spread
 from undiffuse.errors import DataError
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
-from undiffuse.model.recipe import Recipe, load_recipe
+from undiffuse.model.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
+from undiffuse.training.plan import Budget
 
 LOOKED_AT = 64  # pictures, spread over the data
 SIDES = (8, 16, 32, 64, 128, 256)
@@ -33,6 +33,7 @@ class Facts:
     images: int
     sizes: tuple[tuple[int, int], ...]  # (height, width) of those looked at
     grey: bool
+    channels: int | None  # where all have the same number
     has_test: bool
     device: str  # its type
 
@@ -49,17 +50,19 @@ class Facts:
 
 def look_at(source: Source, spec: str | None, device: torch.device) -> Facts:
     """Looks at some pictures of a training split. Raises DataError if none of them can be read."""
-    sizes, grey = [], True
+    sizes, grey, channels = [], True, set[int]()
     for index in spread(len(source), LOOKED_AT):
         try:
             image = source[index].image
         except DataError:  # told, with all others, when the whole is decoded
             continue
         sizes.append((image.shape[1], image.shape[2]))
+        channels.add(len(image))
         grey = grey and bool((image == image[:1]).all())
     if not sizes:
         raise DataError(f"none of {min(len(source), LOOKED_AT)} pictures can be read; `undiffuse data check` says why")
-    return Facts(len(source), tuple(sizes), grey, spec is not None and _has_test(spec), device.type)
+    common = channels.pop() if len(channels) == 1 else None
+    return Facts(len(source), tuple(sizes), grey, common, spec is not None and _has_test(spec), device.type)
 
 
 def _has_test(spec: str) -> bool:
@@ -76,55 +79,72 @@ class Choice:
     why: tuple[str, str, str]
 
 
-def choose(facts: Facts, settings: Sequence[str] = (), steps: int | None = None, timed: bool = False) -> Choice:
+def choose(
+    facts: Facts, settings: Sequence[str] = (), budget: Budget | None = None, init: ModelConfig | None = None
+) -> Choice:
     """A recipe for these pictures and this device, with the user's `a.b=c` settings applied last.
 
-    `steps` is the last one if the user said so. The learning rate of a `timed` run does not fall, because its last step
-    is not known.
+    The learning rate does not fall in a run by the clock, because its last step is not known. With `init`, the images
+    and the network are those of the model that is fine-tuned.
     """
-    fixed = load_recipe("digits", settings)  # only to read what the user has set himself
+    budget = Budget() if budget is None else budget
     given = {setting.partition("=")[0].strip() for setting in settings}
-    size = fixed.data.size if "data.size" in given else _size(facts)
-    base = _base(facts, size)
-    small = facts.images < SMALL
+    fixed = load_recipe("digits", settings)  # only to read what the user has set himself
+    size = fixed.data.size if "data.size" in given else init.image[1:] if init else _size(facts)
+    base, small = _base(facts, size), facts.images < SMALL
     batch = fixed.train.batch if "train.batch" in given else _batch(facts)
-    last = steps or -(-_length(facts) // batch)
+    hold_out = HELD_OUT if small and not facts.has_test and facts.images > 1 else 0.0
+    ends_itself = small and (facts.has_test or (fixed.data.hold_out if "data.hold_out" in given else hold_out) > 0)
+    length = TrainConfig(steps=-(-_length(facts) // batch), batch=batch)
+    last = budget.last_step(length)
     chosen: dict[str, Any] = {
-        "data.size": list(size) if isinstance(size, tuple) else size,
-        "data.channels": 1 if facts.grey else 3,
-        "data.flip": False,
-        "data.hold_out": HELD_OUT if small and not facts.has_test and facts.images > 1 else 0.0,
-        "train.batch": batch,
-        "train.steps": last,
-        "train.decay": "constant" if small or timed else "cosine",
-        "train.ema": 0.999,
-        "train.ema_ramp": True,
-        "train.warmup": min(200, last // 10),
-        "train.precision": "auto",
-        "train.save_every": 1000,
-        "train.sample_every": 2000,
-        "train.held_out_every": max(50, min(500, 20 * facts.images // batch)) if small else 1000,
-        "train.patience": 0.5 if small else 0.0,
-        "network.dropout": _dropout(facts),
+        "data": {"size": size, "channels": _channels(facts, init), "flip": False, "hold_out": hold_out},
+        "train": {
+            "batch": batch,
+            "steps": last,
+            "decay": "constant" if small or budget.minutes is not None else "cosine",
+            "ema": 0.999,
+            "ema_ramp": True,
+            "warmup": min(200, last // 10),
+            "precision": "auto",
+            "save_every": 1000,
+            "sample_every": 2000,
+            "held_out_every": max(50, min(500, 20 * facts.images // batch)) if small else 1000,
+            "patience": 0.5 if ends_itself else 0.0,
+        },
+        "network": {"dropout": _dropout(facts)},
     }
-    about = f"chosen by auto for {facts.images:,} images on {facts.device}, from preset {base}"
-    recipe = load_recipe(base, [f"{name}={_toml(value)}" for name, value in chosen.items()] + list(settings))
-    recipe = replace(recipe, about=about, expected={})
-    return Choice(recipe, _why(facts, recipe, base))
+    preset = plain(load_recipe(base))
+    merged = {name: {**preset[name], **chosen.get(name, {})} for name in preset if isinstance(preset[name], dict)}
+    if init is not None:
+        parts = plain(init)
+        merged |= {name: parts[name] for name in ("process", "parameterisation", "variance", "network")}
+    merged["data"] = {name: value for name, value in merged["data"].items() if value is not None}
+    merged |= {"about": f"chosen by auto for {facts.images:,} images on {facts.device}, from preset {base}"}
+    del merged["expected"]
+    recipe = parse(Recipe, override(merged, settings), "recipe auto", trusted=True)
+    return Choice(recipe, _why(facts, recipe, base, "data.size" in given, budget, init is not None))
 
 
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+def _channels(facts: Facts, init: ModelConfig | None) -> int | None:
+    """Grey or RGB; None leaves other numbers of channels, which arrays may have, as they are."""
+    if init is not None:
+        return init.image[0] if init.image[0] in (1, 3) else None
+    return None if facts.channels not in (None, 1, 3) else 1 if facts.grey else 3
 
 
 def _size(facts: Facts) -> int | tuple[int, int]:
     """The pictures' own where all are alike and small; else the largest that they and the device have room for."""
-    limit = LARGEST[facts.device]
+    limit = _limit(facts)
     if facts.common and max(facts.common) <= limit:
         step = 8 if _paper(facts) else 4  # what the strides of the networks divide
         height, width = (max(step, step * round(side / step)) for side in facts.common)
         return height if height == width else (height, width)
     return max(side for side in SIDES if side <= max(SIDES[0], min(limit, facts.side)))
+
+
+def _limit(facts: Facts) -> int:
+    return LARGEST.get(facts.device, LARGEST["cuda"])
 
 
 def _paper(facts: Facts) -> bool:
@@ -150,7 +170,7 @@ def _batch(facts: Facts) -> int:
 
 def _length(facts: Facts) -> int:
     """Images to see: a hundred epochs, within what the device does in half an hour and in a day."""
-    low, high = IMAGES[facts.device]
+    low, high = IMAGES.get(facts.device, IMAGES["cuda"])
     return min(max(EPOCHS * facts.images, low), high)
 
 
@@ -158,28 +178,30 @@ def _dropout(facts: Facts) -> float:
     return 0.0 if facts.images >= SMALL else 0.1 if facts.images >= 1000 else 0.2
 
 
-def _why(facts: Facts, recipe: Recipe, base: str) -> tuple[str, str, str]:
+def _why(facts: Facts, recipe: Recipe, base: str, asked: bool, budget: Budget, tuned: bool) -> tuple[str, str, str]:
     """What was chosen, in three lines: the pictures, the network, the length."""
-    data, train, network = recipe.data, recipe.train, recipe.network
+    data, train = recipe.data, recipe.train
     height, width = data.size if isinstance(data.size, tuple) else (data.size, data.size)
-    sizes = Counter(facts.sizes).most_common(1)[0][0]
-    seen = f"{sizes[1]}×{sizes[0]}" if facts.common else f"of many sizes, half of them over {facts.side} pixels"
-    limit = LARGEST[facts.device]
+    kind = {1: "grey", 3: "RGB"}.get(data.channels or 0, f"{facts.channels} channels")
+    size = facts.sizes[0]
+    seen = f"{size[1]}×{size[0]}" if facts.common else f"of many sizes, half of them over {facts.side} pixels"
+    limit = _limit(facts)
     larger = f"; above {limit} a {facts.device} takes days, --size 64 asks for it" if facts.side > limit else ""
-    dropout = getattr(network, "dropout", 0.0)
+    because = f"because the pictures are {'grey' if facts.grey else 'in colour'} and {seen}{larger}"
+    if asked or tuned:
+        because = "as asked" if asked else "as those of the model to begin with"
+    dropout = getattr(recipe.network, "dropout", 0.0)
     few = f" with dropout {dropout:g}, because {facts.images:,} images are few" if dropout else ""
+    network = "the network to begin with" if tuned else f"the network of preset {base}{few}"
     held = "the test split" if facts.has_test else f"{data.hold_out:.0%} of the pictures, kept for this,"
-    until = (
-        f"until the loss on {held} has not fallen for a third of the run, at most "
-        if train.patience
-        else "for as many as a day allows: "
-    )
+    limited = budget.steps is not None or budget.images is not None
+    until = f"until the loss on {held} has not fallen for a third of the run, at most " if train.patience else ""
+    day = "" if limited or train.patience else ", as many as a day allows"
     turn = "pictures are flipped" if data.flip else "none is flipped, --set data.flip=true does"
     return (
-        f"auto: images of {width}×{height}, {'grey' if data.channels == 1 else 'RGB'}, because the pictures are "
-        f"{'grey' if facts.grey else 'in colour'} and {seen}{larger}",
-        f"auto: the network of preset {base}{few}; batches of {train.batch}; {facts.device}",
-        f"auto: trains {until}{train.steps:,} steps; {turn}",
+        f"auto: images of {width}×{height}, {kind}, {because}",
+        f"auto: {network}; batches of {train.batch}; {facts.device}",
+        f"auto: trains {until}{train.steps:,} steps{day}; {turn}",
     )
 
 
@@ -198,5 +220,10 @@ def resolved(recipe: Recipe, then: dict[str, Any] | None, device: torch.device) 
 
 
 def recipe_of(saved: dict[str, Any], settings: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run was started with, from its checkpoint, with settings applied."""
+    """The recipe that a run was started with, from its checkpoint, with settings applied.
+
+    A class outside undiffuse must be named by the user: code that only a checkpoint names is not run.
+    """
+    named = {setting.partition(".name=")[0].strip() for setting in settings if ".name=" in setting}
+    parse(Recipe, {name: value for name, value in saved.items() if name not in named}, "the recipe of this run")
     return parse(Recipe, override(saved, settings), "the recipe of this run", trusted=True)

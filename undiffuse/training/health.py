@@ -43,7 +43,7 @@ def fixed_loss(trainer: Trainer, averaged: bool) -> float:
         x_0 = to_float(image[part].to(trainer.device))
         some = None if cond is None else cond[part]
         loss = trainer.recipe.objective(denoiser, x_0, some, keys[int(part[0]) : int(part[-1]) + 1])
-        total += float(loss.per_example.double().sum())
+        total += float(loss.per_example.cpu().double().sum())
     return total / len(index)
 
 

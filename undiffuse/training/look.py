@@ -34,7 +34,7 @@ def held_out_split(data: str, recipe: Recipe, shape: tuple[int, int, int], skip_
     try:
         return unify(open_raw(data, "test", recipe.data.background), shape[1:], channels, skip_bad, count)
     except DataError as error:
-        log.warn(f"no held-out loss: {error}")
+        log.warn(f"no held-out loss: {error}. --set data.hold_out=0.05 keeps some of the training images for it")
         return None
 
 
@@ -57,7 +57,7 @@ def held_out_loss(trainer: Trainer, images: UInt8[Tensor, "n c h w"], check: Cal
             check()
         x_0 = to_float(images[part % len(images)].to(trainer.device))
         keys = Key(0).fold("held out").rows(part, trainer.device)
-        total += float(trainer.recipe.objective(denoiser, x_0, None, keys).per_example.double().sum())
+        total += float(trainer.recipe.objective(denoiser, x_0, None, keys).per_example.cpu().double().sum())
     return total / len(rows)
 
 

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from undiffuse.machine.tensorfile import write_weights
 from undiffuse.machine.watch import Asked, Flag, Watchdog, listening
 from undiffuse.model.load import BEST
 from undiffuse.model.model import Model
-from undiffuse.model.recipe import FORMAT, Recipe, TrainConfig
+from undiffuse.model.recipe import FORMAT, Recipe
 from undiffuse.training import health, look
 from undiffuse.training.auto import resolved
 from undiffuse.training.memory import fit_micro_batch
-from undiffuse.training.plan import conflicts, forward_flops, plan
+from undiffuse.training.plan import Budget, conflicts, forward_flops, plan
 from undiffuse.training.profile import measure
 from undiffuse.training.resume import claim_data, differences, refuse_changes, saved_recipe
 from undiffuse.training.trainer import Trainer
@@ -33,32 +32,13 @@ Say = Callable[[str], None]
 SLOWER, SAFE = 10, 2e-4  # a rate to try after one that ended in NaN: so many times smaller, and at most the paper's
 
 
-@dataclass(frozen=True)
-class Budget:
-    """When to stop: the first of these that is reached. Steps and images count from the start of the run."""
-
-    steps: int | None = None
-    images: int | None = None
-    minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "images", "minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"a budget of {value} {name} is not possible; give more than 0, or leave it out")
-
-    def last_step(self, config: TrainConfig) -> int:
-        steps = config.steps if self.steps is None else self.steps
-        return steps if self.images is None else min(steps, -(-self.images // config.batch))
-
-
 def train(
     recipe: Recipe,
     data: Source,
     out: Path,
     held_out: Source | None = None,
     init: Model | None = None,
-    budget: Budget = Budget(),
+    budget: Budget | None = None,
     device: str | torch.device = "cpu",
     say: Say = print,
     show_progress: bool = True,
@@ -72,7 +52,7 @@ def train(
     where their time went to `profile.json`. Under `torchrun` every process calls this with the same arguments; process
     0 alone writes and speaks.
     """
-    sinks = sink.find(logs)
+    sinks, budget = sink.find(logs), Budget() if budget is None else budget
     with dist.joined(), listening() as flag, ExitStack() as stack:
         first = dist.rank() == 0
         say, warn = (say, log.warn) if first else (_silent, _silent)
@@ -92,13 +72,13 @@ def train(
         trainer.share_state()
         fit_micro_batch(trainer, say)
         if trainer.step == 0:
-            for text in conflicts(trainer.recipe.train, last, budget.minutes):
+            for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None):
                 warn(text)
             say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
         loop = _Loop(trainer, run, last, budget, flag, held_out, show_progress and first, saved, sinks)
         try:
             if profile:
-                _profile(trainer, run, last, say, flag)
+                _profile(loop, say)
             else:
                 say(loop.go())
         except NotFiniteError as error:
@@ -109,7 +89,9 @@ def train(
             if not is_out_of_memory(error):
                 raise
             raise _out_of_memory(trainer, last) from error
-        return trainer.model()
+        model = trainer.model()
+        model.meta["ended"] = loop.ended
+        return model
 
 
 def _advised(error: NotFiniteError, trainer: Trainer, run: store.Run) -> NotFiniteError:
@@ -122,7 +104,7 @@ def _advised(error: NotFiniteError, trainer: Trainer, run: store.Run) -> NotFini
         f"{'with ' if folder is None else ''}a lower learning rate, --set train.lr={lr:g}, or with "
         "--set train.precision=float32"
     )
-    advised.good, advised.lr = None if folder is None else str(folder), lr
+    advised.good, advised.lr, advised.run = None if folder is None else str(folder), lr, str(run.path)
     return advised
 
 
@@ -138,8 +120,10 @@ def _out_of_memory(trainer: Trainer, last: int) -> MemoryExhausted:
     )
 
 
-def _profile(trainer: Trainer, run: store.Run, last: int, say: Say, flag: Flag) -> None:
-    measured = measure(trainer, run, last, forward_flops(trainer.config))
+def _profile(loop: "_Loop", say: Say) -> None:
+    trainer, run, flag = loop.trainer, loop.run, loop.flag
+    loop.begin()
+    measured = measure(trainer, loop.save, loop.last, forward_flops(trainer.config))
     if dist.rank() == 0:
         disk.write_json(run.path / "profile.json", {"format": FORMAT, **trainer.environment(), **measured.plain()})
     say(str(measured))
@@ -208,8 +192,11 @@ class _Loop:
         self.show, self.resumed, self.sinks = show, resumed, sinks
         before = resumed or {}
         self.lowest = look.Lowest(**before.get("held_out", {}))
+        if self.config.patience and not (run.path / BEST).exists():
+            self.lowest = look.Lowest(measured=self.lowest.measured)  # what was the lowest was not kept
         self.first_loss: float | None = before.get("health", {}).get("first")
         self.window: list[dict[str, float]] = []
+        self.ended = ""  # what ended the run: steps, minutes, held-out loss
         self.seconds = 0.0  # that the steps of the window took
         self.started = time.monotonic()
 
@@ -217,14 +204,14 @@ class _Loop:
         """Steps until the end, which is told."""
         trainer, path, minutes = self.trainer, self.run.path, self.budget.minutes
         if trainer.step >= self.last or self._no_better():
+            self.ended = "steps" if trainer.step >= self.last else "held-out loss"
             return f"{path} is finished already, at step {trainer.step:,}"
-        if trainer.step == 0 and self.first:
-            self.first_loss = health.fixed_loss(trainer, averaged=False)
+        self.begin()
         with (
             sink.journal(path, trainer.step, self.sinks, plain(trainer.recipe))
             if self.first
             else nullcontext(sink.Nowhere()) as lines,
-            log.progress(self.last, "training", self.show, trainer.step, minutes and 60 * minutes) as bar,
+            log.progress(self.last, "training", self.show, trainer.step, minutes and 60.0 * minutes) as bar,
             # The others wait inside a step for what process 0 does between two; a sum that fails ends them.
             Watchdog(path / f"stacks-{dist.rank()}.txt", None if self.first else dist.PATIENCE.total_seconds()) as dog,
         ):
@@ -232,23 +219,29 @@ class _Loop:
                 text = ", ".join(differs)
                 log.warn(f"resumed with other {text}: the numbers will differ from those of an unbroken run")
                 lines.write({"step": trainer.step, "exact": False, "differs": differs})
-            ended = self._measure(lines, dog, bar) if self._unmeasured() else False
-            while trainer.step < self.last and not ended:
-                ended = self._step(lines, bar, dog)
+            while trainer.step < self.last and not self.ended:
+                self.ended = self._step(lines, bar, dog)
         return f"finished at step {trainer.step:,}: {self._why()}"
 
-    def _step(self, lines: look.Journal, bar: log.Progress, dog: Watchdog) -> bool:
-        """One step and all that is due after it. Returns whether it was the last."""
+    def begin(self) -> None:
+        """What every later checkpoint is compared with."""
+        if self.trainer.step == 0 and self.first:
+            self.first_loss = health.fixed_loss(self.trainer, averaged=False)
+
+    def _step(self, lines: look.Journal, bar: log.Progress, dog: Watchdog) -> str:
+        """One step and all that is due after it. Returns what ended the run, if it was the last."""
         trainer, config = self.trainer, self.config
         began = time.monotonic()
         self.window.append(trainer.update(self.last))
         self.seconds += time.monotonic() - began
         dog.stepped()
         asked, over = self._agreed()
-        done = trainer.step == self.last or over
-        self._log(lines, bar, done or asked)
-        if not asked and (done or trainer.step % config.held_out_every == 0):
-            done = self._measure(lines, dog, bar) or done
+        done = "steps" if trainer.step == self.last else "minutes" if over else ""
+        due = bool(done) or trainer.step % config.held_out_every == 0
+        # What may end the run is measured even after a signal, so that the run ends where an unbroken one does.
+        if due and (config.patience or not asked) and self._measure(lines, dog, bar):
+            done = "held-out loss"
+        self._log(lines, bar, bool(done) or asked)
         with dog.slow(), bar.aside():
             if trainer.step % config.ema_snapshot_every == 0 or done:
                 self._snapshot()  # before the checkpoint, for nothing makes it again after one
@@ -293,7 +286,7 @@ class _Loop:
             found = health.examine(self.trainer, self.first_loss)
             state = {"last_step": self.last, "held_out": self.lowest.plain(), "health": found}
             self.run.save(self.trainer.step, self.trainer.tensors(), {**self.trainer.meta(), **state})
-            self.run.retain(self.config.keep, also=health.known_good(self.run))
+            self.run.retain(self.config.keep, also=health.known_good(self.run, before=self.trainer.step))
 
     def _measure(self, lines: look.Journal, dog: Watchdog, bar: log.Progress) -> bool:
         """Held-out loss, by process 0; returns whether it ends the run. A signal leaves it undone, unless it may."""
@@ -312,15 +305,11 @@ class _Loop:
                 due = trainer.step % self.config.held_out_every == 0
                 if due and self.lowest.note(trainer.step, loss) and patience:
                     meta = {**trainer.meta(), "held_out": loss}
-                    write_weights(self.run.path / BEST, dict(zip(trainer.names, trainer.ema.shadow, strict=True)), meta)
+                    with dog.slow():
+                        weights = dict(zip(trainer.names, trainer.ema.shadow, strict=True))
+                        write_weights(self.run.path / BEST, weights, meta)
         self._wait(dog)
         return self._no_better()
-
-    def _unmeasured(self) -> bool:
-        """Whether a signal came before the last held-out loss that may end the run."""
-        step, every = self.trainer.step, self.config.held_out_every
-        due = self.config.patience > 0 and step > 0 and step % every == 0 and self.lowest.measured < step
-        return bool(dist.decide(int(due)))
 
     def _no_better(self) -> bool:
         """Whether the held-out loss ends the run; what process 0 says."""
@@ -349,10 +338,10 @@ class _Loop:
 
     def _why(self) -> str:
         """What ended the run."""
-        step, lowest = self.trainer.step, self.lowest
-        if step >= self.last:
+        lowest = self.lowest
+        if self.ended == "steps":
             return f"all {self.last:,} steps are done"
-        if self.config.patience and lowest.is_over(self.config.patience, self.config.held_out_every):
+        if self.ended == "held-out loss":
             return (
                 f"the held-out loss was lowest, {lowest.loss:.4g}, at step {lowest.step:,}, and has not fallen since; "
                 f"the average of that step is what is sampled"

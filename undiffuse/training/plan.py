@@ -1,6 +1,7 @@
 """Before step 0: how a batch is divided, what the run will cost, and which settings cannot work together."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,7 +10,27 @@ from undiffuse.errors import UsageError
 from undiffuse.machine import dist
 from undiffuse.model.recipe import ModelConfig, TrainConfig
 
+SHORT = 5  # steps: nobody wants the average of a run that is shorter
 REMEMBERED = 0.05  # the share of the first weights in the final average from which it is worth a warning
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: the first of these that is reached. Steps and images count from the start of the run."""
+
+    steps: int | None = None
+    images: int | None = None
+    minutes: float | int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "images", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"a budget of {value} {name} is not possible; give more than 0, or leave it out")
+
+    def last_step(self, config: TrainConfig) -> int:
+        steps = config.steps if self.steps is None else self.steps
+        return steps if self.images is None else min(steps, -(-self.images // config.batch))
 
 
 def shares(train: TrainConfig) -> tuple[int, int]:
@@ -63,11 +84,14 @@ def first_weights_share(train: TrainConfig, last: int) -> float:
     return math.prod(min(train.ema, (1 + n) / (10 + n)) for n in range(ramped)) * train.ema ** (last - ramped)
 
 
-def conflicts(train: TrainConfig, last: int, minutes: float | None = None) -> list[str]:
-    """Settings that cannot do together what they are for in a run of `last` steps, each with what to set instead."""
+def conflicts(train: TrainConfig, last: int, minutes: float | int | None = None, tuned: bool = False) -> list[str]:
+    """Settings that cannot do together what they are for in a run of `last` steps, each with what to set instead.
+
+    `tuned` runs begin with weights that were trained.
+    """
     found = []
     share = first_weights_share(train, last)
-    if share > REMEMBERED:
+    if share > REMEMBERED and not tuned and last >= SHORT:
         fit = math.floor(1000 * 0.01 ** (1 / last)) / 1000
         found.append(
             f"train.ema = {train.ema:g} is long for {last:,} steps: the untrained weights would still be {share:.0%} "
@@ -80,7 +104,7 @@ def conflicts(train: TrainConfig, last: int, minutes: float | None = None) -> li
         )
     if minutes is not None and train.decay != "constant":
         found.append(
-            f"the learning rate falls until step {last:,}, which --minutes may not let it reach; give --steps as well, "
-            "or set train.decay=constant"
+            f"the learning rate falls until step {last:,}, which --minutes may not let it reach; give fewer steps, or "
+            "set train.decay=constant"
         )
     return found

@@ -1,13 +1,14 @@
 """Where the time of a training step goes, and how much memory it takes: `undiffuse train --profile`."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from undiffuse.machine import device, dist, store
+from undiffuse.machine import device, dist
 from undiffuse.training.trainer import Trainer
 
 WARM_UP, STEPS, LONGEST = 5, 20, 10
@@ -56,7 +57,7 @@ class Profile:
         )
 
 
-def measure(trainer: Trainer, run: store.Run, last: int, flop: int) -> Profile:
+def measure(trainer: Trainer, save: Callable[[], None], last: int, flop: int) -> Profile:
     """Trains for 25 steps that count, the last 20 of them measured, and saves: once untimed parts, once with them.
 
     The step is timed without the profiler, which makes small operations slower; the parts are its shares of that.
@@ -80,9 +81,7 @@ def measure(trainer: Trainer, run: store.Run, last: int, flop: int) -> Profile:
     seconds = {event.key: _seconds(event) / count for event in events}
     own = {event.key.removeprefix("aten::"): _own_seconds(event) / count for event in events if "aten::" in event.key}
     started = time.perf_counter()
-    if dist.rank() == 0:
-        run.save(trainer.step, trainer.tensors(), trainer.meta())
-        run.retain(2)
+    save()
     every = trainer.recipe.train.save_every
     batch = trainer.recipe.train.batch
     return Profile(

@@ -1,13 +1,16 @@
 """From what a user names, a folder and a preset, to what the loop takes: images of one shape, a recipe, a device."""
 
+import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from undiffuse.data.format.several import join
 from undiffuse.data.pack import WORKERS, open_data
-from undiffuse.data.source import Source, open_raw
+from undiffuse.data.source import Source, Wanted, open_raw, unify
 from undiffuse.data.subset import divide
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist, log, store
@@ -17,6 +20,7 @@ from undiffuse.model.recipe import Recipe, load_recipe
 from undiffuse.training import loop
 from undiffuse.training.auto import choose, look_at, recipe_of
 from undiffuse.training.look import held_out_split
+from undiffuse.training.plan import Budget
 from undiffuse.training.resume import saved_recipe
 
 Data = str | Path | Source | Sequence[str | Path]
@@ -49,27 +53,73 @@ def train(
     first; `settings` are `a.b=c` as in `--set`. `init` fine-tunes another model. Raises UsageError and DataError for
     what cannot be trained, NotFiniteError for a loss that is lost, and as the disk does.
     """
-    run = store.Run(Path(out))
+    run, budget = store.Run(Path(out)), Budget(steps, images, minutes)
     named: str | Source = data if isinstance(data, Source) else _spec(data)
-    spec = None if isinstance(named, Source) else named
     if not dist.together():  # so that a second writer need not read all data to be told so; the first looks again
         run.refuse_second()
     chosen, say = machine.choose(device), say if dist.is_first() else _silent
-    recipe = _recipe(preset, run, named, list(settings), chosen, steps, minutes is not None, say)
-    source = named if isinstance(named, Source) else _open(named, recipe, skip_bad, use_cache, show_progress)
-    c, h, w = source[0].image.shape
+    with dist.joined() if str(preset) == "auto" else nullcontext():
+        saved = _saved(run) if str(preset) == "auto" else saved_recipe(run)
+        begin = load(init, chosen) if isinstance(init, (str, Path)) and saved is None else init
+        begin = begin if isinstance(begin, Model) else None
+        if str(preset) != "auto":
+            recipe = load_recipe(preset, settings)
+        elif saved:
+            recipe = recipe_of(saved, settings)
+        else:
+            recipe = _chosen(named, settings, chosen, budget, begin, say)
+        source, held = _images(named, recipe, preset, skip_bad, use_cache, show_progress and dist.is_first(), say)
+        show = show_progress and dist.is_first()
+        return loop.train(recipe, source, run.path, held, begin, budget, chosen, say, show, accept_data, logs, profile)
+
+
+def _saved(run: store.Run) -> dict[str, Any] | None:
+    """The recipe of the run that is there, as process 0 sees it: the others need not see its disk."""
+    text = json.dumps(saved_recipe(run)) if dist.rank() == 0 else ""
+    return json.loads(dist.tell(text))
+
+
+def _chosen(
+    named: str | Source, settings: Sequence[str], device: torch.device, budget: Budget, init: Model | None, say: Say
+) -> Recipe:
+    raw = named if isinstance(named, Source) else open_raw(named)
+    facts = look_at(raw, None if isinstance(named, Source) else named, device)
+    choice = choose(facts, settings, budget, None if init is None else init.config)
+    for line in choice.why:
+        say(line)
+    return choice.recipe
+
+
+def _images(
+    named: str | Source,
+    recipe: Recipe,
+    preset: str | Path,
+    skip_bad: bool,
+    use_cache: bool | None,
+    show: bool,
+    say: Say,
+) -> tuple[Source, Source | None]:
+    """What is trained on and what is held out, in the shape that the recipe says."""
+    size, channels = recipe.data.size, recipe.data.channels
+    spec = None if isinstance(named, Source) else named
+    if isinstance(named, Source):
+        source = named if Wanted.of(size, channels).accepts(shape_of(named)) else unify(named, size, channels, skip_bad)
+    else:
+        source = open_data(named, size, channels, recipe.data.background, skip_bad, use_cache, WORKERS, show)
+    c, h, w = shape_of(source)
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
     say(f"{len(source):,} images of {c}×{h}×{w} from {_named(spec)}{left_out}; preset {preset}")
-    held: Source | None = None
     if recipe.data.hold_out > 0:
-        source, held = divide(source, recipe.data.hold_out)
-        say(f"{len(held):,} of them are held out, {len(source):,} are trained on")
-    elif spec is not None:
-        held = held_out_split(spec, recipe, (c, h, w), skip_bad)
-    begin = init if init is None or isinstance(init, Model) else load(init, chosen)
-    budget = loop.Budget(steps, images, minutes)
-    show = show_progress and dist.is_first()
-    return loop.train(recipe, source, run.path, held, begin, budget, chosen, say, show, accept_data, logs, profile)
+        rest, held = divide(source, recipe.data.hold_out)
+        say(f"held out: {len(held):,} of them; trained on: {len(rest):,}")
+        return rest, held
+    return source, None if spec is None else held_out_split(spec, recipe, (c, h, w), skip_bad)
+
+
+def shape_of(source: Source) -> tuple[int, int, int]:
+    """(channels, height, width) of the first image."""
+    c, h, w = source[0].image.shape
+    return c, h, w
 
 
 def _spec(data: str | Path | Sequence[str | Path]) -> str:
@@ -82,32 +132,3 @@ def _named(spec: str | None) -> str:
 
 
 def _silent(text: str) -> None: ...
-
-
-def _recipe(
-    preset: str | Path,
-    run: store.Run,
-    data: str | Source,
-    settings: list[str],
-    device: torch.device,
-    steps: int | None,
-    timed: bool,
-    say: Say,
-) -> Recipe:
-    """A preset's; for "auto" that of the run which is there, so that the same command goes on, else a choice."""
-    if str(preset) != "auto":
-        return load_recipe(preset, settings)
-    saved = saved_recipe(run)
-    if saved:
-        return recipe_of(saved, settings)
-    raw = data if isinstance(data, Source) else open_raw(data)
-    choice = choose(look_at(raw, None if isinstance(data, Source) else data, device), settings, steps, timed)
-    for line in choice.why:
-        say(line)
-    return choice.recipe
-
-
-def _open(spec: str, recipe: Recipe, skip_bad: bool, use_cache: bool | None, show_progress: bool) -> Source:
-    shape = {"size": recipe.data.size, "channels": recipe.data.channels, "background": recipe.data.background}
-    show = show_progress and dist.is_first()
-    return open_data(spec, **shape, skip_bad=skip_bad, use_cache=use_cache, workers=WORKERS, show_progress=show)

@@ -2,7 +2,9 @@
 
 import glob
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -77,12 +79,12 @@ class Several(Format):
         named = list(dict.fromkeys(path for line in spec.split("\n") for path in _matches(line)))
         files = [path for path in named if Path(path).suffix.lower() in picture.suffixes() and Path(path).is_file()]
         parts, why = list[Source](), DataError("")
-        if files:
-            found = pictures(f"{len(files)} files", files, lambda name: Path(name).read_bytes(), split, background)
-            parts.append(replace(found, root=Path()))
-        for path in (path for path in named if path not in set(files)):
+        known = set(files)
+        readers: list[Callable[[], Source]] = [lambda: _files(files, split, background)] if files else []
+        readers += [partial(open_raw, path, split, background) for path in named if path not in known]
+        for read in readers:
             try:
-                parts.append(open_raw(path, split, background))
+                parts.append(read())
             except DataError as error:
                 if split == "train":
                     raise
@@ -90,6 +92,11 @@ class Several(Format):
         if not parts:
             raise why
         return parts[0] if len(parts) == 1 else Joined(tuple(parts))
+
+
+def _files(files: list[str], split: Split, background: str) -> Source:
+    found = pictures(f"{len(files)} files", files, lambda name: Path(name).read_bytes(), split, background)
+    return replace(found, root=Path())
 
 
 def _matches(line: str) -> list[str]:
