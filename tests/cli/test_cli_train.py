@@ -55,3 +55,22 @@ def test_the_next_commands_work_when_they_are_pasted(call, tmp_path, monkeypatch
 
 def test_the_version(call):
     assert call("--version")[:2] == (0, f"undiffuse {undiffuse.__version__}\n")
+
+
+@pytest.mark.slow
+def test_a_model_to_begin_with_brings_its_network(call, tmp_path):
+    out = tmp_path / "tuned"
+    code, text, err = call("train", "fashion-mnist-sample", "--init", "fashion-mnist", "--out", out, "--steps", 1,
+                           "--set", "train.sample_every=0", "--device", "cpu", "--json")  # fmt: skip
+    assert code == 0, err
+    assert json.loads(text)["parameters"] == 639_796
+
+
+@pytest.mark.parametrize("words, added", [
+    (["train", "-obad dir", "d"], "undiffuse train d --steps 4"),
+    (["train", "--out", "a", "--", "-photos"], "undiffuse train --steps 4 -- -photos"),
+    (["train", "d", "--out=a", "--profile"], "undiffuse train d --steps 4"),
+])  # fmt: skip
+def test_other_ways_to_write_an_option(monkeypatch, words, added):
+    monkeypatch.setattr("sys.argv", ["undiffuse", *words])
+    assert again({"--steps": "4"}, without=("--out",)) == added

@@ -160,3 +160,25 @@ def test_the_time_of_previews_is_not_that_of_steps(tmp_path, data, monkeypatch, 
     assert re.sub(", loss.*;", ";", first) == f"training 2/6 (33 %), 0.5/s, 8 s left; {two_grids}"
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {row["images_per_second"] for row in rows if "loss" in row} == {4.0}
+
+
+def test_patience_that_comes_later_does_not_name_an_average_that_was_not_kept(tmp_path, data, losses):
+    run(recipe(train={**PATIENT, "patience": 0.0, "steps": 8}), data, tmp_path, held_out=data)
+    model = run(recipe(train={**PATIENT, "steps": 40}), data, tmp_path, held_out=data, budget=loop.Budget(steps=10))
+    assert model.meta["ended"] == "steps"
+    assert load(tmp_path).meta["step"] == load(tmp_path, weights="best").meta["step"] == 10
+
+
+def test_a_profile_keeps_what_the_run_knows(tmp_path, data, losses, monkeypatch):
+    from undiffuse.training import profile
+
+    monkeypatch.setattr(profile, "WARM_UP", 1)
+    monkeypatch.setattr(profile, "STEPS", 4)
+    chosen = recipe(train={**PATIENT, "keep": 3, "save_every": 2})
+    run(chosen, data, tmp_path, held_out=data, budget=loop.Budget(steps=8))
+    before = store.Run(tmp_path).load(8, only=())[1]
+    run(chosen, data, tmp_path, held_out=data, budget=loop.Budget(steps=8), profile=True)
+    after = store.Run(tmp_path).load(13, only=())[1]
+    assert store.Run(tmp_path).steps() == [6, 8, 13]
+    assert after["held_out"] == before["held_out"] == {"loss": 3.0, "step": 4, "measured": 8}
+    assert after["health"]["first"] == before["health"]["first"] and after["last_step"] == 8

@@ -96,3 +96,16 @@ def test_a_source_is_divided_and_no_image_is_in_both_parts():
     assert [len(part) for part in divide(Subset(whole, torch.arange(2)), 0.01)] == [1, 1]
     with pytest.raises(DataError, match="1 image cannot be divided"):
         divide(Subset(whole, torch.arange(1)), 0.5)
+
+
+def test_as_many_names_as_a_shell_makes_of_a_pattern(here):
+    names = [f"cats/{'long' * 10}-{i}.png" for i in range(300)]
+    for i, name in enumerate(names):
+        save(here / name, i % 250)
+    assert len("\n".join(names)) > 4096 and len(open_raw(join(names))) == 300
+
+
+def test_a_test_split_beside_single_files_is_seen(here):
+    for split in ("train", "test"):
+        save(here / "split" / split / "a.png", 50 if split == "train" else 60)
+    assert values(open_raw(join(["cats/0.png", "split"]), "test")) == [60]
