@@ -148,6 +148,8 @@ def build(
     """Build the emoji data set from downloaded npm packages.
 
     It takes any of four packages. Download them first:
+
+    \b
     `npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d openmoji`
 
     Example:
