@@ -106,7 +106,9 @@ def test_the_python_of_the_readme_runs(capsys, tmp_path, monkeypatch):
 def test_the_readme_quotes_what_auto_says():
     (quoted,) = blocks(PAGES[0].read_text("utf-8"), "text")
     sizes = ((367, 500), (367, 600))  # (height, width) of pictures like those it is about
-    assert " ".join(quoted.split()) == " ".join(choose(Facts(40, sizes, False, False, "cpu")).why)
+    assert " ".join(quoted.split()) == " ".join(
+        choose(Facts(40, sizes, grey=False, channels=3, has_test=False, device="cpu")).why
+    )
 
 
 def test_the_pages_show_what_there_is():
