@@ -32,8 +32,8 @@ def test_forty_photographs_on_a_cpu():
     assert (network.channels, network.dropout) == (64, 0.2)
     first, second, third = choice.why
     assert first == (
-        "auto: images of 32×32, RGB, because the pictures are in colour and of many sizes, half of them over 200 "
-        "pixels; above 32 a cpu takes days, --size 64 asks for it"
+        "auto: images of 32×32, RGB, because the pictures are in colour and of many sizes, half of them with a "
+        "shorter side over 200; larger ones train slowly on cpu, --size 64 asks for them"
     )
     assert "preset emoji-32 with dropout 0.2, because 40 images are few; batches of 32; cpu" in second
     assert "has not fallen for a third of the run, at most 9,375 steps" in third and "none is flipped" in third

@@ -334,7 +334,9 @@ def _their_network(model: Mapping[str, Any]) -> UNet2DModel:
         }
     refused = [reason for reason, holds in reasons.items() if holds]
     if refused or not isinstance(network, UNet):
-        raise UsageError(f"diffusers' UNet2DModel cannot be this network: {'; '.join(refused)}")
+        raise UsageError(
+            f"diffusers' UNet2DModel cannot be this network: {'; '.join(refused)}; --to file keeps it whole"
+        )
     attended = [level in network.attention for level in range(len(network.multipliers))]
     return UNet2DModel(
         sample_size=height if height == width else (height, width),

@@ -61,7 +61,10 @@ def load(
     path, device = Path(source), choose(str(device))
     if not path.exists():
         if str(source) not in shipped():
-            raise unknown("model", str(source), shipped())
+            raise UsageError(
+                f'model "{source}" is not known: there is no such file or folder. Give a run folder, a checkpoint in '
+                f"it, an exported model, or one that is shipped: {', '.join(shipped())}"
+            )
         path = shipped()[str(source)]
     if path.is_dir() and not diffusers.is_folder(path):
         tensors, meta = _from_run(path, weights)

@@ -184,9 +184,11 @@ def _why(facts: Facts, recipe: Recipe, base: str, asked: bool, budget: Budget, t
     height, width = data.size if isinstance(data.size, tuple) else (data.size, data.size)
     kind = {1: "grey", 3: "RGB"}.get(data.channels or 0, f"{facts.channels} channels")
     size = facts.sizes[0]
-    seen = f"{size[1]}×{size[0]}" if facts.common else f"of many sizes, half of them over {facts.side} pixels"
+    seen = (
+        f"{size[1]}×{size[0]}" if facts.common else f"of many sizes, half of them with a shorter side over {facts.side}"
+    )
     limit = _limit(facts)
-    larger = f"; above {limit} a {facts.device} takes days, --size 64 asks for it" if facts.side > limit else ""
+    larger = f"; larger ones train slowly on {facts.device}, --size 64 asks for them" if facts.side > limit else ""
     because = f"because the pictures are {'grey' if facts.grey else 'in colour'} and {seen}{larger}"
     if asked or tuned:
         because = "as asked" if asked else "as those of the model to begin with"
@@ -201,7 +203,7 @@ def _why(facts: Facts, recipe: Recipe, base: str, asked: bool, budget: Budget, t
     return (
         f"auto: images of {width}×{height}, {kind}, {because}",
         f"auto: {network}; batches of {train.batch}; {facts.device}",
-        f"auto: trains {until}{train.steps:,} steps{day}; {turn}",
+        f"auto: trains {until}{train.steps:,} step{'' if train.steps == 1 else 's'}{day}; {turn}",
     )
 
 

@@ -99,10 +99,10 @@ def _advised(error: NotFiniteError, trainer: Trainer, run: store.Run) -> NotFini
     good, lr = health.known_good(run, before=trainer.step), min(trainer.recipe.train.lr / SLOWER, SAFE)
     folder = None if good is None else run.folder(good)
     start = "start a new run" if folder is None else f"start a new run from {folder}, which is known to be good, with"
+    precise = "" if trainer.recipe.train.precision == "float32" else ", or with --set train.precision=float32"
     advised = NotFiniteError(
         f"{error}. The state before this step is saved, and the same command replays it. To go on, {start} "
-        f"{'with ' if folder is None else ''}a lower learning rate, --set train.lr={lr:g}, or with "
-        "--set train.precision=float32"
+        f"{'with ' if folder is None else ''}a lower learning rate, --set train.lr={lr:g}{precise}"
     )
     advised.good, advised.lr, advised.run = None if folder is None else str(folder), lr, str(run.path)
     return advised

@@ -100,7 +100,7 @@ def conflicts(train: TrainConfig, last: int, minutes: float | int | None = None,
     if train.warmup >= last and train.warmup > 0:
         found.append(
             f"train.warmup = {train.warmup:,} is not over at the last step, {last:,}, so the learning rate never "
-            f"comes to {train.lr:g}; set train.warmup={last // 10} or less"
+            f"comes to {train.lr:g}; set train.warmup={last // 10}{' or less' if last >= 10 else ''}"
         )
     if minutes is not None and train.decay != "constant":
         found.append(

@@ -71,7 +71,7 @@ def test_a_test_split_of_one_part_is_enough(here):
 
 
 def test_what_matches_nothing_is_refused(here):
-    with pytest.raises(DataError, match=r"^nothing matches cats/\*.jpg; quote a pattern, or give the folder itself$"):
+    with pytest.raises(DataError, match=r"^no file matches cats/\*.jpg; check the path, or give the folder itself$"):
         open_raw("cats/*.jpg")
     with pytest.raises(DataError, match='data "birds" is neither a path nor a named set'):
         open_raw(join(["cats", "birds"]))

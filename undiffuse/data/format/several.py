@@ -104,5 +104,5 @@ def _matches(line: str) -> list[str]:
         return [line]
     found = sorted(glob.glob(line, recursive=True))
     if not found:
-        raise DataError(f"nothing matches {line}; quote a pattern, or give the folder itself")
+        raise DataError(f"no file matches {line}; check the path, or give the folder itself")
     return found
