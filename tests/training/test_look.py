@@ -69,6 +69,10 @@ def test_a_run_ends_by_its_held_out_loss_and_the_best_is_what_is_sampled(tmp_pat
     for one, two in zip(best.denoiser.parameters(), expected.denoiser.parameters(), strict=True):
         assert torch.equal(one, two)
     assert load(tmp_path, weights="average").meta["step"] == 14
+    killed = tmp_path / "killed"  # before its first checkpoint
+    killed.mkdir()
+    (killed / "best.safetensors").write_bytes((tmp_path / "best.safetensors").read_bytes())
+    assert load(killed).meta["step"] == 4
     loop.train(chosen, data, tmp_path, **arguments)
     assert said[-1] == f"{tmp_path} is finished already, at step 14" and losses[-1] == 14
 

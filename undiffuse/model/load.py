@@ -77,6 +77,8 @@ def load(
 
 def _from_run(path: Path, weights: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights of the newest good checkpoint of a run, or of the checkpoint that is named."""
+    if weights in (None, "best") and (path / BEST).exists() and not store.Run(path).steps():
+        return read_weights(path / BEST)  # the run was killed before its first checkpoint
     run, step = store.locate(path)
     part = PARTS.get(weights or "", "ema")
     parts, meta = run.load(step, only=(part,))
