@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.training.test_loop import assert_equal, recipe, run, state
+from undiffuse.config import plain
 from undiffuse.errors import Preempted, UsageError
 from undiffuse.machine import log, store
 from undiffuse.machine.log import read_rows
@@ -24,7 +25,7 @@ def test_the_lowest_loss_ends_a_run_after_half_as_many_steps_again():
     for step in range(1100, 1500, 100):
         assert not lowest.note(step, 1.0) and not lowest.is_over(0.5, 100)
     assert not lowest.note(1500, 1.5) and lowest.is_over(0.5, 100)
-    assert lowest.plain() == {"loss": 1.0, "step": 1000, "measured": 1500}
+    assert plain(lowest) == {"loss": 1.0, "step": 1000, "measured": 1500}
     assert not lowest.is_over(0.0, 100) and not lowest.is_over(0.6, 100)
 
 

@@ -41,11 +41,6 @@ def together() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def local_device(name: str) -> str:
-    """`cuda` becomes this process's own card on its machine; any other name stays."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
-
-
 @contextmanager
 def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
     """Inside, the processes that were started together can sum; a process started alone is not affected.

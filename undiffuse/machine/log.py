@@ -24,6 +24,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def silent(text: str) -> None:
+    """Says nothing: for all processes but the first."""
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file, without a last one that was cut short; none if there is no file.
 

@@ -11,7 +11,7 @@ import torch
 from undiffuse.errors import Corrupt
 from undiffuse.key import Key
 from undiffuse.machine import store
-from undiffuse.model.model import to_float
+from undiffuse.training import look
 from undiffuse.training.trainer import Trainer
 
 IMAGES = 16
@@ -19,7 +19,6 @@ LEAST = 0.01  # a loss at step 0 that is less, as after fine-tuning, counts as t
 LOST = 10  # times the loss of step 0; a network that has learnt nothing but zeros has once that loss
 
 
-@torch.no_grad()
 def examine(trainer: Trainer, first: float | None) -> dict[str, Any]:
     """What a checkpoint says of itself: its loss on a fixed batch, that of its average, that of step 0, and `good`."""
     losses = [fixed_loss(trainer, averaged) for averaged in (False, True)]
@@ -30,21 +29,11 @@ def examine(trainer: Trainer, first: float | None) -> dict[str, Any]:
 
 
 def fixed_loss(trainer: Trainer, averaged: bool) -> float:
-    """The objective on the first images of the training set, with fixed noise, in float32."""
-    denoiser = trainer.model(averaged).denoiser
-    denoiser.clip = False
+    """The objective on the first images of the training set, with fixed noise."""
     source = trainer.batches.loader.source
-    index = torch.arange(min(IMAGES, len(source)))
-    image, label = source.gather(index)
-    keys = Key(0).fold("health").rows(index, trainer.device)
-    cond = None if label is None or trainer.config.classes is None else label.to(trainer.device)
-    total = 0.0
-    for part in index.split(trainer.micro):
-        x_0 = to_float(image[part].to(trainer.device))
-        some = None if cond is None else cond[part]
-        loss = trainer.recipe.objective(denoiser, x_0, some, keys[int(part[0]) : int(part[-1]) + 1])
-        total += float(loss.per_example.cpu().double().sum())
-    return total / len(index)
+    images, labels = source.gather(torch.arange(min(IMAGES, len(source))))
+    labels = labels if trainer.config.classes is not None else None
+    return look.fixed_loss(trainer, images, Key(0).fold("health"), labels, averaged=averaged)
 
 
 def known_good(run: store.Run, before: int | None = None) -> int | None:

@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source, open_raw, spread, unify
@@ -46,19 +45,33 @@ def held_out_images(source: Source | None, count: int) -> UInt8[Tensor, "n c h w
 
 
 @torch.no_grad()
-def held_out_loss(trainer: Trainer, images: UInt8[Tensor, "n c h w"], check: Callable[[], None] | None = None) -> float:
-    """The objective on fixed images with fixed noise, by the averaged weights, in float32."""
-    denoiser = trainer.model().denoiser
+def fixed_loss(
+    trainer: Trainer,
+    images: UInt8[Tensor, "n c h w"],
+    key: Key,
+    labels: Int[Tensor, "n"] | None = None,
+    draws: int = 1,
+    averaged: bool = True,
+    check: Callable[[], None] | None = None,
+) -> float:
+    """The objective on fixed images with `draws` fixed noises each, in float32."""
+    denoiser = trainer.model(averaged).denoiser
     denoiser.clip = False
-    rows = torch.arange(len(images) * -(-TERMS // len(images)))
-    total = 0.0
+    rows, total = torch.arange(len(images) * draws), 0.0
     for part in rows.split(trainer.micro):
         if check is not None:
             check()
-        x_0 = to_float(images[part % len(images)].to(trainer.device))
-        keys = Key(0).fold("held out").rows(part, trainer.device)
-        total += float(trainer.recipe.objective(denoiser, x_0, None, keys).per_example.cpu().double().sum())
+        chosen = part % len(images)
+        x_0 = to_float(images[chosen].to(trainer.device))
+        cond = None if labels is None else labels[chosen].to(trainer.device)
+        loss = trainer.recipe.objective(denoiser, x_0, cond, key.rows(part, trainer.device))
+        total += float(loss.per_example.cpu().double().sum())
     return total / len(rows)
+
+
+def held_out_loss(trainer: Trainer, images: UInt8[Tensor, "n c h w"], check: Callable[[], None] | None = None) -> float:
+    """The objective on held-out images, by the averaged weights."""
+    return fixed_loss(trainer, images, Key(0).fold("held out"), draws=-(-TERMS // len(images)), check=check)
 
 
 @dataclass
@@ -79,9 +92,6 @@ class Lowest:
     def is_over(self, patience: float, every: int) -> bool:
         """Whether it has not fallen for `patience` times the steps up to the lowest, and five measurements at least."""
         return patience > 0 and self.measured >= self.step + max(patience * self.step, 5 * every)
-
-    def plain(self) -> dict[str, Any]:
-        return {"loss": self.loss, "step": self.step, "measured": self.measured}
 
 
 def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[int], None]) -> None:

@@ -55,7 +55,7 @@ def train(
     sinks, budget = sink.find(logs), Budget() if budget is None else budget
     with dist.joined(), listening() as flag, ExitStack() as stack:
         first = dist.rank() == 0
-        say, warn = (say, log.warn) if first else (_silent, _silent)
+        say, warn = (say, log.warn) if first else (log.silent, log.silent)
         run, saved = store.Run(out), None
         last = budget.last_step(recipe.train)
         _agree(recipe, data, last)  # before anything that differs with them could break a sum
@@ -130,9 +130,6 @@ def _profile(loop: "_Loop", say: Say) -> None:
     dist.wait_for_first()  # by all, whichever of them was sent a signal
     if flag.name is not None:
         raise Preempted(f"{flag.name}: stopped after the profile, whose state is saved")
-
-
-def _silent(text: str) -> None: ...
 
 
 def _agree(recipe: Recipe, data: Source, last: int) -> None:
@@ -284,7 +281,7 @@ class _Loop:
     def save(self) -> None:
         if self.first:
             found = health.examine(self.trainer, self.first_loss)
-            state = {"last_step": self.last, "held_out": self.lowest.plain(), "health": found}
+            state = {"last_step": self.last, "held_out": plain(self.lowest), "health": found}
             self.run.save(self.trainer.step, self.trainer.tensors(), {**self.trainer.meta(), **state})
             self.run.retain(self.config.keep, also=health.known_good(self.run, before=self.trainer.step))
 

@@ -57,7 +57,7 @@ def train(
     named: str | Source = data if isinstance(data, Source) else _spec(data)
     if not dist.together():  # so that a second writer need not read all data to be told so; the first looks again
         run.refuse_second()
-    chosen, say = machine.choose(device), say if dist.is_first() else _silent
+    chosen, say = machine.choose(device), say if dist.is_first() else log.silent
     with dist.joined() if str(preset) == "auto" else nullcontext():
         saved = _saved(run) if str(preset) == "auto" else saved_recipe(run)
         begin = load(init, chosen) if isinstance(init, (str, Path)) and saved is None else init
@@ -129,6 +129,3 @@ def _spec(data: str | Path | Sequence[str | Path]) -> str:
 def _named(spec: str | None) -> str:
     names = ["a source"] if spec is None else spec.split("\n")
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _silent(text: str) -> None: ...
