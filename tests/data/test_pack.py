@@ -18,6 +18,7 @@ from undiffuse.data import pack as packing
 from undiffuse.data.format.folder import Pictures
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.pack import cache_folder, open_data, pack
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, First, Wanted, open_source
 from undiffuse.errors import DataError, Locked, StorageError, UsageError
 from undiffuse.machine import disk
@@ -135,7 +136,7 @@ def test_worker_processes_write_the_same_and_end_with_a_killed_parent(pictures, 
 
 
 def test_data_that_changes_meanwhile(pictures, tmp_path):
-    job = packing.Job(str(pictures), "train", "white", Wanted(None, None), "")
+    job = packing.Job(str(pictures), "train", Reading(), Wanted(None, None), "")
     plan = packing.Plan(job, First("a/0.png", (3, 4, 4), True), 8, 2)
     with pytest.raises(DataError, match="set has changed while it was packed; leave it as it is, and pack it again$"):
         packing._work(plan, tmp_path, 0)
@@ -205,7 +206,7 @@ def test_a_folder_with_something_else_in_it(pictures, tmp_path):
         pack(pictures, pictures / "a")
     pack(pictures, tmp_path / "out")
     message = "^.*out holds other data, or the same in another shape; give another folder, or remove it$"
-    for data, options in ((pictures, {"size": 3}), (pictures, {"background": "red"}), (pictures / "a", {})):
+    for data, options in ((pictures, {"size": 3}), (pictures, {"reading": Reading("red")}), (pictures / "a", {})):
         with pytest.raises(UsageError, match=message):
             pack(data, tmp_path / "out", **options)
     (tmp_path / "out/packed.json").unlink()
@@ -239,7 +240,9 @@ def test_data_is_packed_in_the_cache_when_it_is_large(pictures, tmp_path, monkey
     assert isinstance(packed, PackedSource) and packed.path.parent == tmp_path / "cache/packed"
     assert packed.path.name == packed.manifest.key
     assert open_data(pictures).path == packed.path
-    assert len({open_data(pictures, **options).path for options in ({"size": 4}, {"background": "black"}, {})}) == 3
+    assert (
+        len({open_data(pictures, **options).path for options in ({"size": 4}, {"reading": Reading("black")}, {})}) == 3
+    )
     assert isinstance(open_data(pictures, use_cache=False), ArraySource)
     assert isinstance(open_data(packed.path), PackedSource)
     assert isinstance(open_data(packed.path, size=2, use_cache=False), ArraySource)

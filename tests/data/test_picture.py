@@ -75,14 +75,14 @@ def test_a_palette_becomes_rgb_and_its_transparent_colour_the_background():
 @pytest.mark.parametrize("background, expected", [("white", [255, 128, 128]), ("black", [128, 0, 0])])
 def test_alpha_is_flattened_on_the_background(background, expected):
     half = Image.new("RGBA", (1, 1), (*RED, 128))
-    pixels = picture.decode(encoded(half), picture.colour(background))
+    pixels = picture.decode(encoded(half), picture.Reading(background))
     assert np.abs(pixels[0, 0].astype(int) - expected).max() <= 1
 
 
 def test_grey_with_alpha_stays_grey_on_a_grey_background_only():
     image = encoded(Image.new("LA", (1, 1), (0, 0)))
-    assert picture.decode(image, (200, 200, 200)).tolist() == [[[200]]]
-    assert picture.decode(image, (200, 0, 0)).tolist() == [[[200, 0, 0]]]
+    assert picture.decode(image, picture.Reading("#c8c8c8")).tolist() == [[[200]]]
+    assert picture.decode(image, picture.Reading("#c80000")).tolist() == [[[200, 0, 0]]]
 
 
 def test_the_orientation_tag_is_obeyed():

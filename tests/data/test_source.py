@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import FORMATS, ArraySource, Item, Source, open_raw, open_source, refuse_bad, unify
 from undiffuse.errors import DataError, MemoryExhausted, UsageError
 
@@ -147,7 +148,7 @@ def test_bad_options(tmp_path):
     with pytest.raises(UsageError, match='split "tests" is not known; expected train or test'):
         open_source(tmp_path, split="tests")
     with pytest.raises(UsageError, match='background "wite" is not a colour'):
-        open_source(tmp_path, background="wite")
+        open_source(tmp_path, reading=Reading("wite"))
 
 
 def test_what_the_system_refuses():

@@ -126,9 +126,10 @@ def pack(
     from undiffuse.cli.tools import show
     from undiffuse.data.format.several import join
     from undiffuse.data.pack import WORKERS, pack
+    from undiffuse.data.picture import Reading
 
     count = WORKERS if workers is None else workers
-    done = pack(join(data), out, size, channels, background, split, skip_bad, count, not as_json)
+    done = pack(join(data), out, size, channels, Reading(background), split, skip_bad, count, not as_json)
     c, h, w = done.image_shape
     result = {"images": len(done), "size": f"{w}x{h}", "channels": c, "labels": len(done.classes or ())}
     skipped = {"skipped": dict(done.manifest.skipped)} if as_json else {"skipped": len(done.skipped)}

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from undiffuse.config import plain
 from undiffuse.data.format import packed
 from undiffuse.data.format.packed import MANIFEST, PLAN, Manifest, PackedSource, Shard, open_packed, shard_path
+from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import (
     ArraySource,
     First,
@@ -57,13 +59,13 @@ class Job:
 
     spec: str
     split: str
-    background: str
+    reading: Reading
     wanted: Wanted
     source: str  # its fingerprint
 
     def key(self, raw: Source) -> str:
         """sha256 of all that decides the result. `skip_bad` does not: which images are bad follows from the source."""
-        shape = [self.wanted.pair, self.wanted.channels, self.background]
+        shape = [self.wanted.pair, self.wanted.channels, plain(self.reading)]
         content = [self.source, raw.classes, raw.skipped]
         return hashlib.sha256(json.dumps([packed.FORMAT, content, shape]).encode()).hexdigest()
 
@@ -91,7 +93,7 @@ def pack(
     out: Path,
     size: Size = None,
     channels: int | None = None,
-    background: str = "white",
+    reading: Reading = PLAIN,
     split: str = "train",
     skip_bad: bool = False,
     workers: int = 1,
@@ -104,8 +106,8 @@ def pack(
     """
     if workers < 1:
         raise UsageError(f"{workers} workers are not possible; give at least 1")
-    raw = open_raw(spec, split, background)
-    job = Job(str(spec), split, background, Wanted.of(size, channels), raw.fingerprint())
+    raw = open_raw(spec, split, reading)
+    job = Job(str(spec), split, reading, Wanted.of(size, channels), raw.fingerprint())
     return _pack(raw, job, out, skip_bad, workers, show_progress)
 
 
@@ -113,7 +115,7 @@ def open_data(
     spec: str | Path,
     size: Size = None,
     channels: int | None = None,
-    background: str = "white",
+    reading: Reading = PLAIN,
     skip_bad: bool = False,
     use_cache: bool | None = None,
     workers: int = 1,
@@ -125,7 +127,7 @@ def open_data(
     Large is over 1 GB, or over 20,000 pictures to decode. What is packed already, or an array already, and fits, is
     given as it is. Of several processes that ask for the same, one packs it and the others wait.
     """
-    raw, wanted = open_raw(spec, split, background), Wanted.of(size, channels)
+    raw, wanted = open_raw(spec, split, reading), Wanted.of(size, channels)
     if isinstance(raw, PackedSource) and wanted.accepts(raw.image_shape):
         return raw
     if use_cache is None:
@@ -134,7 +136,7 @@ def open_data(
         )
     if not use_cache:
         return unify(raw, size, channels, skip_bad)
-    job = Job(str(spec), split, background, wanted, _remembered(raw, spec))
+    job = Job(str(spec), split, reading, wanted, _remembered(raw, spec))
     return _pack(raw, job, cache_folder() / "packed" / job.key(raw), skip_bad, workers, show_progress, wait=True)
 
 
@@ -283,7 +285,7 @@ def _work(plan: Plan, out: Path, k: int) -> None:
 @lru_cache(maxsize=1)
 def _open_once(job: Job) -> Source:
     """In a worker, which lives no longer than the packing."""
-    return open_raw(job.spec, job.split, job.background)
+    return open_raw(job.spec, job.split, job.reading)
 
 
 def _write(source: Source, plan: Plan, out: Path, k: int) -> None:

@@ -6,6 +6,8 @@ RGB, upright, eight bits, the first frame.
 
 import io
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,7 +38,25 @@ def colour(name: str) -> Colour:
     return red, green, blue
 
 
-def decode(data: bytes, background: Colour = (255, 255, 255)) -> UInt8[np.ndarray, "h w c"]:
+@dataclass(frozen=True)
+class Reading:
+    """How files become pixels, where they do not say it themselves: every reader of data is given one."""
+
+    background: str = "white"  # the colour behind transparent pixels
+
+    def __post_init__(self) -> None:
+        colour(self.background)
+
+    @cached_property
+    def colour(self) -> Colour:
+        """The background as red, green and blue."""
+        return colour(self.background)
+
+
+PLAIN = Reading()
+
+
+def decode(data: bytes, reading: Reading = PLAIN) -> UInt8[np.ndarray, "h w c"]:
     """Pixels [h, w, 1 or 3] of a picture file's bytes; DataError with the bare reason if it cannot be decoded."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
@@ -44,7 +64,7 @@ def decode(data: bytes, background: Colour = (255, 255, 255)) -> UInt8[np.ndarra
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
             image.load()
-            return _pixels(ImageOps.exif_transpose(image), background)
+            return _pixels(ImageOps.exif_transpose(image), reading.colour)
     except DataError:
         raise
     except Exception as error:  # on damaged bytes Pillow's plugins raise nearly every type

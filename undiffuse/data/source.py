@@ -23,6 +23,7 @@ from torch import Tensor
 
 from undiffuse.config import Table
 from undiffuse.data import picture
+from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
 from undiffuse.machine.disk import SMALL
 
@@ -130,21 +131,20 @@ class Format(ABC):
 
     @staticmethod
     @abstractmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         """The images as they are. Raises DataError, or Corrupt for a pickle with anything but arrays in it."""
 
 
 FORMATS = Table("data format", Format, "undiffuse.data.format")
 
 
-def open_raw(spec: str | Path, split: str = "train", background: str = "white") -> Source:
+def open_raw(spec: str | Path, split: str = "train", reading: Reading = PLAIN) -> Source:
     """The images of a path or of a named set, each as it is: sizes and channel counts may differ."""
     text = str(spec)
     if split not in ("train", "test"):
         raise UsageError(f'split "{split}" is not known; expected train or test')
-    picture.colour(background)
     try:
-        source = _format(text).read(text, split, background)
+        source = _format(text).read(text, split, reading)
     except OSError as error:
         raise DataError(f"{text} cannot be read: {error.strerror or error}") from error
     if len(source) == 0:
@@ -168,16 +168,16 @@ def open_source(
     spec: str | Path,
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
-    background: str = "white",
+    reading: Reading = PLAIN,
     split: str = "train",
     skip_bad: bool = False,
 ) -> ArraySource:
     """The images of a path or of a named set, all of one shape, in memory.
 
-    `size` is a side or (height, width), None to keep the images' own; `channels` is 1, 3 or None likewise. Alpha is
-    flattened on `background`. With `skip_bad` unreadable files are left out and listed in `.skipped`.
+    `size` is a side or (height, width), None to keep the images' own; `channels` is 1, 3 or None likewise. With
+    `skip_bad` unreadable files are left out and listed in `.skipped`.
     """
-    return unify(open_raw(spec, split, background), size, channels, skip_bad)
+    return unify(open_raw(spec, split, reading), size, channels, skip_bad)
 
 
 def unify(

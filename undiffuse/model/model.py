@@ -103,7 +103,7 @@ class Model:
         In memory, or as it is if it is packed in this shape.
         """
         c, h, w = self.image_shape
-        raw = open_raw(data, split, self.data.background)
+        raw = open_raw(data, split, self.data.reading)
         if isinstance(raw, PackedSource) and raw.image_shape == (c, h, w):
             return raw
         return unify(raw, (h, w), c, skip_bad)
@@ -112,7 +112,7 @@ class Model:
         """One picture file made into such an image. Raises DataError."""
         c, h, w = self.image_shape
         try:
-            pixels = picture.decode(path.read_bytes(), picture.colour(self.data.background))
+            pixels = picture.decode(path.read_bytes(), self.data.reading)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
         except DataError as error:

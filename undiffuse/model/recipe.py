@@ -21,6 +21,7 @@ from undiffuse.config import (
     parse,
     read_toml,
 )
+from undiffuse.data.picture import Reading
 from undiffuse.diffusion.denoiser import (
     PARAMETERISATIONS,
     VARIANCES,
@@ -79,6 +80,11 @@ class DataConfig:
     labels: bool = False
     background: str = "white"
     hold_out: Half = 0.0
+
+    @property
+    def reading(self) -> Reading:
+        """The part that readers of files are given."""
+        return Reading(self.background)
 
 
 @dataclass(frozen=True)

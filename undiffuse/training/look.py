@@ -31,7 +31,7 @@ def held_out_split(data: str, recipe: Recipe, shape: tuple[int, int, int], skip_
         return None
     channels = shape[0] if shape[0] in (1, 3) else None  # arrays may have other numbers, which nothing is turned into
     try:
-        return unify(open_raw(data, "test", recipe.data.background), shape[1:], channels, skip_bad, count)
+        return unify(open_raw(data, "test", recipe.data.reading), shape[1:], channels, skip_bad, count)
     except DataError as error:
         log.warn(f"no held-out loss: {error}. --set data.hold_out=0.05 keeps some of the training images for it")
         return None

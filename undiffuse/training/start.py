@@ -105,7 +105,7 @@ def _images(
     if isinstance(named, Source):
         source = named if Wanted.of(size, channels).accepts(shape_of(named)) else unify(named, size, channels, skip_bad)
     else:
-        source = open_data(named, size, channels, recipe.data.background, skip_bad, use_cache, WORKERS, show)
+        source = open_data(named, size, channels, recipe.data.reading, skip_bad, use_cache, WORKERS, show)
     c, h, w = shape_of(source)
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
     say(f"{len(source):,} images of {c}×{h}×{w} from {_named(spec)}{left_out}; preset {preset}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, Format, Source, Split
 from undiffuse.errors import Corrupt, DataError
 
@@ -67,7 +68,7 @@ class Numpy(Format):
         return 2 if is_one or (path / "train.npz").is_file() else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         path = Path(spec)
         if path.is_dir():
             path = path / f"{split}.npz"
@@ -115,7 +116,7 @@ class Idx(Format):
         return 2 if below or (_is_idx(path) and path.is_file()) else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         path = Path(spec)
         if not path.is_dir():
             whole(split, spec)

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from undiffuse.data import picture
 from undiffuse.data.format.arrays import MAX_CLASSES, whole
 from undiffuse.data.format.folder import Pictures
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Source, Split, extra, split_name
 from undiffuse.errors import DataError
 from undiffuse.machine import disk
@@ -26,7 +26,7 @@ class SavedDataset(Format):
         return 2 if (path / STATE).is_file() or (path / SPLITS).is_file() else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         path = Path(spec)
         if (path / STATE).is_file():
             whole(split, spec)
@@ -50,7 +50,7 @@ class SavedDataset(Format):
         names = tuple(f"row {row}" for row in range(len(cells)))
         found = None if labels is None else _labels(path, table.column(labels).to_pylist())
         classes = None if labels is None or found is None else _classes(features[labels], found)
-        return Pictures(names, load, found, classes, picture.colour(background))
+        return Pictures(names, load, found, classes, reading)
 
 
 def _json(path: Path) -> dict[str, Any]:

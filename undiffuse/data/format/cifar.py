@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from undiffuse.data.format.arrays import array_source
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Source, Split
 from undiffuse.errors import Corrupt, DataError
 
@@ -35,7 +36,7 @@ class Cifar10(Format):
         return 1 if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")) else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         files = _folder(Path(spec), split) if Path(spec).is_dir() else _archive(Path(spec), split)
         images, labels = zip(*(_batch(spec, name, files) for name in BATCHES[split]), strict=True)
         return array_source(np.concatenate(images), np.concatenate(labels), spec, CLASSES)

@@ -18,6 +18,7 @@ import torch
 
 from undiffuse.data import picture
 from undiffuse.data.format.arrays import whole
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import HELD_OUT, Format, Item, Source, Split, split_name
 from undiffuse.errors import DataError
 
@@ -38,7 +39,7 @@ class Pictures(Source):
     load: Callable[[str], bytes]
     labels: tuple[int, ...] | None
     classes: tuple[str, ...] | None
-    background: picture.Colour
+    reading: Reading
     root: Path | None = None  # of files on their own, below which the names are
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ class Pictures(Source):
 
     def __getitem__(self, index: int) -> Item:
         try:
-            image = picture.decode(self._bytes(index), self.background)
+            image = picture.decode(self._bytes(index), self.reading)
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error}") from error
         label = None if self.labels is None else self.labels[index]
@@ -94,12 +95,12 @@ class Folder(Format):
         return 1 if path.is_dir() or (path.is_file() and path.suffix.lower() in picture.suffixes()) else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         path = Path(spec)
         if path.is_file():
             whole(split, spec)
-            return Pictures((path.name,), lambda name: path.read_bytes(), None, None, picture.colour(background))
-        found = pictures(spec, walk(path), lambda name: (path / name).read_bytes(), split, background)
+            return Pictures((path.name,), lambda name: path.read_bytes(), None, None, reading)
+        found = pictures(spec, walk(path), lambda name: (path / name).read_bytes(), split, reading)
         return replace(found, root=path)
 
 
@@ -111,7 +112,7 @@ class Zip(Format):
         return 2 if Path(spec).suffix.lower() == ".zip" and Path(spec).is_file() else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         try:
             archive, length = zipfile.ZipFile(spec), Path(spec).stat().st_size
         except (*UNREADABLE, MemoryError) as error:  # for a directory that is only said to be of gigabytes
@@ -131,7 +132,7 @@ class Zip(Format):
                 raise DataError("its compression asks for more memory than there is") from error
 
         names = [name for name in archive.namelist() if not name.endswith("/")]
-        return pictures(spec, names, load, split, background)
+        return pictures(spec, names, load, split, reading)
 
 
 def walk(root: Path) -> list[str]:
@@ -145,7 +146,7 @@ def walk(root: Path) -> list[str]:
     return names
 
 
-def pictures(spec: str, names: list[str], load: Callable[[str], bytes], split: Split, background: str) -> Pictures:
+def pictures(spec: str, names: list[str], load: Callable[[str], bytes], split: Split, reading: Reading) -> Pictures:
     known = picture.suffixes()
     visible = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
     found = sorted(name for name in visible if PurePosixPath(name).suffix.lower() in known)
@@ -164,7 +165,7 @@ def pictures(spec: str, names: list[str], load: Callable[[str], bytes], split: S
         classes = _classes(parts)
     numbers = {name: number for number, name in enumerate(classes or ())}
     labels = None if classes is None else tuple(numbers[folders[0]] for folders in parts)
-    return Pictures(tuple(found), load, labels, classes, picture.colour(background))
+    return Pictures(tuple(found), load, labels, classes, reading)
 
 
 def _below_common(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from undiffuse.data import picture
 from undiffuse.data.format.arrays import whole
 from undiffuse.data.format.folder import Pictures
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Source, Split, extra
 from undiffuse.errors import DataError
 
@@ -27,7 +27,7 @@ class Lmdb(Format):
         return 2 if (path / FILE).is_file() or (path.name == FILE and path.is_file()) else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         path = Path(spec) if Path(spec).is_dir() else Path(spec).parent
         held_out = path.with_name(path.name.removesuffix(TRAIN) + VAL)
         if split == "test" and path.name.endswith(TRAIN) and (held_out / FILE).is_file():
@@ -37,7 +37,7 @@ class Lmdb(Format):
         database = Database(path, extra("lmdb", "lmdb"))
         keys = database.keys()
         names = tuple(key.decode("utf-8", "surrogateescape") for key in keys)
-        return Pictures(names, database.read, None, None, picture.colour(background))
+        return Pictures(names, database.read, None, None, reading)
 
 
 class Database:

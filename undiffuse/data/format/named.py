@@ -5,6 +5,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from undiffuse.data.format.arrays import Idx, array_source, load_arrays
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, Format, Source, Split
 from undiffuse.errors import DataError
 
@@ -31,7 +32,7 @@ class Digits(Format):
         return 2 if spec == "digits" else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         return embedded("digits.npz", 1500, split)
 
 
@@ -45,7 +46,7 @@ class FashionMnistSample(Format):
         return 2 if spec == "fashion-mnist-sample" else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         return embedded("fashion-mnist-sample.npz", 16, split, GARMENTS)
 
 
@@ -59,13 +60,13 @@ class FashionMnist(Format):
         return 2 if spec == "fashion-mnist" else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         folder = Path(os.environ.get(FASHION_MNIST_VARIABLE, FASHION_MNIST))
         if not Idx.match(str(folder)):
             raise DataError(
                 f"fashion-mnist is not in {folder}. Install Debian's package dataset-fashion-mnist, or set "
                 f"{FASHION_MNIST_VARIABLE} to the folder with train-images-idx3-ubyte.gz and the other three"
             )
-        found = Idx.read(str(folder), split, background)
+        found = Idx.read(str(folder), split, reading)
         assert isinstance(found, ArraySource)
         return ArraySource(found.images, found.labels, GARMENTS)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from undiffuse.config import parse, plain
 from undiffuse.data.format.arrays import whole
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Shape, Source, Split
 from undiffuse.errors import Corrupt, DataError, UsageError
 from undiffuse.machine import disk
@@ -102,7 +103,7 @@ class Packed(Format):
         return 2 if any((folder / name).is_file() for folder in folders for name in (MANIFEST, PLAN)) else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         path = Path(spec)
         if (path / MANIFEST).is_file() or (path / PLAN).is_file():
             whole(split, spec)

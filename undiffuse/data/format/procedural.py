@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from undiffuse.config import Table
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, Format, Source, Split
 from undiffuse.errors import UsageError
 from undiffuse.key import Key, Keys
@@ -65,7 +66,7 @@ class Rule(Format):
         return 2 if spec.startswith("procedural:") else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         rule = PROCEDURAL.build(spec.removeprefix("procedural:"))
         return rule.source(COUNT[split], Key(0).fold("procedural", spec, split))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from undiffuse.data import picture
 from undiffuse.data.format.folder import pictures
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Source, Split, open_raw
 from undiffuse.errors import DataError
 
@@ -75,13 +76,13 @@ class Several(Format):
         return 3 if "\n" in spec or (glob.has_magic(spec) and not Path(spec).exists()) else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         named = list(dict.fromkeys(path for line in spec.split("\n") for path in _matches(line)))
         files = [path for path in named if Path(path).suffix.lower() in picture.suffixes() and Path(path).is_file()]
         parts, why = list[Source](), DataError("")
         known = set(files)
-        readers: list[Callable[[], Source]] = [lambda: _files(files, split, background)] if files else []
-        readers += [partial(open_raw, path, split, background) for path in named if path not in known]
+        readers: list[Callable[[], Source]] = [lambda: _files(files, split, reading)] if files else []
+        readers += [partial(open_raw, path, split, reading) for path in named if path not in known]
         for read in readers:
             try:
                 parts.append(read())
@@ -94,8 +95,8 @@ class Several(Format):
         return parts[0] if len(parts) == 1 else Joined(tuple(parts))
 
 
-def _files(files: list[str], split: Split, background: str) -> Source:
-    found = pictures(f"{len(files)} files", files, lambda name: Path(name).read_bytes(), split, background)
+def _files(files: list[str], split: Split, reading: Reading) -> Source:
+    found = pictures(f"{len(files)} files", files, lambda name: Path(name).read_bytes(), split, reading)
     return replace(found, root=Path())
 
 

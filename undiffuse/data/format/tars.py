@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from undiffuse.data import picture
 from undiffuse.data.format.arrays import MAX_CLASSES, whole
 from undiffuse.data.format.folder import Pictures
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import HELD_OUT, Format, Source, Split, split_name
 from undiffuse.errors import DataError
 
@@ -49,7 +50,7 @@ class TarShards(Format):
         return 2 if named or _has_pictures(files[0]) else 0
 
     @staticmethod
-    def read(spec: str, split: Split, background: str) -> Source:
+    def read(spec: str, split: Split, reading: Reading) -> Source:
         if _is_whole(spec):
             whole(split, spec)
         places: dict[str, Place] = {}
@@ -63,7 +64,7 @@ class TarShards(Format):
                 f"{spec} has no pictures in the tar files of its {split} split; expected members like 1.jpg"
             )
         return Pictures(tuple(places), lambda name: _read(places[name]), *_labels(spec, places, labels),
-                        picture.colour(background))  # fmt: skip
+                        reading)  # fmt: skip
 
 
 def _files(spec: str, split: str) -> list[Path]:
