@@ -34,7 +34,7 @@ from undiffuse.machine import store
 from undiffuse.machine.sink import SINKS
 from undiffuse.model.load import load as load_model
 from undiffuse.model.recipe import load_recipe
-from undiffuse.network.base import NETWORKS
+from undiffuse.network.base import NETWORKS, NOTHING
 from undiffuse.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -167,9 +167,9 @@ class Answer(torch.nn.Module):
 def test_the_objective(mine):
     denoiser = Denoiser(Answer(torch.tanh), Linear(), X0(), FixedSmall(), clip=False)
     x_0, keys = Key(1).rows(4).uniform(1, 4, 4).float(), Key(2).rows(4)
-    loss, plain = mine("objective", scale=0.3)(denoiser, x_0, None, keys), Simple()(denoiser, x_0, None, keys)
+    loss, plain = mine("objective", scale=0.3)(denoiser, x_0, NOTHING, keys), Simple()(denoiser, x_0, NOTHING, keys)
     assert torch.allclose(loss.per_example, (plain.per_example + 0.09).sqrt() - 0.3)
-    assert torch.equal(loss.per_example, mine("objective", scale=0.3)(denoiser, x_0, None, keys).per_example)
+    assert torch.equal(loss.per_example, mine("objective", scale=0.3)(denoiser, x_0, NOTHING, keys).per_example)
 
 
 def test_the_network(mine):

@@ -38,8 +38,8 @@ TABLES = ("diffusion.sampler", "data.format")
 # Closed lists, for what is to know less than its row allows.
 ONLY = {
     "network.*": {"undiffuse.errors", "undiffuse.config", "undiffuse.network", "torch", "jaxtyping"},
-    "diffusion.*": {"undiffuse.errors", "undiffuse.config", "undiffuse.key", "undiffuse.diffusion", "torch", "numpy",
-                    "jaxtyping"},
+    "diffusion.*": {"undiffuse.errors", "undiffuse.config", "undiffuse.key", "undiffuse.network.base", "undiffuse.diffusion", "torch",
+                    "numpy", "jaxtyping"},
     "errors": set(),
 }  # fmt: skip
 BASE = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "typer", "rich", "tomli_w"}

@@ -26,6 +26,7 @@ from undiffuse.diffusion.denoiser import (
 from undiffuse.diffusion.gaussian import decoder_nll, kl
 from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Straight
 from undiffuse.errors import UsageError
+from undiffuse.network.base import Conditioning
 
 F64 = torch.float64
 TABLES = {"const", "cosine", "jsd", "linear", "quad", "warmup10", "warmup50"}
@@ -179,12 +180,12 @@ def test_the_network_is_told_the_time_in_its_own_words():
         "sigma": ((Linear().sigma(t) / Linear().alpha(t)).log() / 4).float(),
     }.items():
         denoiser = answering(torch.zeros(4, *SHAPE), time=kind)
-        label = torch.tensor([0, 1, 2, 3])
-        denoiser(torch.zeros(4, *SHAPE), t, label)
+        told = Conditioning(label=torch.tensor([0, 1, 2, 3]))
+        denoiser(torch.zeros(4, *SHAPE), t, told)
         _, time, cond = denoiser.network.asked
         assert time.dtype == torch.float32
         torch.testing.assert_close(time, expected, rtol=1e-6, atol=1e-6 if kind == "sigma" else 0)
-        assert cond is label
+        assert cond is told
 
 
 @pytest.mark.parametrize("process", [Straight(), Jsd(), Edm()])

@@ -29,6 +29,7 @@ from undiffuse.diffusion.objective import (
 from undiffuse.diffusion.process import Jsd, Linear, Straight
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
+from undiffuse.network.base import NOTHING
 from undiffuse.network.unet import UNet
 
 F64 = torch.float64
@@ -148,7 +149,7 @@ def test_the_loss_at_step_0_is_the_closed_form(row, network):
     torch.manual_seed(0)
     fresh = SMALL.build(3, 6 if ROWS[row][2] == "learned" else 3) if network == "fresh" else None
     with torch.no_grad():
-        loss = OBJECTIVES.build(ROWS[row][1])(denoiser(row, fresh), x_0, None, keys)
+        loss = OBJECTIVES.build(ROWS[row][1])(denoiser(row, fresh), x_0, NOTHING, keys)
     t, eps = noise(keys, x_0)
     assert torch.equal(loss.t, t) and t[:3].tolist() == [0.001, 0.002, 1.0]
     expected = zero_output(row, x_0, eps, t)
@@ -163,7 +164,7 @@ def test_simple_with_eps_is_the_mean_squared_error_to_the_bit():
     torch.manual_seed(0)
     network = SMALL.build(3, 3).eval()
     nn.init.normal_(network.conv_out.weight, std=0.1)
-    loss = Simple()(Denoiser(network, process, Eps(), FixedLarge(), clip=False), x_0, None, keys)
+    loss = Simple()(Denoiser(network, process, Eps(), FixedLarge(), clip=False), x_0, NOTHING, keys)
     t, eps = noise(keys, x_0)
     F = network(process.marginal(x_0, eps, t), (t * 1000 - 1).float())
     assert torch.equal(loss.per_example, (eps - F).square().flatten(1).mean(1))
@@ -180,9 +181,9 @@ def test_same_keys_same_bits_and_each_row_by_itself(name):
     )
     x_0, keys = images(8), Key(2).rows(8)
     with torch.no_grad():
-        first, again = (objective(model, x_0, None, keys).per_example for _ in range(2))
-        part = objective(model, x_0[3:6], None, keys[3:6]).per_example
-        other = objective(model, x_0, None, Key(3).rows(8)).per_example
+        first, again = (objective(model, x_0, NOTHING, keys).per_example for _ in range(2))
+        part = objective(model, x_0[3:6], NOTHING, keys[3:6]).per_example
+        other = objective(model, x_0, NOTHING, Key(3).rows(8)).per_example
     assert torch.equal(first, again)
     assert torch.equal(first[3:6], part)
     assert (first != other).all()
@@ -205,7 +206,7 @@ def test_simple_with_eps_may_be_trained_where_alpha_ends_at_0():
     """x̂_0 is infinite at t = 1, and neither the loss nor its gradient is."""
     model = Denoiser(Wave(), Jsd(steps=2), Eps(), FixedLarge(), clip=False)
     Simple().check(model)
-    loss = Simple()(model, images(8), None, Key(6).rows(8))
+    loss = Simple()(model, images(8), NOTHING, Key(6).rows(8))
     assert (loss.t == 1).any()
     loss.per_example.sum().backward()
     assert loss.per_example.isfinite().all() and model.network.weight.grad.isfinite().all()
@@ -222,7 +223,7 @@ def test_min_snr_weights(name, share):
     """min(SNR, 5) on the error of x̂_0 is min(SNR, 5)/SNR on that of eps and min(SNR, 5)/(SNR + 1) on that of v."""
     model = Denoiser(Wave(), Linear(), PARAMETERISATIONS.build(name), FixedLarge(), clip=False)
     with torch.no_grad():
-        loss = MinSnr()(model, images(64), None, Key(7).rows(64))
+        loss = MinSnr()(model, images(64), NOTHING, Key(7).rows(64))
     snr = Linear().logsnr(loss.t).exp()
     assert (snr > 5).any() and (snr < 5).any()
     weight = snr.clamp(max=5) * share(snr)
@@ -238,9 +239,9 @@ def test_in_hybrid_the_bound_moves_the_variance_alone(parameterisation, variance
         return model.network.weight.grad
 
     x_0, keys = images(16), Key(8).rows(16)
-    hybrid = gradient(lambda model: Hybrid(weight=0.002)(model, x_0, None, keys).per_example)
-    simple = gradient(lambda model: Hybrid()(model, x_0, None, keys).terms["simple"])
-    vlb = gradient(lambda model: Vlb()(model, x_0, None, keys).per_example)
+    hybrid = gradient(lambda model: Hybrid(weight=0.002)(model, x_0, NOTHING, keys).per_example)
+    simple = gradient(lambda model: Hybrid()(model, x_0, NOTHING, keys).terms["simple"])
+    vlb = gradient(lambda model: Vlb()(model, x_0, NOTHING, keys).per_example)
     assert vlb[0] != 0 and simple[1] == 0 and vlb[1] != 0
     assert hybrid[0] == simple[0]
     torch.testing.assert_close(hybrid[1], 0.002 * 1000 * vlb[1], rtol=1e-5, atol=0)
@@ -249,7 +250,7 @@ def test_in_hybrid_the_bound_moves_the_variance_alone(parameterisation, variance
 def test_hybrid_is_the_sum_of_its_terms():
     model = Denoiser(Wave(2), Linear(steps=400), Eps(), LearnedRange(), clip=False)
     with torch.no_grad():
-        loss = Hybrid(weight=0.01)(model, images(4), None, Key(9).rows(4))
+        loss = Hybrid(weight=0.01)(model, images(4), NOTHING, Key(9).rows(4))
     torch.testing.assert_close(loss.per_example, loss.terms["simple"] + 4 * loss.terms["vlb"], rtol=1e-6, atol=0)
 
 
@@ -320,12 +321,12 @@ def test_a_narrow_network_overfits_eight_images(row, share):
     def held() -> float:
         with torch.no_grad():
             keys = key.fold("held").rows(256)
-            return float(objective(model, x_0.repeat(8, 1, 1, 1), None, keys).per_example.mean())
+            return float(objective(model, x_0.repeat(8, 1, 1, 1), NOTHING, keys).per_example.mean())
 
     before = held()
     for step in range(75):
         adam.zero_grad()
-        objective(model, x_0, None, key.fold(step).rows(32)).per_example.mean().backward()
+        objective(model, x_0, NOTHING, key.fold(step).rows(32)).per_example.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
     assert held() < share * before

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from undiffuse.errors import UsageError
+from undiffuse.network.base import Conditioning
 from undiffuse.network.block import Attention, Downsample, ResBlock, Upsample, norm, sinusoid
 from undiffuse.network.unet import UNet
 
@@ -352,7 +353,8 @@ def test_each_image_has_its_own_time():
 
 def test_every_parameter_has_a_gradient():
     network = redrawn(build(classes=2))
-    network(normal(10, 2, 3, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 2])).square().sum().backward()
+    told = Conditioning(torch.tensor([0, 2]))
+    network(normal(10, 2, 3, 8, 8), torch.tensor([1.0, 2.0]), told).square().sum().backward()
     flat = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     # A key's bias shifts all logits of a query alike, which softmax does not see.
     assert all(name.endswith("k.bias") for name in flat)
@@ -362,7 +364,8 @@ def test_a_label_changes_the_output_and_the_last_row_is_none():
     network = redrawn(build(classes=3))
     x, time = normal(11, 2, 3, 8, 8), torch.tensor([5.0, 5.0])
     with torch.no_grad():
-        answers = [network(x, time, None if c is None else torch.full((2,), c)) for c in (None, 0, 1, 2, 3)]
+        labels = [None if c is None else torch.full((2,), c) for c in (None, 0, 1, 2, 3)]
+        answers = [network(x, time, Conditioning(label)) for label in labels]
     assert torch.equal(answers[0], answers[4])
     for i in range(1, 5):
         for j in range(1, i):

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from undiffuse.config import Positive, Table
 from undiffuse.diffusion.gaussian import bits, decoder_nll, kl
 from undiffuse.diffusion.process import F64, PROCESSES, Process, per_image
 from undiffuse.errors import UsageError
+from undiffuse.network.base import NOTHING, Conditioning
 
 Time = Float[Tensor, "b"]
 
@@ -239,9 +240,7 @@ class Denoiser(nn.Module):
         self.time: Literal["index", "logsnr", "sigma"] = time
         self.clip = clip
 
-    def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Int[Tensor, "b"] | None = None
-    ) -> Prediction:
+    def forward(self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning = NOTHING) -> Prediction:
         """x_t in float32, t in float64 within [t_min, 1]."""
         coefficients = self.parameterisation.coefficients(self.process, t)
         time = network_time(self.time, self.process, t).to(device=x_t.device, dtype=torch.float32)
@@ -261,7 +260,7 @@ class Denoiser(nn.Module):
         return per_image(coefficients.on_x_0, x_0) * x_0 + per_image(coefficients.on_eps, x_0) * eps
 
     def score(
-        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Int[Tensor, "b"] | None = None
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning = NOTHING
     ) -> Float[Tensor, "b c h w"]:
         """∇ log q(x_t) = (alpha x̂_0 − x_t)/sigma², the link to score matching and Langevin dynamics (DDPM, §3.2)."""
         x_0 = self(x_t, t, cond).x_0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import NonNegative, Positive, Table
@@ -16,6 +16,7 @@ from undiffuse.diffusion.denoiser import Denoiser, Prediction, bound_term
 from undiffuse.diffusion.process import PROCESSES, Process
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
+from undiffuse.network.base import Conditioning
 
 
 class Loss(NamedTuple):
@@ -55,9 +56,7 @@ class Objective(ABC):
     needs_x_0: ClassVar[bool] = True
 
     @abstractmethod
-    def __call__(
-        self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Int[Tensor, "b"] | None, keys: Keys
-    ) -> Loss: ...
+    def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss: ...
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuses a model that the objective cannot train, or would leave in part untrained."""
@@ -82,7 +81,7 @@ class Noised(NamedTuple):
     error: Float[Tensor, "b"]
 
 
-def noised(denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Int[Tensor, "b"] | None, keys: Keys) -> Noised:
+def noised(denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Noised:
     """One draw of t and of x_t for each example, and the network's answer to it."""
     t, eps = uniform_time(denoiser.process, keys), keys.fold("eps").normal(*x_0.shape[1:])
     x_t = denoiser.process.marginal(x_0, eps, t)
@@ -103,9 +102,7 @@ class Simple(Objective):
     needs_learned: ClassVar[bool | None] = False
     needs_x_0: ClassVar[bool] = False
 
-    def __call__(
-        self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Int[Tensor, "b"] | None, keys: Keys
-    ) -> Loss:
+    def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
         t, _, _, error = noised(denoiser, x_0, cond, keys)
         return Loss(error, {"simple": error}, t)
 
@@ -117,9 +114,7 @@ class MinSnr(Objective):
     gamma: Positive = 5.0
     needs_learned: ClassVar[bool | None] = False
 
-    def __call__(
-        self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Int[Tensor, "b"] | None, keys: Keys
-    ) -> Loss:
+    def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
         t, _, _, error = noised(denoiser, x_0, cond, keys)
         snr = denoiser.process.logsnr(t).exp()
         c_out = denoiser.parameterisation.coefficients(denoiser.process, t).out
@@ -133,9 +128,7 @@ class Vlb(Objective):
 
     needs_table: ClassVar[bool] = True
 
-    def __call__(
-        self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Int[Tensor, "b"] | None, keys: Keys
-    ) -> Loss:
+    def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
         t, x_t, prediction, error = noised(denoiser, x_0, cond, keys)
         term = bound_term(denoiser, prediction, x_0, x_t, t, previous(denoiser.process, t))
         return Loss(term, {"simple": error, "vlb": term}, t)
@@ -149,9 +142,7 @@ class Hybrid(Objective):
     needs_learned: ClassVar[bool | None] = True
     needs_table: ClassVar[bool] = True
 
-    def __call__(
-        self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Int[Tensor, "b"] | None, keys: Keys
-    ) -> Loss:
+    def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
         process = denoiser.process
         t, x_t, prediction, error = noised(denoiser, x_0, cond, keys)
         mean = None if prediction.mean is None else prediction.mean.detach()

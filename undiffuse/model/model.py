@@ -22,6 +22,7 @@ from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key, Keys
 from undiffuse.machine import dist
 from undiffuse.model.recipe import DataConfig, ModelConfig
+from undiffuse.network.base import Conditioning
 
 
 def to_float(image: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -198,7 +199,7 @@ class Model:
         `callback(remaining, x, t)` is called before each step, `progress(1)` after it.
         """
         self.config.parameterisation.check(self.process)
-        cond = self._labels(label, len(keys.rows))
+        cond = Conditioning(self._labels(label, len(keys.rows)))
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
             return self.denoiser(x_t, t, cond)

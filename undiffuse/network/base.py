@@ -1,17 +1,35 @@
 """What a network is: a frozen configuration that builds a module `(x, time, cond) -> output`."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
-from torch import nn
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from undiffuse.config import Table
+
+
+class Conditioning(NamedTuple):
+    """What a network is told beside x and t. None is "not told", which a network takes for what it was trained with."""
+
+    label: Int[Tensor, "b"] | None = None  # the class of each image; the number of classes itself says "no class"
+
+    def to(self, device: torch.device | str) -> "Conditioning":
+        return Conditioning(*(None if part is None else part.to(device) for part in self))
+
+    def at(self, rows: slice | Int[Tensor, "n"]) -> "Conditioning":
+        """That of some images of the batch."""
+        return Conditioning(*(None if part is None else part[rows] for part in self))
+
+
+NOTHING = Conditioning()
 
 
 class Network(ABC):
     """The configuration of a network, found by its class name.
 
-    The module that it builds takes x float32 [b, c, h, w], time float32 [b] and cond int64 [b] or None, and returns
+    The module that it builds takes x float32 [b, c, h, w], time float32 [b] and a `Conditioning`, and returns
     [b, out, h, w]. `time` names what it is told: `index`, `logsnr` or `sigma` (see `denoiser.network_time`).
     """
 

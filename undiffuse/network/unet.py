@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from undiffuse.config import Count, Fraction
 from undiffuse.errors import UsageError
-from undiffuse.network.base import Network
+from undiffuse.network.base import NOTHING, Conditioning, Network
 from undiffuse.network.block import (
     GROUPS,
     NEAR_ZERO,
@@ -144,12 +144,12 @@ class UNetModule(nn.Module):
         self.conv_out = conv(current, output_channels * spec.patch**2, gain=NEAR_ZERO)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b"], cond: Int[Tensor, "b"] | None = None
+        self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b"], cond: Conditioning = NOTHING
     ) -> Float[Tensor, "b out h w"]:
         embedding = self.temb(time)  # (b, 4 channels)
         if self.label is not None:
             none = torch.full_like(time, self.label.num_embeddings - 1, dtype=torch.int64)
-            embedding = embedding + self.label(none if cond is None else cond)
+            embedding = embedding + self.label(none if cond.label is None else cond.label)
 
         skips = [self.conv_in(F.pixel_unshuffle(x, self.patch))]
         for level in self.down:

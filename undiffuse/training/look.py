@@ -17,6 +17,7 @@ from undiffuse.key import Key
 from undiffuse.machine import disk, dist, log, sink
 from undiffuse.model.model import to_float, to_uint8
 from undiffuse.model.recipe import Recipe
+from undiffuse.network.base import Conditioning
 from undiffuse.training.trainer import Trainer
 
 Journal = sink.Journal | sink.Nowhere
@@ -63,7 +64,7 @@ def fixed_loss(
             check()
         chosen = part % len(images)
         x_0 = to_float(images[chosen].to(trainer.device))
-        cond = None if labels is None else labels[chosen].to(trainer.device)
+        cond = Conditioning(None if labels is None else labels[chosen]).to(trainer.device)
         loss = trainer.recipe.objective(denoiser, x_0, cond, key.rows(part, trainer.device))
         total += float(loss.per_example.cpu().double().sum())
     return total / len(rows)

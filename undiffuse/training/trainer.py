@@ -31,6 +31,7 @@ from undiffuse.model.average import Ema, Profiles
 from undiffuse.model.load import from_weights
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
+from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.training.plan import shares
 
 
@@ -141,7 +142,7 @@ class Trainer:
         """The loss of each example of a micro-batch, and the t it was taken at."""
         rows = batch.rows[part]
         keys = self.key.fold("noise", self.step).rows(rows, self.device)
-        cond = self._labels(None if batch.label is None else batch.label[part], rows)
+        cond = self._told(None if batch.label is None else batch.label[part], rows).to(self.device)
         x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
         if self.recipe.train.channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
@@ -149,12 +150,12 @@ class Trainer:
             loss = self.recipe.objective(self.denoiser, x_0, cond, keys)
         return loss.per_example, loss.t
 
-    def _labels(self, label: Tensor | None, rows: Tensor) -> Tensor | None:
+    def _told(self, label: Tensor | None, rows: Tensor) -> Conditioning:
         """The classes, a tenth of them replaced by "no class" so that guidance has something to guide from."""
         if self.config.classes is None or label is None:
-            return None
+            return NOTHING
         drop = self.key.fold("drop label", self.step).rows(rows).uniform() < self.recipe.train.drop_label
-        return torch.where(drop, self.config.classes, label).to(self.device)
+        return Conditioning(label=torch.where(drop, self.config.classes, label))
 
     def _not_finite(self, batch: Batch, losses: Tensor, loss: float, norm: float) -> NotFiniteError:
         """Names the examples of all processes whose loss is not finite; where only the gradient is not, all it can."""
