@@ -20,13 +20,13 @@ PACKAGE = ROOT / "undiffuse"
 
 # A folder imports from rows above its own; within a folder a module imports from its left. `name/` is a folder inside.
 ROWS = (
-    ("", ("errors", "key", "config", "figure")),
+    ("", ("errors", "strict", "key", "config", "figure")),
     ("machine", ("disk", "log", "lock", "tensorfile", "store", "sink", "dist", "watch", "device")),
     ("network", ("base", "block", "unet")),
     ("diffusion", ("process", "gaussian", "denoiser", "objective", "likelihood", "sampler/")),
     ("data", ("picture", "source", "order", "subset", "loader", "format/", "workers", "pack", "inspect")),
     ("interop", ("torchfile", "diffusers", "original")),
-    ("model", ("recipe", "average", "model", "load")),
+    ("model", ("recipe", "average", "classes", "model", "load")),
     ("training", ("plan", "trainer", "memory", "look", "health", "auto", "resume", "profile", "loop", "start")),
     ("measure", ("evaluate",)),
     ("view", ("report", "explore", "demo")),
@@ -38,8 +38,8 @@ TABLES = ("diffusion.sampler", "data.format")
 # Closed lists, for what is to know less than its row allows.
 ONLY = {
     "network.*": {"undiffuse.errors", "undiffuse.config", "undiffuse.network", "torch", "jaxtyping"},
-    "diffusion.*": {"undiffuse.errors", "undiffuse.config", "undiffuse.key", "undiffuse.network.base", "undiffuse.diffusion", "torch",
-                    "numpy", "jaxtyping"},
+    "diffusion.*": {"undiffuse.errors", "undiffuse.config", "undiffuse.key", "undiffuse.network.base",
+                    "undiffuse.diffusion", "torch", "numpy", "jaxtyping"},
     "errors": set(),
 }  # fmt: skip
 BASE = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "typer", "rich", "tomli_w"}

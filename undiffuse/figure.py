@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import torch
 from jaxtyping import UInt8
@@ -52,6 +53,28 @@ def enlarged(width: int) -> int:
 def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def kind_of(path: Path) -> str:
+    """Pillow's name of the format that the ending says. Raises UsageError for one that cannot be written."""
+    Image.init()
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE or kind in ("PDF", "EPS"):
+        raise UsageError(f'{path} has no ending of a picture that can be written; give one such as "{path.stem}.png"')
+    return kind
+
+
+def encoded(picture: Image.Image, path: Path) -> bytes:
+    """The bytes of a picture in the format that the name says: PNG for `.png`, JPEG for `.jpg`. Raises UsageError."""
+    kind, buffer = kind_of(path), io.BytesIO()
+    if kind == "PNG":
+        return png(picture)
+    flat = picture if picture.mode in ("L", "RGB") or kind != "JPEG" else picture.convert("RGB")
+    try:
+        flat.save(buffer, kind, quality=95)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} cannot be written as {kind}: {error}; give the name of a .png") from error
     return buffer.getvalue()
 
 

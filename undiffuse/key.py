@@ -13,11 +13,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.profiler import record_function
+
+from undiffuse.strict import whole
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -53,8 +56,11 @@ def normal_table(device: torch.device) -> Float[Tensor, "65536"]:
 class Key:
     """The root of all randomness: `Key(seed).fold("train", "noise", step)`."""
 
-    seed: int = 0
+    seed: SupportsIndex = 0
     names: tuple[str | int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole("seed", self.seed))
 
     def fold(self, *names: str | int) -> "Key":
         """The key of a sub-purpose, by strings and integers: 1 and "1" differ."""

@@ -192,7 +192,7 @@ NO_IMAGES = "EMPTY has no images: 0 files, none with the ending of a picture"
 
 
 BAD = [
-    (["sample", "RUN", "-n", "0", "--out", "x"], 2, "n = 0 images were asked for; give 1 or more"),
+    (["sample", "RUN", "-n", "0", "--out", "x"], 2, "n = 0 is not possible; give 1 or more"),
     (["sample", "RUN", "-n", "3", "--steps", "13", "--out", "x"], 2, "steps = 13 is not possible; this model takes 1"),
     (["sample", "RUN"], 2, "nowhere to write; give --out FOLDER for PNGs, or --npz FILE"),
     (["sample", "RUN", "--solver", "dimm", "--out", "x"], 2, 'sampler "dimm" is not known. Did you mean "ddim"?'),
@@ -212,7 +212,7 @@ BAD = [
     (["train", "GREY_AND_RGB", "-p", "plain.toml", "--out", "x"], 2, "in channels: 0.png has 1, 1.png has 3. Give "),
     (["train", "TRUNCATED", "-p", "cifar10", "--out", "x"], 2, "1 of 2 images cannot be read: "),
     (["train", "digits", "-p", "fashion-mnist", "--size", "6", "--out", "x"], 2, "strides divide by 4; use --size 8"),
-    (["nll", "RUN", "digits", "-n", "0"], 2, "0 images were asked for; give 1 or more"),
+    (["nll", "RUN", "digits", "-n", "0"], 2, "images = 0 is not possible; give 1 or more"),
     (["nll", "RUN", "digits", "--draws", "99"], 2, "99 draws an image are not possible; give 1 to 12"),
     (["interpolate", "RUN", "none.png", "none.png", "--out", "x.png"], 2, "none.png cannot be read: No such file"),
     (["sample", "PICKLE", "--out", "x"], 5, "PICKLE is a pickle, as torch.save writes"),

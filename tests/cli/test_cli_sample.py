@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 
 def samples(call, folder: Path, tmp_path: Path, *words: object) -> torch.Tensor:
     path = tmp_path / "x.npz"
-    code, _, err = call("sample", folder / "MODEL", "-n", 3, "--npz", path, "--json", *words)
+    code, _, err = call("sample", folder / "MODEL", "-n", 3, "--npz", path, "--overwrite", "--json", *words)
     assert code == 0, err
     return torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
 
@@ -86,7 +86,7 @@ def test_the_bound_takes_the_same_options(call, folder):
 
 def test_figures_take_any_subset_of_steps_and_any_lambda(call, folder, tmp_path):
     out, a, b = tmp_path / "x.png", folder / "PICTURES" / "a.png", folder / "PICTURES" / "b.png"
-    words = ["--times", "1,0.5,0.25", "--no-clip", "--variance", "fixed-small", "--out", out, "--json"]
+    words = ["--times", "1,0.5,0.25", "--no-clip", "--variance", "fixed-small", "--out", out, "--overwrite", "--json"]
     assert json.loads(call("progressive", folder / "MODEL", "-n", 1, *words)[1])["t"] == [1, 0.5, 0.25]
     assert json.loads(call("shared", folder / "MODEL", "-n", 1, "--at", 0.5, *words)[1])["t"] == [0.5]
     code, text, err = call("interpolate", folder / "MODEL", a, b, "--lambda", 0.1, "--lambda", 1.5, *words)
@@ -98,7 +98,7 @@ def test_figures_take_any_subset_of_steps_and_any_lambda(call, folder, tmp_path)
 def test_neighbours_of_a_crop_and_without_the_bad(call, folder, tmp_path):
     def nearest(*words: object) -> tuple[float, str]:
         code, out, err = call("neighbours", folder / "MODEL", folder / "BAD", "-n", 1, "-k", 1, "--skip-bad",
-                              "--out", tmp_path / "x.png", "--json", *words)  # fmt: skip
+                              "--out", tmp_path / "x.png", "--overwrite", "--json", *words)  # fmt: skip
         assert code == 0, err
         return json.loads(out)["rmse_of_nearest"][0], err
 
@@ -113,9 +113,9 @@ def test_neighbours_of_a_crop_and_without_the_bad(call, folder, tmp_path):
 def test_transparency_is_flattened_on_the_background_of_the_training(call, folder, tmp_path):
     for name, value in (("MODEL", 255), ("BLACK", 0)):
         picture = folder / "PICTURES" / "a.png"
-        words = [picture, picture, "--t", 0, "--lambda", 0, "--out", tmp_path / "x.png"]
+        words = [picture, picture, "--t", 0, "--lambda", 0, "--out", tmp_path / f"{name}.png"]
         assert call("interpolate", folder / name, *words)[0] == 0
-        with Image.open(tmp_path / "x.png") as mixed:
+        with Image.open(tmp_path / f"{name}.png") as mixed:
             assert np.asarray(mixed)[10, 10] == value
 
 
@@ -132,7 +132,7 @@ def test_transparency_is_flattened_on_the_background_of_the_training(call, folde
 )
 def test_progress_ends_at_a_hundred(call, folder, tmp_path, monkeypatch, words):
     monkeypatch.chdir(folder)
-    code, _, err = call(*words, "--out", tmp_path / "x")
+    code, _, err = call(*words, "--out", tmp_path / ("x" if words[0] == "sample" else "x.png"))
     done, total = map(int, re.findall(r" (\d+)/(\d+) \(100 %\)", err)[-1])
     assert code == 0 and done == total > 0, err
 
@@ -163,8 +163,8 @@ def test_samples_beside_others_are_refused_before_any_is_drawn(call, folder, tmp
 
 
 BAD = [
-    ("sample MODEL -n 2 --batch 0 --out x", 2, "batch = 0 images at a time is not possible; give 1 or more"),
-    ("sample MODEL -n 2 --batch -1 --out x", 2, "batch = -1 images at a time is not possible; give 1 or more"),
+    ("sample MODEL -n 2 --batch 0 --out x", 2, "batch = 0 is not possible; give 1 or more"),
+    ("sample MODEL -n 2 --batch -1 --out x", 2, "batch = -1 is not possible; give 1 or more"),
     ("sample MODEL --out FILE", 2, "FILE is a file; give the name of a folder"),
     ("sample MODEL --npz BAD", 2, "BAD is a folder; give the name of a file"),
     ("sample MODEL --out x --times 1,0.5,0.5", 2, "times 1, 0.5, 0.5 do not fall strictly on the grid of 1/12"),
@@ -175,7 +175,7 @@ BAD = [
     ("sample MODEL --out x --variance fixed-smal", 2, 'Did you mean "fixed-small"?'),
     ("sample LEARNED --out x --variance fixed-small", 2, "this model says its own (learned); leave it out"),
     ("nll LEARNED digits -n 1 --variance fixed-large", 2, "this model says its own (learned); leave it out"),
-    ("nll MODEL digits -n 2 --batch 0", 2, "batch = 0 images at a time is not possible; give 1 or more"),
+    ("nll MODEL digits -n 2 --batch 0", 2, "batch = 0 is not possible; give 1 or more"),
     ("nll MODEL digits -n 2 --steps 0", 2, "steps = 0 is not possible; this model takes 1 to 12"),
     ("nll MODEL digits -n 2 --steps 9999", 2, "steps = 9999 is not possible; this model takes 1 to 12"),
     ("nll MODEL digits -n 2 --out FILE", 2, "FILE is a file; give the name of a folder"),
@@ -190,8 +190,8 @@ BAD = [
     ("neighbours MODEL PICTURES -k 1 --crop 9x8 --out x.png", 2, "crop (9, 8) (height, width) does not lie within"),
     ("neighbours MODEL PICTURES -k 1 --crop 1,2,3 --out x.png", 2, '--crop "1,2,3" is not TOP,LEFT,HEIGHT,WIDTH'),
     ("neighbours MODEL PICTURES -k 1 --crop big --out x.png", 2, '--crop "big" is no size; give a side such as 32'),
-    ("interpolate MODEL PICTURES/a.png PICTURES/b.png --lambda nan --out x", 2, "λ = nan is not possible"),
-    ("interpolate MODEL PICTURES/a.png PICTURES/b.png --lambda 1 --count 3 --out x", 2, "both say which mixtures"),
+    ("interpolate MODEL PICTURES/a.png PICTURES/b.png --lambda nan --out x.png", 2, "λ = nan is not possible"),
+    ("interpolate MODEL PICTURES/a.png PICTURES/b.png --lambda 1 --count 3 --out x.png", 2, "both say which mixtures"),
     (
         "train PICTURES -p cifar10 --size 0 --out x",
         2,

@@ -144,9 +144,15 @@ def test_a_link_is_removed_and_not_followed(tmp_path):
 
 
 def test_json_comes_back(tmp_path):
-    value = {"format": 1, "text": "ümläut", "list": [1, 2.5, None, True, float("inf")]}
+    value = {"format": 1, "text": "ümläut", "list": [1, 2.5, None, True]}
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
+
+
+def test_json_is_strict(tmp_path):
+    write_json(tmp_path / "a.json", {"loss": float("nan"), "by": [float("inf"), -float("inf"), 1.5]})
+    assert "NaN" not in (tmp_path / "a.json").read_text() and "Infinity" not in (tmp_path / "a.json").read_text()
+    assert read_json(tmp_path / "a.json") == {"loss": None, "by": [None, None, 1.5]}
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,9 @@ def test_another_clip_or_variance_is_another_measurement(toy, source, tmp_path, 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"images": 0}, "0 images were asked for; give 1 or more"),
-        ({"batch": 0}, "batch = 0 images at a time is not possible; give 1 or more"),
-        ({"batch": -2}, "batch = -2 images at a time is not possible"),
+        ({"images": 0}, "images = 0 is not possible; give 1 or more"),
+        ({"batch": 0}, "batch = 0 is not possible; give 1 or more"),
+        ({"batch": -2}, "batch = -2 is not possible"),
         ({"steps": 0}, "steps = 0 is not possible; this model takes 1 to 12"),
         ({"steps": -4}, "steps = -4 is not possible; this model takes 1 to 12"),
         ({"steps": 13}, "steps = 13 is not possible; this model takes 1 to 12"),

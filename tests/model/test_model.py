@@ -85,7 +85,7 @@ def test_steps_that_the_table_lacks_are_refused(steps):
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_no_images_at_a_time_is_refused(batch):
-    with pytest.raises(UsageError, match=f"batch = {batch} images at a time is not possible; give 1 or more"):
+    with pytest.raises(UsageError, match=f"batch = {batch} is not possible; give 1 or more"):
         model(half).sample(2, batch=batch)
 
 

@@ -13,6 +13,7 @@ from undiffuse.machine import log, store
 from undiffuse.machine.log import read_rows
 from undiffuse.machine.watch import Flag
 from undiffuse.model.load import load
+from undiffuse.network.base import NOTHING
 from undiffuse.training import look, loop
 from undiffuse.training.look import Lowest
 from undiffuse.training.trainer import Trainer
@@ -132,9 +133,9 @@ def test_no_previews_where_none_are_wanted_and_as_many_checkpoints_as_asked(tmp_
 def test_few_held_out_images_are_seen_with_many_noises(data):
     chosen = recipe()
     trainer = Trainer(chosen, chosen.model((1, 8, 8)), data)
-    one = look.held_out_loss(trainer, data.images[:1])
+    one = look.held_out_loss(trainer, look.Held(data.images[:1], NOTHING))
     assert one == pytest.approx(1.0, abs=4 * (2 / 64 / look.TERMS) ** 0.5)  # a fresh network: the mean of eps²
-    assert one != look.held_out_loss(trainer, data.images[1:2].clone()) or trainer.step == 0
+    assert one != look.held_out_loss(trainer, look.Held(data.images[1:2].clone(), NOTHING)) or trainer.step == 0
 
 
 def test_the_time_of_previews_is_not_that_of_steps(tmp_path, data, monkeypatch, capsys):

@@ -242,8 +242,10 @@ def test_of_a_held_out_split_only_what_is_measured_is_read(tmp_path):
     (tmp_path / "test" / "1.png").write_bytes(b"")
     held = look.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (1, 8, 8))
     assert held.images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160]
-    assert look.held_out_images(held, 2)[:, 0, 0, 0].tolist() == [0, 80]
-    assert look.held_out_images(held, 9).shape[0] == 5
+    for count, chosen in ((2, [0, 80]), (9, [0, 40, 80, 120, 160])):
+        fresh = recipe(train={"held_out": count})
+        trainer = Trainer(fresh, fresh.model((1, 8, 8)), held)
+        assert look.held_out_images(trainer, held).images[:, 0, 0, 0].tolist() == chosen
     assert look.held_out_split(str(tmp_path), recipe(train={"held_out": 0}), (1, 8, 8)) is None
     turned = look.held_out_split(str(tmp_path), recipe(train={"held_out": 5}), (3, 4, 6))
     assert turned.image_shape == (3, 4, 6)  # of the training images, whatever its own
@@ -354,7 +356,7 @@ def test_labels_train_a_conditional_model(tmp_path, data):
     )
     assert model.config.classes == 10
     assert not torch.equal(model.sample(2, label=3), model.sample(2, label=4))
-    with pytest.raises(UsageError, match="label 10 is not possible: it knows 0 to 9"):
+    with pytest.raises(UsageError, match="label 10 is not possible. This model knows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"):
         model.sample(2, label=10)
 
 

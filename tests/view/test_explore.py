@@ -72,7 +72,7 @@ def test_progressive_ends_at_the_sample_of_the_same_seed(steps):
 def test_progressive_refuses_more_slots_than_steps():
     with pytest.raises(UsageError, match="11 slots along a chain of 10 steps are not possible; give 1 to 10"):
         explore.progressive(gaussian(), 1, steps=10, slots=11)
-    with pytest.raises(UsageError, match="n = 0 images were asked for; give 1 or more"):
+    with pytest.raises(UsageError, match="n = 0 is not possible; give 1 or more"):
         explore.progressive(gaussian(), 0)
 
 

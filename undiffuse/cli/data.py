@@ -1,10 +1,11 @@
 """`undiffuse data …`: look at a data set, find what is bad in it, pack it, build one."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from undiffuse.strict import to_json
 
 app = typer.Typer(help="Inspect, check, pack or build a data set.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -56,7 +57,7 @@ def inspect(
         "bad": {bad.path: bad.reason for bad in summary.bad},
     }
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     for name, value in result.items():
         typer.echo(f"{name:>10}  {_brief(value) if isinstance(value, dict) else value}")
@@ -86,7 +87,7 @@ def check(path: PathArg, split: SplitOpt = "train", as_json: JsonOpt = False) ->
 
     bad = check(join(path), split, show_progress=not as_json)
     if as_json:
-        typer.echo(json.dumps({"bad": {item.path: item.reason for item in bad}}))
+        typer.echo(to_json({"bad": {item.path: item.reason for item in bad}}))
     else:
         for item in bad:
             typer.echo(f"{item.path}: {item.reason}")
@@ -166,4 +167,4 @@ def build(
     if what != "emoji":
         raise unknown("data set to build", what, ["emoji"])
     built = asdict(emoji.build(packages, out, size))
-    typer.echo(json.dumps(built) if as_json else "\n".join(f"{name:>10}  {value}" for name, value in built.items()))
+    typer.echo(to_json(built) if as_json else "\n".join(f"{name:>10}  {value}" for name, value in built.items()))

@@ -42,6 +42,10 @@ def nll(
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", help="Class of all images, by name or number, or none; those of the data unless given"),
+    ] = None,
     skip_bad: SkipBadOpt = False,
     batch: BatchOpt = 50,
     seed: SeedOpt = 0,
@@ -51,7 +55,8 @@ def nll(
     """Measure the variational bound in bits per dimension.
 
     Without `--draws` every step of the chain is computed, one network evaluation per step and image. With `--draws`
-    the bound is estimated from a few steps per image, with a standard error, which suits whole data sets.
+    the bound is estimated from a few steps per image, with a standard error, which suits whole data sets. A model with
+    classes is told the class of each image.
 
     Examples:
 
@@ -66,7 +71,7 @@ def nll(
         raise UsageError(f"--rate-distortion needs every term of the chain; leave out --draws {draws}")
     loaded = open_model(model, device, clip, variance, weights)
     source = open_like(loaded, data, split, skip_bad)
-    query = evaluate.Nll(n, draws, steps, seed, batch)
+    query = evaluate.Nll(n, draws, steps, seed, batch, label)
     with dist.joined(dist.LONG), ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
         terms = evaluate.nll(loaded, source, query, out, tick)
     if not dist.is_first():
@@ -76,7 +81,8 @@ def nll(
         typer.echo("  reverse step   rate (bits/dim)   RMSE [0, 255]")
         for row in table:
             typer.echo(f"  {row['step']:>12}   {row['rate']:>15.5f}   {row['rmse']:>13.5f}")
-    show(terms.summary() | ({"rate_distortion": table} if table else {}) | ({"out": out} if out else {}), as_json)
+    measured = evaluate.summary(terms, loaded, source, query)
+    show(measured | ({"rate_distortion": table} if table else {}) | ({"out": out} if out else {}), as_json)
 
 
 def register(app: typer.Typer) -> None:

@@ -13,6 +13,7 @@ from undiffuse.errors import UsageError
 if TYPE_CHECKING:
     from undiffuse.data.format.packed import PackedSource
     from undiffuse.data.source import ArraySource
+    from undiffuse.model.classes import Told
     from undiffuse.model.model import Model
 
 ModelArg = Annotated[
@@ -28,7 +29,8 @@ DataArg = Annotated[
         help="Folders of pictures, zip, npz, tar shards, LMDB, …, a quoted pattern, or a named data set",
     ),
 ]
-OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The PNG file to write")]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The picture to write: .png, .jpg, .webp …")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there already")]
 SeedOpt = Annotated[int, typer.Option("--seed", help="Random seed: the same seed gives the same images")]
 StepsOpt = Annotated[
     int | None, typer.Option("--steps", help="Number of sampling steps; all of the noise schedule unless given")
@@ -57,12 +59,34 @@ WeightsOpt = Annotated[
         "best where the held-out loss ends the run, else average",
     ),
 ]
+LabelOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--label",
+        help="Class to draw, by name or number, for a model trained with labels; or all, random, none. Unless given, "
+        "none where the model was trained without labels as well",
+    ),
+]
 SizeOpt = Annotated[
     str | None, typer.Option("--size", help="Crop and resize to this many pixels: a side, or HEIGHTxWIDTH")
 ]
 SplitOpt = Annotated[str, typer.Option("--split", help="train or test, if the data has both")]
 BatchOpt = Annotated[int, typer.Option("--batch", help="Images computed at a time; the results hardly depend on it")]
 SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")]
+
+
+def writable(path: Path | None, overwrite: bool, picture: bool = True) -> None:
+    """Refuses, before any work is done, the name of a file that could not be written or should not be replaced."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
+    if picture:
+        from undiffuse.figure import kind_of
+
+        kind_of(path)
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already; give another name, or --overwrite to replace it")
 
 
 @contextmanager
@@ -91,6 +115,11 @@ def open_like(model: "Model", data: list[str], split: str, skip_bad: bool) -> "A
     if source.skipped:
         log.warn(f"{len(source.skipped)} unreadable pictures are left out: {', '.join(source.skipped)}")
     return source
+
+
+def said(told: "Told", model: "Model") -> dict[str, str]:
+    """What the images were told to be, for models that were trained with labels."""
+    return {} if model.classes is None else {"labels": told.words}
 
 
 def choose_steps(steps: int | None, times: str | None) -> int | list[float] | None:

@@ -11,8 +11,10 @@ from undiffuse.cli.options import (
     DataArg,
     DeviceOpt,
     EtaOpt,
+    LabelOpt,
     ModelArg,
     OutOpt,
+    OverwriteOpt,
     SeedOpt,
     SkipBadOpt,
     SolverOpt,
@@ -24,7 +26,9 @@ from undiffuse.cli.options import (
     open_like,
     open_model,
     parse_sides,
+    said,
     ticking,
+    writable,
 )
 from undiffuse.cli.tools import JsonOpt, show
 from undiffuse.errors import UsageError
@@ -38,7 +42,9 @@ def sample(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for one PNG per image and a grid of all")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Number of images")] = 64,
+    n: Annotated[
+        int | None, typer.Option("-n", help="Number of images; 64 unless given. With --label all of each class; 8")
+    ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
     solver: SolverOpt = "ancestral",
@@ -49,9 +55,8 @@ def sample(
     npz: Annotated[
         Path | None, typer.Option("--npz", help="Write one uint8 array, arr_0 [n, h, w, c], to this file")
     ] = None,
-    label: Annotated[
-        int | None, typer.Option("--label", help="Number of the class to draw, for a model trained with labels")
-    ] = None,
+    label: LabelOpt = None,
+    overwrite: OverwriteOpt = False,
     batch: BatchOpt = 64,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
@@ -59,13 +64,14 @@ def sample(
 ) -> None:
     """Sample images, as PNG files and a grid or as one array.
 
-    Image i depends only on the seed and on i. A folder that already holds samples is refused.
+    Image i depends only on the seed, on i and on its label. A folder that already holds samples is refused.
 
     Examples:
 
     \b
     - `undiffuse sample fashion-mnist -n 16 --out samples`
     - `undiffuse sample runs/photos -n 64 --steps 50 --solver ddim --out samples`
+    - `undiffuse sample runs/pets --label all -n 8 --out pets` (a row for each class)
     - `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
     """
     from undiffuse.machine import dist
@@ -77,16 +83,18 @@ def sample(
         raise UsageError(f"{out} is a file; give the name of a folder")
     if out is not None:
         explore.refuse_drawn(out)
-    if npz is not None and npz.is_dir():
-        raise UsageError(f"{npz} is a folder; give the name of a file")
+    writable(npz, overwrite, picture=False)
     loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
-    with dist.joined(dist.LONG), ticking(loaded.sampling_steps(n, chosen, batch), "sampling", as_json) as tick:
+    rows = loaded.count(1, label) > 1
+    n = (8 if rows else 64) if n is None else n
+    total = loaded.count(n, label)
+    with dist.joined(dist.LONG), ticking(loaded.sampling_steps(total, chosen, batch), "sampling", as_json) as tick:
         images = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, batch, label, tick)
     if not dist.is_first():
         return
-    written = explore.write_images(images, out, npz)
+    written = explore.write_images(images, out, npz, columns=n if rows else None)
     taken: dict[str, Any] = {"steps": len(loaded.times(chosen)) - 1, "solver": solver, "seed": seed}
-    show({"images": n, **taken, **written}, as_json)
+    show({"images": total, **taken, **said(loaded.told(label, total, seed), loaded), **written}, as_json)
 
 
 def progressive(
@@ -96,9 +104,13 @@ def progressive(
     slots: Annotated[int | None, typer.Option("--slots", help="Number of columns; 20 unless given")] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
+    solver: SolverOpt = "ancestral",
+    eta: EtaOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    label: LabelOpt = None,
+    overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
@@ -114,13 +126,14 @@ def progressive(
     """
     from undiffuse.view import explore
 
+    writable(out, overwrite)
     loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     total = len(loaded.times(chosen)) - 1
     slots = min(20, total) if slots is None else slots
     with ticking(total, "progressive", as_json) as tick:
-        images, at = explore.progressive(loaded, n, seed, chosen, slots, progress=tick)
+        images, at = explore.progressive(loaded, n, seed, chosen, slots, tick, loaded.sampler(solver, eta), label)
     explore.write_grid(images, out)
-    show({"picture": out, "t": [float(t) for t in at]}, as_json)
+    show({"picture": out, "t": [float(t) for t in at], **said(loaded.told(label, len(images), seed), loaded)}, as_json)
 
 
 def shared(
@@ -132,9 +145,13 @@ def shared(
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
+    solver: SolverOpt = "ancestral",
+    eta: EtaOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    label: LabelOpt = None,
+    overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
@@ -151,12 +168,13 @@ def shared(
     """
     from undiffuse.view import explore
 
+    writable(out, overwrite)
     loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     at = at or [1.0, 0.75, 0.5, 0.25]
     with ticking(explore.shared_steps(loaded, at, chosen), "shared latents", as_json) as tick:
-        images, branches = explore.shared(loaded, n, seed, at, chosen, tick)
+        images, branches = explore.shared(loaded, n, seed, at, chosen, tick, loaded.sampler(solver, eta), label)
     explore.write_grid(images, out)
-    show({"picture": out, "t": [float(t) for t in branches]}, as_json)
+    show({"picture": out, "t": [float(t) for t in branches], **said(loaded.told(label, 1, seed), loaded)}, as_json)
 
 
 def interpolate(
@@ -178,9 +196,13 @@ def interpolate(
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
+    solver: SolverOpt = "ancestral",
+    eta: EtaOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    label: LabelOpt = None,
+    overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
@@ -198,6 +220,7 @@ def interpolate(
     """
     from undiffuse.view import explore
 
+    writable(out, overwrite)
     loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     pictures = loaded.picture(first), loaded.picture(second)
     if mix and count is not None:
@@ -207,9 +230,11 @@ def interpolate(
     count, at = 11 if count is None else count, t or [0.5]
     lambdas = mix or [i / (count - 1) for i in range(count)]
     with ticking(explore.interpolation_steps(loaded, at, chosen), "interpolation", as_json) as tick:
-        images = explore.interpolate(loaded, *pictures, at, lambdas, seed, chosen, tick)
+        images = explore.interpolate(
+            loaded, *pictures, at, lambdas, seed, chosen, tick, loaded.sampler(solver, eta), label
+        )
     explore.write_grid(images, out)
-    show({"picture": out, "t": at, "lambda": lambdas}, as_json)
+    show({"picture": out, "t": at, "lambda": lambdas, **said(loaded.told(label, 1, seed), loaded)}, as_json)
 
 
 def neighbours(
@@ -232,6 +257,8 @@ def neighbours(
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
     skip_bad: SkipBadOpt = False,
+    label: LabelOpt = None,
+    overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
@@ -249,17 +276,22 @@ def neighbours(
     """
     import torch
 
+    from undiffuse.model.classes import drawn
     from undiffuse.view import explore
 
+    writable(out, overwrite)
     loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
     source, box = open_like(loaded, data, "train", skip_bad), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
-    with ticking(loaded.sampling_steps(n, chosen), "sampling", as_json) as tick:
-        samples = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, progress=tick)
+    total = loaded.count(n, label)
+    told = drawn(loaded.classes, n, seed) if label is None else loaded.told(label, total, seed)
+    with ticking(loaded.sampling_steps(total, chosen), "sampling", as_json) as tick:
+        samples = loaded.sample(total, chosen, loaded.sampler(solver, eta), seed, label=told.label, progress=tick)
     near = explore.neighbours(samples, source, k, box)
     rows = torch.stack([torch.cat([s[None], source.gather(i)[0]]) for s, i in zip(samples, near.indices, strict=True)])
     explore.write_grid(rows, out)
-    show({"picture": out, "rmse_of_nearest": near.distance[:, 0].tolist(), "index": near.indices.tolist()}, as_json)
+    found = {"rmse_of_nearest": near.distance[:, 0].tolist(), "index": near.indices.tolist()}
+    show({"picture": out, **said(told, loaded), **found}, as_json)
 
 
 def parse_crop(text: str) -> "Crop":

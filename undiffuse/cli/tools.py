@@ -1,14 +1,16 @@
 """Commands about files rather than pictures: inspect, verify, import, export; and about the machine."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from undiffuse.strict import to_json
+
 if TYPE_CHECKING:
     from undiffuse.model.average import Snapshot
+    from undiffuse.model.model import Model
 
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output")]
 
@@ -16,18 +18,19 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on 
 def show(result: dict[str, Any], as_json: bool) -> None:
     """The result as JSON on standard output, or as a line each for people."""
     if as_json:
-        typer.echo(json.dumps(result, default=str))
+        typer.echo(to_json(result, default=str))
         return
     for name, value in result.items():
-        if not isinstance(value, list):
+        if value is not None and not isinstance(value, list):
             typer.echo(f"{name.replace('_', ' '):>20}  {value}")
 
 
-def sampling(model: Path) -> str:
+def sampling(path: Path, model: "Model") -> str:
     """The command that draws from a model into a new folder, quoted so that it can be pasted."""
     names = ["samples", *(f"samples-{n}" for n in range(2, 1000))]
     out = next((name for name in names if not Path(name).exists()), names[-1])
-    return shlex.join(["undiffuse", "sample", str(model), "-n", "64", "--out", out])
+    many = ["-n", "64"] if model.classes is None else ["--label", "all", "-n", "8"]
+    return shlex.join(["undiffuse", "sample", str(path), *many, "--out", out])
 
 
 def inspect(
@@ -53,12 +56,12 @@ def inspect(
 
     if not Path(what).exists() and what not in shipped() and what in presets():
         recipe = load_recipe(what)
-        typer.echo(json.dumps(plain(recipe)) if as_json else to_toml(recipe).rstrip())
+        typer.echo(to_json(plain(recipe)) if as_json else to_toml(recipe).rstrip())
         return
     model = load(what)
     result = {"parameters": model.parameters(), "model": plain(model.config)}
-    result |= {key: model.meta[key] for key in ("step", "images", "environment") if key in model.meta}
-    typer.echo(json.dumps(result) if as_json else to_toml(result).rstrip())
+    result |= {key: model.meta[key] for key in ("classes", "step", "images", "environment") if key in model.meta}
+    typer.echo(to_json(result) if as_json else to_toml(result).rstrip())
 
 
 def verify(
@@ -133,7 +136,7 @@ def average(
     save(model, out)
     made = model.meta["average"]
     show({"written": out, "sigma_rel": sigma_rel, "step": made["step"], "snapshots": made["snapshots"],
-          "profile_error": made["error"], "next": sampling(out)}, as_json)  # fmt: skip
+          "profile_error": made["error"], "next": sampling(out, model)}, as_json)  # fmt: skip
 
 
 def import_model(
@@ -168,7 +171,7 @@ def import_model(
         {
             "run": run,
             "parameters": model.parameters(),
-            "next": sampling(run),
+            "next": sampling(run, model),
         },
         as_json,
     )
@@ -296,7 +299,7 @@ def presets(as_json: JsonOpt = False) -> None:
 
     recipes = {name: load_recipe(name) for name in names()}
     if as_json:
-        typer.echo(json.dumps({name: {"about": r.about, "expected": r.expected} for name, r in recipes.items()}))
+        typer.echo(to_json({name: {"about": r.about, "expected": r.expected} for name, r in recipes.items()}))
         return
     for name, recipe in recipes.items():
         typer.echo(f"{name:<22}{recipe.about}")

@@ -113,7 +113,7 @@ def ended(model: "Model", out: Path, profile: bool) -> dict[str, Any]:
         **profiled,
         **{name: folder for name, folder in others.items() if folder.is_dir()},
         "more": more(model),
-        "next": sampling(out),
+        "next": sampling(out, model),
     }
 
 

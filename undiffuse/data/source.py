@@ -71,6 +71,14 @@ class Source(ABC):
         labels = None if items[0].label is None else torch.tensor([item.label for item in items])
         return torch.stack([item.image for item in items]), labels
 
+    def every_label(self) -> Int[Tensor, "n"] | None:
+        """The class of each image, None if they have none; here by looking at them all."""
+        labels = [self[i].label for i in range(len(self))]
+        known = [label for label in labels if label is not None]
+        if known and len(known) < len(labels):
+            raise DataError(f"{len(known)} of {len(labels)} images have a label; give all or none")
+        return torch.tensor(known, dtype=torch.int64) if known else None
+
     def name(self, index: int) -> str:
         return f"image {index}"
 
@@ -103,6 +111,9 @@ class ArraySource(Source):
     def gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
         # Of bytes, an eighth of the time that `images[index]` takes.
         return self.images.index_select(0, index), None if self.labels is None else self.labels[index]
+
+    def every_label(self) -> Int[Tensor, "n"] | None:
+        return self.labels
 
     @property
     def image_shape(self) -> Shape:

@@ -41,6 +41,10 @@ class Subset(Source):
     def gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
         return self.whole.gather(self.index[index])
 
+    def every_label(self) -> Int[Tensor, "n"] | None:
+        labels = self.whole.every_label()
+        return None if labels is None else labels[self.index]
+
     def name(self, index: int) -> str:
         return self.whole.name(int(self.index[index]))
 

@@ -17,6 +17,7 @@ from undiffuse.diffusion.gaussian import bits, prior_kl
 from undiffuse.diffusion.process import F64, Process
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
+from undiffuse.network.base import NOTHING, Conditioning
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +37,15 @@ class Terms:
         """The bound of each image; for stratified times an unbiased estimate of it."""
         return self.prior + self.bits @ self.weights
 
-    def summary(self) -> dict[str, float | int]:
-        """Means over the images: total with its standard error, and its three parts."""
+    def summary(self) -> dict[str, float | int | None]:
+        """Means over the images: total with its standard error, None for one image, and its three parts."""
         totals, n = self.totals(), len(self.prior)
         weighted = self.bits * self.weights
         decoder = (weighted * (self.index == 0)).sum(1)
         return {
             "images": n,
             "bits_per_dim": float(totals.mean()),
-            "standard_error": float(totals.std(ddof=1) / n**0.5) if n > 1 else float("nan"),
+            "standard_error": float(totals.std(ddof=1) / n**0.5) if n > 1 else None,
             "prior": float(self.prior.mean()),
             "rate": float((weighted.sum(1) - decoder).mean()),
             "decoder": float(decoder.mean()),
@@ -103,6 +104,7 @@ def bound(
     steps: int | None = None,
     draws: int | None = None,
     tick: Callable[[int], None] | None = None,
+    cond: Conditioning = NOTHING,
 ) -> Terms:
     """The terms of each image: all of the chain, or `draws` stratified ones, which cost that many evaluations.
 
@@ -121,7 +123,7 @@ def bound(
         t, s = times[index[:, k] + 1], times[index[:, k]]
         eps = keys.fold("eps", k).normal(*x_0.shape[1:])
         x_t = denoiser.process.marginal(x_0, eps, t)
-        prediction = denoiser(x_t, t)
+        prediction = denoiser(x_t, t, cond)
         mse = (prediction.x_0 - x_0).square().flatten(1).mean(1)
         columns.append((bound_term(denoiser, prediction, x_0, x_t, t, s), mse))
         if tick is not None:

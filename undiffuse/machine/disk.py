@@ -11,6 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from undiffuse import strict
 from undiffuse.errors import Corrupt, StorageError, UsageError
 
 CHUNK = 2**24  # bytes in one write
@@ -151,8 +152,8 @@ def write_new(path: Path, data: bytes | bytearray) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """Indented text. Infinity and NaN, which JSON lacks but a config may hold, are spelt so, and come back."""
-    data = json.dumps(value, indent=1).encode() + b"\n"
+    """Indented text; numbers that are not finite, which JSON lacks, become null."""
+    data = strict.to_json(value, indent=1).encode() + b"\n"
     assert len(data) <= SMALL, f"{len(data)} bytes of JSON would not be read back"
     return data
 

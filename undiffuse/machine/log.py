@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from undiffuse.errors import Corrupt, StorageError
+from undiffuse.strict import to_json
 
 LINE_EVERY, BAR_EVERY = 10.0, 0.1  # seconds between two lines of progress, between two redraws of a bar
 
@@ -78,9 +79,7 @@ class JsonLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row in one call, so that whoever reads beside sees it whole or not at all."""
-        # JSON has no NaN and no infinity; null is what every reader takes.
-        finite = json.loads(json.dumps(row), parse_constant=lambda _: None)
-        line = json.dumps(finite, ensure_ascii=False).encode() + b"\n"
+        line = to_json(dict(row), ensure_ascii=False).encode() + b"\n"
         try:
             written = self._file.write(line)
         except OSError as error:

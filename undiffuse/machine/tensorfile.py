@@ -15,6 +15,7 @@ from torch import Tensor
 
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.machine.disk import SMALL, reading, write_atomic
+from undiffuse.strict import to_json
 
 FORMAT = 1
 # torch.save writes a zip, or did write a pickle; 80 02 00 … { is a safetensors header of 640 bytes, though.
@@ -72,7 +73,7 @@ def write_weights(path: Path, tensors: Tensors, meta: Mapping[str, Any]) -> None
 
     Raises StorageError.
     """
-    header = json.dumps({"sha256": "0" * 64, "format": FORMAT, "meta": meta})
+    header = to_json({"sha256": "0" * 64, "format": FORMAT, "meta": dict(meta)})
     data = bytearray(encode(tensors, {"undiffuse": header}))
     place = WEIGHTS.match(data, 8)
     assert place, "safetensors no longer writes its metadata first"

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from undiffuse.config import plain
 from undiffuse.data.source import Source
 from undiffuse.diffusion.denoiser import VARIANCES
 from undiffuse.diffusion.likelihood import Terms, bound, chain, concatenate, strata
-from undiffuse.errors import Corrupt, UsageError
+from undiffuse.errors import Corrupt, NotFiniteError, UsageError
 from undiffuse.figure import line_plot
 from undiffuse.key import Key
 from undiffuse.machine import disk, dist
 from undiffuse.machine.tensorfile import refuse_newer
+from undiffuse.model.classes import Told, told_of
 from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
+from undiffuse.strict import whole
 
 FORMAT, QUERY = 1, "query.json"
 COLUMNS = ("prior", "bits", "mse", "index", "weights")
@@ -30,19 +32,24 @@ COLUMNS = ("prior", "bits", "mse", "index", "weights")
 
 @dataclass(frozen=True)
 class Nll:
-    """What to measure: how many images, how many of the chain's terms each, on which chain."""
+    """What to measure: how many images, how many of the chain's terms each, on which chain, told of which class."""
 
     images: int | None = None
     draws: int | None = None
     steps: int | None = None
     seed: int = 0
     batch: int = 50
+    label: str | SupportsIndex | None = None
 
     def __post_init__(self) -> None:
-        if self.images is not None and self.images < 1:
-            raise UsageError(f"{self.images} images were asked for; give 1 or more, or leave it out for all")
-        if self.batch < 1:
-            raise UsageError(f"batch = {self.batch} images at a time is not possible; give 1 or more")
+        for name, least in (("images", 1), ("draws", None), ("steps", None), ("seed", None), ("batch", 1)):
+            value = getattr(self, name)
+            if value is not None or name in ("seed", "batch"):
+                whole(name, value, least)
+
+    def count(self, source: Source) -> int:
+        """How many images of a source are measured."""
+        return min(len(source), self.images or len(source))
 
 
 def evaluate(
@@ -50,19 +57,24 @@ def evaluate(
     data: Source | str | Path,
     *,
     split: str = "test",
-    images: int | None = None,
-    draws: int | None = 8,
-    steps: int | None = None,
-    seed: int = 0,
+    images: SupportsIndex | None = None,
+    draws: SupportsIndex | None = 8,
+    steps: SupportsIndex | None = None,
+    seed: SupportsIndex = 0,
+    label: str | SupportsIndex | None = None,
     out: Path | None = None,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Bits/dim of a model on a data set, with its terms (Eq. 5 of DDPM): what `undiffuse nll --json` prints.
 
-    On the first `images`, all unless given; with `draws` stratified times an image, or None for the whole chain.
+    On the first `images`, all unless given; with `draws` stratified times an image, or None for the whole chain. A
+    model with classes is told those of the data, unless `label` says another.
     """
     loaded = model if isinstance(model, Model) else load(model)
     source = data if isinstance(data, Source) else loaded.source(data, split)
-    return nll(loaded, source, Nll(images, draws, steps, seed), out).summary()
+    counts = {"images": images, "draws": draws, "steps": steps, "seed": seed}
+    given = {name: whole(name, value) for name, value in counts.items() if value is not None or name == "seed"}
+    query = Nll(**given, label=label)
+    return summary(nll(loaded, source, query, out), loaded, source, query)
 
 
 def nll(
@@ -73,8 +85,8 @@ def nll(
     The processes of a run take turns at the batches, and each returns all.
     """
     evaluations(model, source, query)  # refuses what has no answer before anything is made
-    count = min(len(source), query.images or len(source))
-    claim = {} if out is None else _claim(out, model, source, query)
+    labels, count = told(model, source, query), query.count(source)
+    claim = {} if out is None else _claim(out, model, source, query, labels)
     parts = []
     mine = range(dist.rank() * query.batch, count, dist.size() * query.batch)
     for first in mine:
@@ -87,7 +99,9 @@ def nll(
         else:
             x_0 = to_float(source.gather(rows)[0].to(model.device))
             keys = Key(query.seed).fold("nll").rows(rows, model.device)
-            part = bound(model.denoiser, x_0, keys, query.steps, query.draws, tick)
+            cond = labels.conditioning.at(rows).to(model.device)
+            part = bound(model.denoiser, x_0, keys, query.steps, query.draws, tick, cond)
+            _refuse_not_finite(part, first)
             if out is not None and path is not None:
                 if not (out / QUERY).exists():
                     disk.write_json(out / QUERY, claim)
@@ -95,8 +109,27 @@ def nll(
         parts.append(part)
     terms = concatenate(parts) if dist.size() == 1 else _gathered(parts, mine, count)
     if out is not None and dist.rank() == 0:
-        _finish(out, terms, model, query)
+        _finish(out, terms, model, query, summary(terms, model, source, query))
     return terms
+
+
+def _refuse_not_finite(part: Terms, first: int) -> None:
+    bad = ~(np.isfinite(part.bits).all(1) & np.isfinite(part.mse).all(1) & np.isfinite(part.prior))
+    if bad.any():
+        raise NotFiniteError(
+            f"the bound of image {first + int(bad.argmax())} is not finite, so there is no number to give: the weights "
+            "are at fault; `undiffuse verify` checks a run, an older checkpoint is another to try"
+        )
+
+
+def told(model: Model, source: Source, query: Nll) -> Told:
+    """The labels of the images that are measured."""
+    return told_of(model.classes, source, torch.arange(query.count(source)), query.label, query.seed)
+
+
+def summary(terms: Terms, model: Model, source: Source, query: Nll) -> dict[str, Any]:
+    """The means of the terms, and for a model with classes which labels it was told."""
+    return terms.summary() | ({} if model.classes is None else {"labels": told(model, source, query).words})
 
 
 def _gathered(parts: list[Terms], firsts: range, count: int) -> Terms:
@@ -117,14 +150,14 @@ def _gathered(parts: list[Terms], firsts: range, count: int) -> Terms:
 def evaluations(model: Model, source: Source, query: Nll) -> int:
     """How many network evaluations of one image `nll` will make in this process. Raises UsageError where it would."""
     model.denoiser.parameterisation.check(model.process)
-    count, total = min(len(source), query.images or len(source)), len(chain(model.process, query.steps)) - 1
+    count, total = query.count(source), len(chain(model.process, query.steps)) - 1
     mine = sum(
         min(first + query.batch, count) - first for first in range(0, count, query.batch)[dist.rank() :: dist.size()]
     )
     return mine * (total if query.draws is None else len(strata(total, query.draws)))
 
 
-def _claim(out: Path, model: Model, source: Source, query: Nll) -> dict[str, Any]:
+def _claim(out: Path, model: Model, source: Source, query: Nll, labels: Told) -> dict[str, Any]:
     """What the folder is for. It belongs to one question; another one in it would mix two answers."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give the name of a folder")
@@ -143,6 +176,8 @@ def _claim(out: Path, model: Model, source: Source, query: Nll) -> dict[str, Any
         "clip": model.denoiser.clip,
         "variance": VARIANCES.name_of(model.denoiser.variance),
     }
+    if model.classes is not None:
+        claim["labels"] = labels.words
     path = out / QUERY
     if path.exists():
         before = disk.read_json(path)
@@ -178,10 +213,10 @@ def _read(path: Path, rows: int) -> Terms | None:
     return Terms(terms.prior[:rows], terms.bits[:rows], terms.mse[:rows], terms.index[:rows], terms.weights)
 
 
-def _finish(out: Path, terms: Terms, model: Model, query: Nll) -> None:
+def _finish(out: Path, terms: Terms, model: Model, query: Nll, found: dict[str, Any]) -> None:
     """summary.json, terms.npz, and for a whole chain the terms by t and the rate-distortion table and plot."""
     _write(out / "terms.npz", terms)
-    disk.write_json(out / "summary.json", {"format": FORMAT} | terms.summary() | {"model": model.meta.get("step")})
+    disk.write_json(out / "summary.json", {"format": FORMAT} | found | {"model": model.meta.get("step")})
     if query.draws is not None:
         return
     times = chain(model.process, query.steps)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,11 +19,15 @@ from undiffuse.diffusion.denoiser import VARIANCES, Denoiser, Prediction, Varian
 from undiffuse.diffusion.process import F64, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
-from undiffuse.errors import DataError, UsageError
+from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError
 from undiffuse.key import Key, Keys
 from undiffuse.machine import dist
+from undiffuse.model.classes import ALL, Classes, Label, Told, told
 from undiffuse.model.recipe import DataConfig, ModelConfig
-from undiffuse.network.base import Conditioning
+from undiffuse.network.base import NOTHING, Conditioning
+from undiffuse.strict import whole
+
+Steps = SupportsIndex | Sequence[float | int] | Tensor | None  # as in `Model.times`
 
 
 def to_float(image: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -53,6 +58,8 @@ class Model:
             "network": f"{network}, {self.parameters():,} weights",
             "process": f"{process['name']}, {self.process.steps:,} steps" if self.process.steps else process["name"],
         }
+        if self.classes is not None:
+            found["classes"] = self.classes.listed()
         if self.meta.get("images"):
             found["trained on"] = f"{self.meta['images']:,} images in {self.meta['step']:,} steps"
         return found | {"device": str(self.device)}
@@ -79,6 +86,25 @@ class Model:
         recipe = self.meta.get("recipe")
         found = recipe.get("data") if isinstance(recipe, dict) else None
         return parse(DataConfig, found if isinstance(found, dict) else {}, "the data section of this model")
+
+    @cached_property
+    def classes(self) -> Classes | None:
+        """The classes that it was trained on, None without labels. Raises Corrupt if `meta` has others."""
+        count, said = self.config.classes, self.meta.get("classes")
+        if count is None:
+            return None
+        if said is None:
+            recipe = self.meta.get("recipe")
+            train = recipe.get("train") if isinstance(recipe, dict) else None
+            return Classes.unknown(count, bool(train.get("drop_label", 1.0)) if isinstance(train, dict) else True)
+        found = parse(Classes, said if isinstance(said, dict) else {}, "the classes of this model")
+        if len(found.names) != count or len(found.counts) != count:
+            raise Corrupt(f"this model has {count} classes and names for {len(found.names)}; it is damaged")
+        return found
+
+    def told(self, label: Label, n: int, seed: SupportsIndex = 0) -> Told:
+        """The labels of n images: see `classes.py` for what `label` may be. Raises UsageError."""
+        return told(self.classes, label, n, seed)
 
     def variant(self, clip: bool | None = None, variance: str | Variance | None = None) -> "Model":
         """The same weights with x̂_0 not clipped, as in the bare Algorithm 2, or with the other fixed variance."""
@@ -134,42 +160,47 @@ class Model:
 
     def sample(
         self,
-        n: int,
-        steps: int | Sequence[float | int] | None = None,
+        n: SupportsIndex,
+        steps: Steps = None,
         solver: str | Sampler = "ancestral",
-        seed: int = 0,
-        batch: int = 64,
-        label: int | None = None,
+        seed: SupportsIndex = 0,
+        batch: SupportsIndex = 64,
+        label: Label = None,
         progress: Callable[[int], None] | None = None,
     ) -> UInt8[Tensor, "n c h w"]:
         """n images; image i depends on the seed and on i alone. All steps of the table unless `steps` says fewer.
 
-        The processes of a run take turns at the batches, and each returns all. `progress(k)` is called after every k
-        steps of a batch, of which there are `sampling_steps`.
+        `label` is a class by name or number, one for each image, `random` (as often as in training), `none`, or `all`:
+        then n images of each class, class by class. The processes of a run take turns at the batches, and each returns
+        all. `progress(k)` is called after every k steps of a batch, of which there are `sampling_steps`.
         """
-        if n < 1:
-            raise UsageError(f"n = {n} images were asked for; give 1 or more")
-        if batch < 1:
-            raise UsageError(f"batch = {batch} images at a time is not possible; give 1 or more")
-        keys, batch = Key(seed).fold("sample").rows(n), _share(n, batch)
+        n, batch = self.count(whole("n", n, 1), label), whole("batch", batch, 1)
+        told, keys, batch = self.told(label, n, seed), Key(seed).fold("sample").rows(n), _share(n, batch)
         images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8), self.times(steps)
         for i in range(dist.rank() * batch, n, dist.size() * batch):
-            x = self.chain(keys[i : i + batch], times, self.sampler(solver), label=label, progress=progress)
+            cond = told.conditioning.at(slice(i, i + batch))
+            x = self.chain(keys[i : i + batch], times, self.sampler(solver), cond, progress=progress)
             images[i : i + batch] = to_uint8(x)
         return dist.total(images)
 
-    def sampling_steps(self, n: int, steps: int | Sequence[float | int] | None = None, batch: int = 64) -> int:
+    def count(self, n: int, label: Label = None) -> int:
+        """How many images `sample` draws: n, or n of each class."""
+        every = isinstance(label, str) and label == ALL and self.classes is not None and ALL not in self.classes.names
+        return n * len(self.classes.names) if every and self.classes else n
+
+    def sampling_steps(self, n: int, steps: Steps = None, batch: int = 64) -> int:
         """How many steps of a batch `sample` takes in this process, of which each has a batch if there are enough."""
         batch = _share(n, batch)
         return len(range(dist.rank() * batch, n, dist.size() * batch)) * (len(self.times(steps)) - 1)
 
-    def times(self, steps: int | Sequence[float | int] | None = None) -> Float[Tensor, "times"]:
+    def times(self, steps: Steps = None) -> Float[Tensor, "times"]:
         """The grid that sampling walks: all of the table, that many steps spread evenly, or these times and 0.
 
         Times fall strictly; on a table each is moved to the nearest n/T.
         """
-        if steps is None or isinstance(steps, int):
-            return self.process.grid(steps)
+        if steps is None or not (isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0):
+            return self.process.grid(None if steps is None else whole("steps", steps))
+        steps = [float(t) for t in steps]  # pyright: ignore[reportGeneralTypeIssues]
         given = list(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
         if not given or not all(self.process.t_min <= t <= 1 for t in given):
             raise UsageError(
@@ -189,8 +220,8 @@ class Model:
         keys: Keys,
         times: Float[Tensor, "times"],
         sampler: Sampler,
+        cond: Conditioning = NOTHING,
         start: Float[Tensor, "b c h w"] | None = None,
-        label: int | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "b c h w"]:
@@ -199,7 +230,7 @@ class Model:
         `callback(remaining, x, t)` is called before each step, `progress(1)` after it.
         """
         self.config.parameterisation.check(self.process)
-        cond = Conditioning(self._labels(label, len(keys.rows)))
+        cond = cond.to(self.device)
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
             return self.denoiser(x_t, t, cond)
@@ -214,16 +245,12 @@ class Model:
         x = sample(sampler, denoise, self.process, keys.to(self.device), self.config.image, times, watch, start)
         if progress is not None and len(times) > 1:
             progress(1)
+        if not bool(x.isfinite().all()):
+            raise NotFiniteError(
+                "the chain ended in values that are not finite, so nothing is drawn: the weights or the times are at "
+                "fault; `undiffuse verify` checks a run, --weights raw and an older checkpoint are others to try"
+            )
         return x.cpu()
-
-    def _labels(self, label: int | None, count: int) -> Tensor | None:
-        if label is None:
-            return None
-        classes = self.config.classes
-        if classes is None or not 0 <= label < classes:
-            what = "this model was trained without labels" if classes is None else f"it knows 0 to {classes - 1}"
-            raise UsageError(f"label {label} is not possible: {what}")
-        return torch.full((count,), label, dtype=torch.int64, device=self.device)
 
     def parameters(self) -> int:
         """How many weights the network has."""

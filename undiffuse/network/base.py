@@ -18,7 +18,7 @@ class Conditioning(NamedTuple):
     def to(self, device: torch.device | str) -> "Conditioning":
         return Conditioning(*(None if part is None else part.to(device) for part in self))
 
-    def at(self, rows: slice | Int[Tensor, "n"]) -> "Conditioning":
+    def at(self, rows: slice | list[int] | Int[Tensor, "n"]) -> "Conditioning":
         """That of some images of the batch."""
         return Conditioning(*(None if part is None else part[rows] for part in self))
 

@@ -11,6 +11,7 @@ import torch
 from undiffuse.errors import Corrupt
 from undiffuse.key import Key
 from undiffuse.machine import store
+from undiffuse.network.base import Conditioning
 from undiffuse.training import look
 from undiffuse.training.trainer import Trainer
 
@@ -32,8 +33,8 @@ def fixed_loss(trainer: Trainer, averaged: bool) -> float:
     """The objective on the first images of the training set, with fixed noise."""
     source = trainer.batches.loader.source
     images, labels = source.gather(torch.arange(min(IMAGES, len(source))))
-    labels = labels if trainer.config.classes is not None else None
-    return look.fixed_loss(trainer, images, Key(0).fold("health"), labels, averaged=averaged)
+    cond = Conditioning(labels if trainer.classes is not None else None)
+    return look.fixed_loss(trainer, images, Key(0).fold("health"), cond, averaged=averaged)
 
 
 def known_good(run: store.Run, before: int | None = None) -> int | None:

@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source, open_raw, spread, unify
@@ -15,9 +16,10 @@ from undiffuse.errors import DataError, UsageError
 from undiffuse.figure import grid, png
 from undiffuse.key import Key
 from undiffuse.machine import disk, dist, log, sink
+from undiffuse.model.classes import drawn, told_of
 from undiffuse.model.model import to_float, to_uint8
 from undiffuse.model.recipe import Recipe
-from undiffuse.network.base import Conditioning
+from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.training.trainer import Trainer
 
 Journal = sink.Journal | sink.Nowhere
@@ -38,11 +40,20 @@ def held_out_split(data: str, recipe: Recipe, shape: tuple[int, int, int], skip_
         return None
 
 
-def held_out_images(source: Source | None, count: int) -> UInt8[Tensor, "n c h w"] | None:
-    """`count` images of a held-out split, spread evenly over it, or None."""
+class Held(NamedTuple):
+    """Held-out images and what the network is told of them."""
+
+    images: UInt8[Tensor, "n c h w"]
+    cond: Conditioning
+
+
+def held_out_images(trainer: Trainer, source: Source | None) -> Held | None:
+    """Some images of a held-out split, spread evenly over it, or None. DataError for a class that is not trained on."""
+    count = trainer.recipe.train.held_out
     if source is None or count < 1:
         return None
-    return torch.stack([source[i].image for i in spread(len(source), count)])
+    index = torch.tensor(spread(len(source), count))
+    return Held(source.gather(index)[0], told_of(trainer.classes, source, index).conditioning)
 
 
 @torch.no_grad()
@@ -50,7 +61,7 @@ def fixed_loss(
     trainer: Trainer,
     images: UInt8[Tensor, "n c h w"],
     key: Key,
-    labels: Int[Tensor, "n"] | None = None,
+    cond: Conditioning = NOTHING,
     draws: int = 1,
     averaged: bool = True,
     check: Callable[[], None] | None = None,
@@ -64,15 +75,16 @@ def fixed_loss(
             check()
         chosen = part % len(images)
         x_0 = to_float(images[chosen].to(trainer.device))
-        cond = Conditioning(None if labels is None else labels[chosen]).to(trainer.device)
-        loss = trainer.recipe.objective(denoiser, x_0, cond, key.rows(part, trainer.device))
+        told, keys = cond.at(chosen).to(trainer.device), key.rows(part, trainer.device)
+        loss = trainer.recipe.objective(denoiser, x_0, told, keys)
         total += float(loss.per_example.cpu().double().sum())
     return total / len(rows)
 
 
-def held_out_loss(trainer: Trainer, images: UInt8[Tensor, "n c h w"], check: Callable[[], None] | None = None) -> float:
+def held_out_loss(trainer: Trainer, held: Held, check: Callable[[], None] | None = None) -> float:
     """The objective on held-out images, by the averaged weights."""
-    return fixed_loss(trainer, images, Key(0).fold("held out"), draws=-(-TERMS // len(images)), check=check)
+    draws = -(-TERMS // len(held.images))
+    return fixed_loss(trainer, held.images, Key(0).fold("held out"), held.cond, draws, check=check)
 
 
 @dataclass
@@ -109,9 +121,9 @@ def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[i
             log.warn(f"no preview at step {trainer.step}: {error}")
             return
         times = model.times(_steps(trainer))
-        keys = Key(0).fold("preview").rows(PREVIEWS)
-        parts = (keys[i : i + _batch(trainer)] for i in range(0, PREVIEWS, _batch(trainer)))
-        x = torch.cat([model.chain(part, times, DDIM(), progress=tick) for part in parts])
+        keys, cond = Key(0).fold("preview").rows(PREVIEWS), drawn(model.classes, PREVIEWS).conditioning
+        parts = [slice(i, i + _batch(trainer)) for i in range(0, PREVIEWS, _batch(trainer))]
+        x = torch.cat([model.chain(keys[part], times, DDIM(), cond.at(part), progress=tick) for part in parts])
         picture = grid(to_uint8(x))
         disk.write_atomic(folder / name, png(picture))
         lines.image(trainer.step, "samples" if averaged else "samples of the raw weights", picture)

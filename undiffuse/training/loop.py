@@ -26,7 +26,7 @@ from undiffuse.training.memory import fit_micro_batch
 from undiffuse.training.plan import Budget, conflicts, forward_flops, plan
 from undiffuse.training.profile import measure
 from undiffuse.training.resume import claim_data, differences, refuse_changes, saved_recipe
-from undiffuse.training.trainer import Trainer
+from undiffuse.training.trainer import Trainer, classes_of
 
 Say = Callable[[str], None]
 SLOWER, SAFE = 10, 2e-4  # a rate to try after one that ended in NaN: so many times smaller, and at most the paper's
@@ -56,13 +56,13 @@ def train(
     with dist.joined(), listening() as flag, ExitStack() as stack:
         first = dist.rank() == 0
         say, warn = (say, log.warn) if first else (log.silent, log.silent)
-        run, saved = store.Run(out), None
+        run, saved, held, failure = store.Run(out), None, None, None
         last = budget.last_step(recipe.train)
         _agree(recipe, data, last)  # before anything that differs with them could break a sum
         trainer = _build(recipe, data, machine.choose(str(device)), init, saved_recipe(run))
-        failure: Error | None = None
         if first:
             try:
+                held = look.held_out_images(trainer, held_out)
                 stack.enter_context(run.lock())
                 saved = _begin(trainer, run, data, say, warn, accept_data)
             except Error as error:
@@ -75,7 +75,7 @@ def train(
             for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None):
                 warn(text)
             say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
-        loop = _Loop(trainer, run, last, budget, flag, held_out, show_progress and first, saved, sinks)
+        loop = _Loop(trainer, run, last, budget, flag, held, show_progress and first, saved, sinks)
         try:
             if profile:
                 _profile(loop, say)
@@ -143,8 +143,8 @@ def _build(
 ) -> Trainer:
     """Everything that can be refused is, before anything is written."""
     image = data[0].image
-    classes = None if data.classes is None else len(data.classes)
-    config = recipe.model((image.shape[0], image.shape[1], image.shape[2]), classes)
+    classes = classes_of(recipe, data)
+    config = recipe.model((image.shape[0], image.shape[1], image.shape[2]), classes and len(classes.names))
     trainer = Trainer(resolved(recipe, None if then is None else then.get("train", {}), device), config, data, device)
     if init is not None and then is None:
         trainer.start_from(init)
@@ -178,17 +178,16 @@ class _Loop:
         last: int,
         budget: Budget,
         flag: Flag,
-        held_out: Source | None,
+        held: look.Held | None,
         show: bool,
         resumed: dict[str, Any] | None,
         sinks: Sequence[type[sink.Sink]],
     ):
         self.trainer, self.run, self.last, self.budget, self.flag = trainer, run, last, budget, flag
-        self.config, self.first = trainer.recipe.train, dist.rank() == 0
-        self.held = look.held_out_images(held_out, self.config.held_out) if self.first else None
+        self.config, self.first, self.held = trainer.recipe.train, dist.rank() == 0, held
         self.show, self.resumed, self.sinks = show, resumed, sinks
         before = resumed or {}
-        self.lowest = look.Lowest(**before.get("held_out", {}))
+        self.lowest = look.Lowest(**plain(before.get("held_out", {})))
         if self.config.patience and not (run.path / BEST).exists():
             self.lowest = look.Lowest(measured=self.lowest.measured)  # what was the lowest was not kept
         self.first_loss: float | None = before.get("health", {}).get("first")

@@ -5,6 +5,7 @@ summed: by DistributedDataParallel, or, with `exact_shards`, shard by shard in a
 processes there are.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,11 +24,13 @@ from undiffuse.data.loader import Batch, Loader, Prefetched
 from undiffuse.data.source import Source
 from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.objective import by_quartile, quartile_sums
-from undiffuse.errors import NotFiniteError, UsageError
+from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.key import Key
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
+from undiffuse.machine.disk import SMALL
 from undiffuse.model.average import Ema, Profiles
+from undiffuse.model.classes import Classes
 from undiffuse.model.load import from_weights
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
@@ -40,8 +43,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str | torch.device = "cpu"):
         self.recipe, self.config, self.device = recipe, config, torch.device(device)
-        if recipe.data.labels and data[0].label is None:
-            raise UsageError("data.labels is on, but this data has no labels; use folders of classes, or turn it off")
+        self.classes = classes_of(recipe, data)
         self.share, self.micro = shares(recipe.train)
         self.key = Key(recipe.train.seed).fold("train")
         torch.manual_seed(self.key.fold("init").integer())
@@ -231,6 +233,7 @@ class Trainer:
             "images": self.step * self.recipe.train.batch,
             "model": plain(self.config),
             "recipe": plain(self.recipe),
+            **({} if self.classes is None else {"classes": plain(self.classes)}),
             "environment": self.environment(),
         }
 
@@ -245,6 +248,20 @@ class Trainer:
             "micro_batch": self.micro,
             "processes": "any" if exact else dist.size(),
         }
+
+
+def classes_of(recipe: Recipe, data: Source) -> Classes | None:
+    """What a run with labels knows of its classes. Raises UsageError for data without, DataError for too many."""
+    if not recipe.data.labels:
+        return None
+    classes = Classes.of(data, unlabelled=recipe.train.drop_label > 0)
+    if classes is None:
+        raise UsageError("data.labels is on, but this data has no labels; use folders of classes, or turn it off")
+    if len(json.dumps(plain(classes))) > SMALL // 4:
+        raise DataError(
+            f"{len(classes.names)} classes are more than a checkpoint can name; merge some, or turn labels off"
+        )
+    return classes
 
 
 def like(weight: Tensor, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:

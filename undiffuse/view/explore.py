@@ -11,19 +11,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source
 from undiffuse.diffusion.process import F64, Process, per_image
+from undiffuse.diffusion.sampler.base import Sampler
 from undiffuse.errors import DataError, StorageError, UsageError
-from undiffuse.figure import enlarged, grid, picture, png
+from undiffuse.figure import encoded, enlarged, grid, picture, png
 from undiffuse.key import Key, Keys
 from undiffuse.machine import disk
-from undiffuse.model.model import Model, to_float, to_uint8
+from undiffuse.model.classes import Label
+from undiffuse.model.model import Model, Steps, to_float, to_uint8
+from undiffuse.network.base import Conditioning
+from undiffuse.strict import whole
 
 Number = float | int  # said in full, because the tests' type checker does not take an int for a float
-Steps = int | Sequence[Number] | None  # as in `Model.times`
 Crop = tuple[int, int] | tuple[int, int, int, int]
 
 CHUNK = 1 << 23  # float64 values of the training set that are compared at once: 64 MiB
@@ -36,25 +39,28 @@ def progressive(
     steps: Steps = None,
     slots: int = 20,
     progress: Callable[[int], None] | None = None,
+    solver: str | Sampler = "ancestral",
+    label: Label = None,
 ) -> tuple[UInt8[Tensor, "n slots c h w"], Float[Tensor, "slots"]]:
-    """x̂_0 at `slots` times along the chain of `model.sample(n, steps, seed=seed)`, and those times (Fig. 6).
+    """x̂_0 at `slots` times along the chain of `model.sample`, given the same, and those times (Fig. 6).
 
     The slots are evenly spread and the last holds the finished samples; on 1000 steps, 20 slots are the authors'
     indices 950, 900, …, 0. Costs `slots` network evaluations more than sampling.
     """
-    _check_count("images", n)
-    times = model.times(steps)
+    n = model.count(whole("n", n, 1), label)
+    told, times = model.told(label, n, seed).conditioning.to(model.device), model.times(steps)
     total = len(times) - 1
-    if not 1 <= slots <= total:
+    if not 1 <= whole("slots", slots) <= total:
         raise UsageError(f"{slots} slots along a chain of {total} steps are not possible; give 1 to {total}")
     wanted = {1 + k * total // slots for k in range(slots)}
     seen: list[Tensor] = []
 
     def look(remaining: int, x: Tensor, t: Tensor) -> None:
         if remaining in wanted:
-            seen.append(to_uint8(model.denoiser(x, t).x_0).cpu())
+            seen.append(to_uint8(model.denoiser(x, t, told).x_0).cpu())
 
-    model.chain(Key(seed).fold("sample").rows(n), times, model.sampler(), callback=look, progress=progress)
+    keys = Key(seed).fold("sample").rows(n)
+    model.chain(keys, times, model.sampler(solver), told, callback=look, progress=progress)
     return torch.stack(seen, 1), torch.stack([times[total - r] for r in sorted(wanted, reverse=True)])
 
 
@@ -65,12 +71,15 @@ def shared(
     at: Sequence[Number] = (1.0, 0.75, 0.5, 0.25),
     steps: Steps = None,
     progress: Callable[[int], None] | None = None,
+    solver: str | Sampler = "ancestral",
+    label: Label = None,
 ) -> tuple[UInt8[Tensor, "at n c h w"], Float[Tensor, "at"]]:
     """n samples for each t of `at` that have x_t in common, and those times on the model's grid (Fig. 7).
 
-    One chain runs from the noise to an image; where it passes t, n independent continuations leave it.
+    One chain runs from the noise to an image; where it passes t, n independent continuations leave it. All are of one
+    class. A deterministic solver continues in one way only.
     """
-    _check_count("samples", n)
+    n, told = whole("n", n, 1), _one_class(model, label, seed)
     branches, (times, *below) = _shared_grids(model, at, steps)
     latents = {}
 
@@ -79,12 +88,13 @@ def shared(
             latents[float(t[0])] = x.cpu()
 
     key = Key(seed).fold("shared")
-    model.chain(key.rows(1), times, model.sampler(), callback=keep, progress=progress)
+    sampler = model.sampler(solver)
+    model.chain(key.rows(1), times, sampler, told, callback=keep, progress=progress)
     rows = []
     for t, rest in zip(branches, below, strict=True):
         keys = key.fold("continue", round(t / model.process.t_min)).rows(n)
         start = latents[t].expand(n, -1, -1, -1)
-        rows.append(to_uint8(model.chain(keys, rest, model.sampler(), start=start, progress=progress)))
+        rows.append(to_uint8(model.chain(keys, rest, sampler, told.at([0] * n), start, progress=progress)))
     return torch.stack(rows), torch.tensor(branches, dtype=F64)
 
 
@@ -104,36 +114,53 @@ def _shared_grids(model: Model, at: Sequence[Number], steps: Steps) -> tuple[lis
 
 def interpolate(
     model: Model,
-    a: UInt8[Tensor, "c h w"],
-    b: UInt8[Tensor, "_ _ _"],
+    a: Shaped[Tensor, "c h w"],
+    b: Shaped[Tensor, "_ _ _"],
     at: Sequence[Number] = (0.5,),
     lambdas: Sequence[Number] = tuple(i / 10 for i in range(11)),
     seed: int = 0,
     steps: Steps = None,
     progress: Callable[[int], None] | None = None,
+    solver: str | Sampler = "ancestral",
+    label: Label = None,
 ) -> UInt8[Tensor, "at lambdas c h w"]:
     """Denoised mixtures (1 − λ) x_t + λ x_t' of two pictures, a row for each t (Fig. 8; several t: Fig. 9).
 
-    Each picture has noise of its own, which is the same in all columns and rows; the reverse chains are independent.
-    t = 0 mixes pixels, t = 1 forgets the pictures. λ below 0 or above 1 goes beyond them.
+    Each picture has noise of its own, which is the same in all columns and rows. The reverse chains are independent,
+    and the noise of each depends on its λ alone; ddim adds none, which makes a morph. t = 0 mixes pixels, t = 1 forgets
+    the pictures. λ below 0 or above 1 goes beyond them.
     """
     if not at or not lambdas:
         raise UsageError(f"{len(at)} times and {len(lambdas)} mixtures were asked for; give one or more of each")
     if not all(map(math.isfinite, lambdas)):
         raise UsageError(f"λ = {', '.join(f'{x:g}' for x in lambdas)} is not possible; give finite numbers")
     for name, given in (("first", a), ("second", b)):
+        _check_levels(f"the {name} picture", given)
         if tuple(given.shape) != model.image_shape:
             raise DataError(f"the {name} picture is {_size(given)}; this model needs {_size(model.image_shape)}")
     x_0 = to_float(torch.stack([a, b]))
     key = Key(seed).fold("interpolate")
     eps = key.fold("eps").rows(2).normal(*model.image_shape)
     mix = torch.tensor(lambdas, dtype=torch.float32).reshape(-1, 1, 1, 1)
+    own, told = _row_of(lambdas), _one_class(model, label, seed).at([0] * len(lambdas))
     rows = []
     for times in _interpolation_grids(model, at, steps):
         x_t, other = model.process.marginal(x_0, eps, times[:1].expand(2))
-        start, keys = (1 - mix) * x_t + mix * other, key.fold("chain").rows(len(lambdas))
-        rows.append(to_uint8(model.chain(keys, times, model.sampler(), start=start, progress=progress)))
+        start, keys = (1 - mix) * x_t + mix * other, key.fold("chain").rows(own)
+        rows.append(to_uint8(model.chain(keys, times, model.sampler(solver), told, start, progress=progress)))
     return torch.stack(rows)
+
+
+def _row_of(lambdas: Sequence[Number]) -> Int[Tensor, "n"]:
+    """A row of a key for each λ: the bits of the number, so that it draws the same noise wherever it stands."""
+    return torch.tensor([float(x) + 0.0 for x in lambdas], dtype=F64, device="cpu").view(torch.int64)
+
+
+def _one_class(model: Model, label: Label, seed: int) -> Conditioning:
+    """The label of images that belong together. Raises UsageError for `all`."""
+    if model.count(1, label) > 1:
+        raise UsageError(f"label {label} is not possible here, where all images come of one latent; give one class")
+    return model.told(label, 1, seed).conditioning
 
 
 def interpolation_steps(model: Model, at: Sequence[Number], steps: Steps = None) -> int:
@@ -152,7 +179,7 @@ def _interpolation_grids(model: Model, at: Sequence[Number], steps: Steps) -> li
 
 def comparable(shape: tuple[int, int, int], source: Source, k: int, crop: Crop | None = None) -> None:
     """Refuses what `neighbours` cannot do for samples of that (channels, height, width): known before one is drawn."""
-    if not 1 <= k <= len(source):
+    if not 1 <= whole("k", k) <= len(source):
         raise UsageError(f"{k} neighbours are not possible in {len(source)} images; give 1 to {len(source)}")
     if tuple(source[0].image.shape) != shape:
         raise DataError(
@@ -177,12 +204,13 @@ class Neighbours(NamedTuple):
     distance: Float[Tensor, "n k"]
 
 
-def neighbours(samples: UInt8[Tensor, "n c h w"], source: Source, k: int = 1, crop: Crop | None = None) -> Neighbours:
+def neighbours(samples: Shaped[Tensor, "n c h w"], source: Source, k: int = 1, crop: Crop | None = None) -> Neighbours:
     """The k images of `source` that are nearest to each sample, pixel by pixel (Figs. 12 and 15).
 
     Exact: squared distances of uint8 are integers that float64 holds. Of equal distances the lower index comes first.
     `crop` compares a part alone: (height, width) in the middle, as in Fig. 12, or (top, left, height, width).
     """
+    _check_levels("samples", samples)
     comparable((samples.shape[1], samples.shape[2], samples.shape[3]), source, k, crop)
     queries = _flat(samples, crop)  # (n, d)
     best, index = torch.empty(len(samples), 0, dtype=F64), torch.empty(len(samples), 0, dtype=torch.int64)
@@ -221,11 +249,13 @@ def langevin(
 
 
 def write_grid(images: UInt8[Tensor, "rows columns c h w"], path: Path) -> None:
-    """Rows of pictures as one PNG, small ones enlarged."""
-    disk.write_atomic(path, png(grid(images.flatten(0, 1), images.shape[1], enlarged(images.shape[-1]))))
+    """Rows of pictures as one, small ones enlarged, in the format that the name says."""
+    disk.write_atomic(path, encoded(grid(images.flatten(0, 1), images.shape[1], enlarged(images.shape[-1])), path))
 
 
-def write_images(images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Path | None) -> dict[str, Path]:
+def write_images(
+    images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Path | None, columns: int | None = None
+) -> dict[str, Path]:
     """PNG files and a grid in `folder`, one array `arr_0` [n, h, w, c] in `npz`; returns what was written, by kind.
 
     Each file is whole or not there, and none is written over but that of `npz`. Raises UsageError for one that is
@@ -239,7 +269,7 @@ def write_images(images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Pat
                 disk.write_new(folder / f"{i:0{digits}}.png", png(picture(image)))
             except StorageError as error:
                 raise StorageError(f"{error}. {i} of {len(images)} pictures are written") from error
-        disk.write_new(folder / "grid.png", png(grid(images, scale=enlarged(images.shape[-1]))))
+        disk.write_new(folder / "grid.png", png(grid(images, columns, enlarged(images.shape[-1]))))
         written |= {"folder": folder, "grid": folder / "grid.png"}
     if npz is not None:
         buffer = io.BytesIO()
@@ -280,6 +310,9 @@ def _size(image: Tensor | tuple[int, ...]) -> str:
     return f"{c}×{h}×{w} (channels × height × width)"
 
 
-def _check_count(what: str, n: int) -> None:
-    if n < 1:
-        raise UsageError(f"n = {n} {what} were asked for; give 1 or more")
+def _check_levels(what: str, images: Shaped[Tensor, "..."]) -> None:
+    if images.dtype != torch.uint8:
+        raise UsageError(
+            f"{what}: values of type {str(images.dtype).removeprefix('torch.')}; expected uint8 from 0 to 255. "
+            "For values in [0, 1] give (255 * x).round().to(torch.uint8)"
+        )

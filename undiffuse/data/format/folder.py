@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from undiffuse.data import picture
 from undiffuse.data.format.arrays import whole
@@ -52,6 +54,9 @@ class Pictures(Source):
             raise DataError(f"{self.name(index)}: {error}") from error
         label = None if self.labels is None else self.labels[index]
         return Item(torch.tensor(image).permute(2, 0, 1), label)
+
+    def every_label(self) -> Int[Tensor, "n"] | None:
+        return None if self.labels is None else torch.tensor(self.labels, dtype=torch.int64)
 
     def name(self, index: int) -> str:
         # A file name need not be UTF-8, but what is printed must be.

@@ -77,6 +77,9 @@ class PackedSource(Source):
         views = [self.images[k][i] for k, i in zip(shard.tolist(), before_end.tolist(), strict=True)]
         return torch.stack(views), None if self.labels is None else self.labels[index]
 
+    def every_label(self) -> Int[Tensor, "n"] | None:
+        return self.labels
+
     @property
     def image_shape(self) -> Shape:
         """(channels, height, width)."""

@@ -1,0 +1,72 @@
+# ruff: noqa: E501
+"""Arguments of Python that are nearly right: NumPy's integers work, and what would be guessed at gets one line.
+
+In a process of its own, because the tests' type checker would answer first.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CALLS = {
+    "model.sample(np.int64(2), steps=np.int64(3), seed=np.int64(5)).shape[0]": 2,
+    "int((model.sample(1, steps=3, seed=np.uint8(5)) != model.sample(1, steps=3, seed=5)).sum())": 0,
+    "model.sample(1, steps=np.array([1.0, 0.5])).shape[0]": 1,
+    "model.sample(1, steps=torch.tensor([1.0, 0.5])).shape[0]": 1,
+    "undiffuse.evaluate(model, 'digits', images=np.int32(2), draws=np.int64(1))['images']": 2,
+    "Key(np.int64(3)).normal(2).tolist() == Key(3).normal(2).tolist()": True,
+    "model.sample(2, steps=3.0)": "steps = 3.0 is not possible; give a whole number such as 3",
+    "model.sample(2.0)": "n = 2.0 is not possible; give a whole number such as 2",
+    "model.sample('2')": "n = '2' is not possible; give a whole number",
+    "model.sample(0)": "n = 0 is not possible; give 1 or more",
+    "model.sample(True)": "n = True is not possible; give a whole number",
+    "model.sample(1, seed=None)": "seed = None is not possible; give a whole number",
+    "model.sample(1, seed=1.0)": "seed = 1.0 is not possible; give a whole number such as 1",
+    "model.sample(1, batch=2.5)": "batch = 2.5 is not possible; give a whole number such as 2",
+    "model.sample(1, steps=[])": "times none are not possible; give one or more from 1, which is noise, down to 0.0833333",
+    "undiffuse.evaluate(model, 'digits', seed=None)": "seed = None is not possible; give a whole number",
+    "undiffuse.evaluate(model, 'digits', images=2.0)": "images = 2.0 is not possible; give a whole number such as 2",
+    "explore.progressive(model, 1, seed=0.5, slots=2)": "seed = 0.5 is not possible; give a whole number such as 0",
+    "explore.progressive(model, 1, slots=2.0)": "slots = 2.0 is not possible; give a whole number such as 2",
+    "explore.shared(model, None)": "n = None is not possible; give a whole number",
+    "explore.interpolate(model, half, half)": "the first picture: values of type float32; expected uint8 from 0 to 255. "
+    "For values in [0, 1] give (255 * x).round().to(torch.uint8)",
+    "explore.neighbours(half[None], digits)": "samples: values of type float32; expected uint8 from 0 to 255. For values "
+    "in [0, 1] give (255 * x).round().to(torch.uint8)",
+    "explore.neighbours(model.sample(1), digits, k=1.0)": "k = 1.0 is not possible; give a whole number such as 1",
+}  # fmt: skip
+
+PROGRAM = """
+import json, sys
+import numpy as np, torch, undiffuse
+from undiffuse.errors import UsageError
+from undiffuse.key import Key
+from undiffuse.view import explore
+model, digits, half = undiffuse.load(sys.argv[1]), undiffuse.open_data("digits"), torch.full((1, 8, 8), 0.5)
+for call in json.loads(sys.argv[2]):
+    try:
+        print(json.dumps(eval(call)))
+    except UsageError as error:
+        print(json.dumps(str(error)))
+    except Exception as error:
+        print(json.dumps(repr(error)))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    from tests.cli.test_cli_sample import save
+
+    model = save(tmp_path_factory.mktemp("model") / "MODEL")
+    words = [sys.executable, "-c", PROGRAM, str(model), json.dumps(list(CALLS))]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CALLS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_argument_is_taken_or_refused_in_one_line(answers, call):
+    assert answers[call] == CALLS[call]

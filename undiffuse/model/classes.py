@@ -1,0 +1,173 @@
+"""What a model that was trained with labels knows of its classes, and which labels it is told of which images.
+
+A label is a class by its name or its number, or one of three words: `all` is every class in turn, `random` draws them
+as often as they were trained on, and `none` says no class. A class that has one of these names, or a number for a name,
+is meant first. Unless a label is given, "no class" is said where it was trained; where it was not, one must be given.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, SupportsIndex
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from undiffuse.config import Number
+from undiffuse.data.source import Source
+from undiffuse.errors import DataError, UsageError, nearest
+from undiffuse.key import Key
+from undiffuse.network.base import Conditioning
+
+ALL, RANDOM, NONE = "all", "random", "none"
+SHOWN = 12  # classes that a message names
+
+Label = str | SupportsIndex | Sequence[Any] | Tensor | None
+
+
+class Told(NamedTuple):
+    """The label of each image, None for no label, and in words what they are."""
+
+    label: Int[Tensor, "n"] | None
+    words: str
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return Conditioning(label=self.label)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """`counts` are the training images of each class; `unlabelled` is whether "no class" was trained as well."""
+
+    names: tuple[str, ...]
+    counts: tuple[Number, ...]
+    unlabelled: bool
+
+    @staticmethod
+    def of(source: Source, unlabelled: bool) -> "Classes | None":
+        """Those of a training set; None if it has no labels. Raises DataError for a label that is no class."""
+        labels = source.every_label()
+        if labels is None:
+            return None
+        names = source.classes or tuple(map(str, range(int(labels.max()) + 1)))
+        if labels.min() < 0 or labels.max() >= len(names):
+            raise DataError(f"labels {labels.min()} to {labels.max()} for {len(names)} classes; number them from 0")
+        return Classes(names, tuple(labels.bincount(minlength=len(names)).tolist()), unlabelled)
+
+    @staticmethod
+    def unknown(count: int, unlabelled: bool) -> "Classes":
+        """Of a model that says no more than how many it has."""
+        return Classes(tuple(map(str, range(count))), (1,) * count, unlabelled)
+
+    def number(self, label: Any) -> int:
+        """The number of a class, by name or number. Raises UsageError."""
+        if isinstance(label, str) and label in self.names:
+            return self.names.index(label)
+        try:
+            number: int = int(label) if isinstance(label, str) and label.isdecimal() else operator.index(label)  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            number = -1
+        if 0 <= number < len(self.names):
+            return number
+        near = nearest(label, (ALL, RANDOM, NONE, *self.names)) if isinstance(label, str) else ""
+        question = near[: near.index("?") + 1] if "?" in near else ""
+        raise UsageError(f"label {label} is not possible.{question} {self.known()}")
+
+    def known(self) -> str:
+        """`This model knows 0 cat, 1 dog`."""
+        return f"This model knows {self.listed()}"
+
+    def listed(self) -> str:
+        """`0 cat, 1 dog`; of many the first and the last."""
+        more = f" … {len(self.names) - 1} {self.names[-1]}" if len(self.names) > SHOWN else ""
+        shown = ", ".join(_named(i, name) for i, name in enumerate(self.names[: SHOWN - 1 if more else SHOWN]))
+        return shown + more
+
+    def random(self, n: int, key: Key) -> Int[Tensor, "n"]:
+        """Classes as often as they were trained on; that of image i depends on the key and on i alone."""
+        counts = torch.tensor(self.counts, dtype=torch.float64, device="cpu")
+        share = (counts / counts.sum()).cumsum(0)
+        # The first class whose sum is above; one that was never trained on has no room of its own.
+        return torch.searchsorted(share, key.fold("label").rows(n).uniform(), right=True).clamp(max=len(counts) - 1)
+
+    def mapped(self, labels: Int[Tensor, "n"], names: tuple[str, ...] | None, what: str) -> Int[Tensor, "n"]:
+        """Labels of another data set as ours, by the names of the classes. Raises DataError for one that we lack."""
+        theirs = names or tuple(map(str, range(int(labels.max()) + 1)))
+        ours = {name: number for number, name in enumerate(self.names)}
+        table = torch.tensor([ours.get(name, -1) for name in theirs], dtype=torch.int64, device="cpu")
+        found = table[labels]
+        if bool((found < 0).any()):
+            strange = sorted({theirs[i] for i in labels[found < 0].tolist()})
+            listed = ", ".join(f'"{name}"' for name in strange[:SHOWN])
+            raise DataError(
+                f"{what} has classes that the model was not trained on: {listed}. {self.known()}. Give other data, or "
+                "one --label for all images"
+            )
+        return found
+
+
+def _named(number: int, name: str) -> str:
+    return name if name == str(number) else f"{number} {name}"
+
+
+def told(classes: Classes | None, label: Label, n: int, seed: SupportsIndex = 0) -> Told:
+    """The labels of n images that are drawn. Raises UsageError for one that is not known, or is missing.
+
+    With `all` the first n / classes images are of class 0, the next of class 1, and so on.
+    """
+    if classes is None:
+        if label is None or (isinstance(label, str) and label == NONE):
+            return Told(None, NONE)
+        raise UsageError(f"label {label} is not possible: this model was trained without labels")
+    if label is None:
+        if classes.unlabelled:
+            return Told(None, NONE)
+        raise UsageError(f"this model was never trained without a label; give one, all or random. {classes.known()}")
+    if isinstance(label, str) or (isinstance(label, SupportsIndex) and getattr(label, "ndim", 0) == 0):
+        return _one(classes, label, n, seed)
+    each: Any = label.tolist() if hasattr(label, "tolist") else label  # pyright: ignore[reportAttributeAccessIssue]
+    numbers = [classes.number(one) for one in each]
+    if len(numbers) != n:
+        raise UsageError(f"{len(numbers)} labels were given for {n} images; give one for each, or a single one")
+    return Told(torch.tensor(numbers, dtype=torch.int64, device="cpu"), "as given")
+
+
+def drawn(classes: Classes | None, n: int, seed: SupportsIndex = 0) -> Told:
+    """The labels of n images that stand for what the model draws: each class as often as in training."""
+    if classes is None:
+        return Told(None, NONE)
+    return Told(classes.random(n, Key(seed)), f"{RANDOM}, as often as in training")
+
+
+def _one(classes: Classes, label: str | SupportsIndex, n: int, seed: SupportsIndex) -> Told:
+    if label not in classes.names:
+        if label == NONE:
+            if not classes.unlabelled:
+                raise UsageError(f"label none is not possible: this model was never trained so. {classes.known()}")
+            return Told(None, NONE)
+        if label == ALL:
+            if n % len(classes.names):
+                raise UsageError(f"{n} images cannot be divided over {len(classes.names)} classes; give a multiple")
+            return Told(torch.arange(len(classes.names), device="cpu").repeat_interleave(n // len(classes.names)), ALL)
+        if label == RANDOM:
+            return drawn(classes, n, seed)
+    number = classes.number(label)
+    return Told(torch.full((n,), number, dtype=torch.int64, device="cpu"), _named(number, classes.names[number]))
+
+
+def told_of(
+    classes: Classes | None, source: Source, index: Int[Tensor, "n"], label: Label = None, seed: SupportsIndex = 0
+) -> Told:
+    """The labels of images of a data set that are measured: its own, unless others are given.
+
+    Where it has none they are said to have no class, if that was trained; else labels are drawn, and the bound is one
+    of the images all the same (by Jensen's inequality), if a looser one.
+    """
+    if classes is None or label is not None:
+        return told(classes, label, len(index), seed)
+    labels = source.every_label()
+    if labels is not None:
+        return Told(classes.mapped(labels[index], source.classes, "the data"), "of the data")
+    return Told(None, NONE) if classes.unlabelled else drawn(classes, len(index), seed)

@@ -1,0 +1,32 @@
+"""What goes out as JSON and what comes in as an argument, taken strictly: nothing is guessed and nothing is bent."""
+
+import json
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from undiffuse.errors import UsageError
+
+
+def to_json(value: Any, default: Callable[[Any], Any] | None = None, **form: Any) -> str:
+    """Strict JSON. NaN and infinity, for which JSON has no word, are null, which every reader takes."""
+    try:
+        return json.dumps(value, default=default, allow_nan=False, **form)
+    except ValueError:
+        finite = json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)
+        return json.dumps(finite, allow_nan=False, **form)
+
+
+def whole(what: str, value: Any, least: int | None = None) -> int:
+    """An integer of any library; UsageError for what is none, as 50.0 and None are, and for one below `least`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        near = f" such as {int(value)}" if isinstance(value, float) and math.isfinite(value) else ""
+        raise UsageError(f"{what} = {value!r} is not possible; give a whole number{near}")
+    if least is not None and number < least:
+        raise UsageError(f"{what} = {number} is not possible; give {least} or more")
+    return number
