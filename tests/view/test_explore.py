@@ -256,3 +256,32 @@ def test_a_grid_of_rows_keeps_its_columns(tmp_path):
     with Image.open(tmp_path / "grid.png") as sheet:
         assert sheet.size == ((5 * 9 + 1) * 7, (2 * 9 + 1) * 7)
     assert [explore.enlarged(width) for width in (8, 28, 32, 56, 256)] == [7, 2, 2, 1, 1]
+
+
+def test_the_noise_of_a_mixture_is_its_own_wherever_it_stands():
+    pictures = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    given = {"at": (0.5,), "seed": 3}
+    eleven = explore.interpolate(gaussian(), *pictures, **given)
+    three = explore.interpolate(gaussian(), *pictures, lambdas=(0.5, 0, 1), **given)
+    assert torch.equal(three[0, 0], eleven[0, 5]) and torch.equal(three[0, 1:], eleven[0, [0, 10]])
+    twice = explore.interpolate(gaussian(), pictures[0], pictures[0], lambdas=(0.3, 0.7), **given)
+    assert not torch.equal(twice[0, 0], twice[0, 1])  # the same x_t, each with noise of its own
+
+
+def test_a_deterministic_solver_makes_a_morph():
+    """For Gaussian data DDIM is linear in x_t, so that the middle of a morph is the mean of its ends."""
+    pictures = torch.randint(96, 160, (2, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    given = {"at": (0.3,), "lambdas": (0.0, 0.5, 1.0)}
+    first, middle, last = explore.interpolate(gaussian(), *pictures, **given, solver="ddim")[0].double()
+    assert ((first + last) / 2 - middle).abs().max() <= 1
+    first, middle, last = explore.interpolate(gaussian(), *pictures, **given)[0].double()
+    assert ((first + last) / 2 - middle).abs().max() > 5
+
+
+def test_every_figure_takes_a_solver():
+    toy = gaussian(20)
+    images, _ = explore.progressive(toy, 2, slots=1, solver="ddim")
+    assert torch.equal(images[:, -1], toy.sample(2, solver="ddim"))
+    branches, _ = explore.shared(toy, 3, at=(0.5,), solver="ddim")
+    assert (branches == branches[:, :1]).all()  # nothing is left to chance below t
+    assert not (explore.shared(toy, 3, at=(0.5,))[0] == branches).all()
