@@ -188,3 +188,16 @@ def test_a_profile_keeps_what_the_run_knows(tmp_path, data, losses, monkeypatch)
     assert store.Run(tmp_path).steps() == [6, 8, 13]
     assert after["held_out"] == before["held_out"] == {"loss": 3.0, "step": 4, "measured": 8}
     assert after["health"]["first"] == before["health"]["first"] and after["last_step"] == 8
+
+
+def test_weights_that_give_no_picture_do_not_end_a_run(tmp_path, data, capsys):
+    chosen = recipe()
+    trainer = Trainer(chosen, chosen.model((1, 8, 8)), data)
+    with torch.no_grad():
+        for shadow in trainer.ema.shadow:
+            shadow.copy_(shadow.sign() * 1e30)
+    look.save_grids(trainer, tmp_path, look.sink.Nowhere(), lambda n: None)
+    assert "no preview at step 0: the chain ended in values that are not finite" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert list(tmp_path.iterdir()) == []

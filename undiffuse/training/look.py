@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source, open_raw, spread, unify
 from undiffuse.diffusion.sampler.ddim import DDIM
-from undiffuse.errors import DataError, UsageError
+from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.figure import grid, png
 from undiffuse.key import Key
 from undiffuse.machine import disk, dist, log, sink
@@ -110,23 +110,26 @@ class Lowest:
 def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[int], None]) -> None:
     """64 samples in 50 steps of the averaged weights, and of the weights as they are, from the same noise each time.
 
-    None if they cannot be drawn; `tick(n)` is called after every n of `preview_steps` and may raise: nothing is written
-    then.
+    None, and a warning, if they cannot be drawn; `tick(n)` is called after every n of `preview_steps` and may raise:
+    nothing is written then.
     """
     for averaged, name in ((True, f"step-{trainer.step:09d}.png"), (False, f"step-{trainer.step:09d}-raw.png")):
-        model = trainer.model(averaged)
         try:
-            model.config.parameterisation.check(model.process)
-        except UsageError as error:  # training it is allowed, and the reason is told to whoever asks for a sample
+            picture = grid(to_uint8(_preview(trainer, averaged, tick)))
+        # Such a process may be trained, and such weights are no reason to end a run; who asks for a sample is told.
+        except (UsageError, NotFiniteError) as error:
             log.warn(f"no preview at step {trainer.step}: {error}")
             return
-        times = model.times(_steps(trainer))
-        keys, cond = Key(0).fold("preview").rows(PREVIEWS), drawn(model.classes, PREVIEWS).conditioning
-        parts = [slice(i, i + _batch(trainer)) for i in range(0, PREVIEWS, _batch(trainer))]
-        x = torch.cat([model.chain(keys[part], times, DDIM(), cond.at(part), progress=tick) for part in parts])
-        picture = grid(to_uint8(x))
         disk.write_atomic(folder / name, png(picture))
         lines.image(trainer.step, "samples" if averaged else "samples of the raw weights", picture)
+
+
+def _preview(trainer: Trainer, averaged: bool, tick: Callable[[int], None]) -> Float[Tensor, "n c h w"]:
+    model = trainer.model(averaged)
+    keys, cond = Key(0).fold("preview").rows(PREVIEWS), drawn(model.classes, PREVIEWS).conditioning
+    parts = [slice(i, i + _batch(trainer)) for i in range(0, PREVIEWS, _batch(trainer))]
+    times = model.times(_steps(trainer))
+    return torch.cat([model.chain(keys[part], times, DDIM(), cond.at(part), progress=tick) for part in parts])
 
 
 def preview_steps(trainer: Trainer) -> int:

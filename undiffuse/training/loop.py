@@ -163,6 +163,9 @@ def _begin(
         refuse_changes(meta, trainer.meta())
         trainer.restore(tensors, step)
         say(f"resuming {run.path} at step {step}")
+    elif trainer.classes is not None:
+        dropped = f"; told none for {share:.0%} of the images" if (share := trainer.recipe.train.drop_label) else ""
+        say(f"labels: {len(trainer.classes.names)} classes, {trainer.classes.listed()}{dropped}")
     claim_data(run.path / "data.json", data, accept_data)
     disk.write_atomic(run.path / "config.toml", f"# format {FORMAT}\n{to_toml(trainer.recipe)}".encode())
     return meta
