@@ -25,6 +25,8 @@ from undiffuse.diffusion.denoiser import (
     FixedSmall,
     Prediction,
 )
+from undiffuse.diffusion.density import DENSITIES
+from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.objective import OBJECTIVES, Simple
 from undiffuse.diffusion.process import F64, PROCESSES, Cosine, Edm, Linear, Straight, per_image
 from undiffuse.diffusion.sampler.base import SAMPLERS, sample
@@ -94,6 +96,8 @@ CLASSES = {
     "objective": (OBJECTIVES, "my_objective:Huber"),
     "network": (NETWORKS, "my_network:Plain"),
     "sampler": (SAMPLERS, "my_sampler:Midpoint"),
+    "grid": (GRIDS, "my_grid:EvenLogsnr"),
+    "density": (DENSITIES, "my_density:Power"),
 }
 
 
@@ -170,6 +174,19 @@ def test_the_objective(mine):
     loss, plain = mine("objective", scale=0.3)(denoiser, x_0, NOTHING, keys), Simple()(denoiser, x_0, NOTHING, keys)
     assert torch.allclose(loss.per_example, (plain.per_example + 0.09).sqrt() - 0.3)
     assert torch.equal(loss.per_example, mine("objective", scale=0.3)(denoiser, x_0, NOTHING, keys).per_example)
+
+
+def test_the_grid(mine):
+    for process in (Edm(), Straight(), Linear()):
+        times = mine("grid").times(process, 9)
+        logsnr = process.logsnr(times[:-1])[1:]
+        assert times[0] == 1 and times[-1] == 0 and (logsnr.diff() / logsnr.diff()[0] - 1).abs().max() < 0.05
+
+
+def test_the_density(mine):
+    keys = Key(3).rows(1000)
+    expected = keys.fold("t").uniform().numpy() ** 3
+    assert mine("density", power=3.0).t(Straight(), keys).numpy() == pytest.approx(expected.clip(1e-5))
 
 
 def test_the_network(mine):
@@ -340,7 +357,8 @@ def test_the_picture_of_the_rows_is_the_table_that_is_tested():
 
 
 def test_architecture_counts_what_there_is():
-    tables = [PROCESSES, PARAMETERISATIONS, VARIANCES, NETWORKS, OBJECTIVES, SAMPLERS, PROCEDURAL, SINKS]
+    tables = [PROCESSES, PARAMETERISATIONS, VARIANCES, NETWORKS, GRIDS, DENSITIES, OBJECTIVES, SAMPLERS]
+    tables += [PROCEDURAL, SINKS]
     text = (DOCS / "architecture.md").read_text("utf-8")
     counted = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.MULTILINE))
     assert counted == {table.base.__name__: str(len(table.classes)) for table in tables}

@@ -23,7 +23,7 @@ ROWS = (
     ("", ("errors", "strict", "key", "config", "figure")),
     ("machine", ("disk", "log", "lock", "tensorfile", "store", "sink", "dist", "watch", "device")),
     ("network", ("base", "block", "unet")),
-    ("diffusion", ("process", "gaussian", "denoiser", "objective", "likelihood", "sampler/")),
+    ("diffusion", ("process", "grid", "density", "gaussian", "denoiser", "objective", "likelihood", "sampler/")),
     ("data", ("picture", "source", "order", "subset", "loader", "format/", "workers", "pack", "inspect")),
     ("interop", ("torchfile", "diffusers", "original")),
     ("model", ("recipe", "average", "classes", "model", "load")),

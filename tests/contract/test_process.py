@@ -7,6 +7,7 @@ import mpmath
 import pytest
 import torch
 
+from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.process import PROCESSES, Const, Cosine, Jsd, Linear, Process, Sigmoid, TableProcess
 from undiffuse.errors import UsageError
 
@@ -138,7 +139,7 @@ def test_the_large_variance_is_the_step_s_own(name):
 @pytest.mark.parametrize("steps", [None, 1, 2, 7, 50, 999, 1000])
 def test_the_grid(name, steps):
     process = build(name)
-    grid = process.grid(steps)
+    grid = Even().times(process, steps)
     assert len(grid) == (steps or 1000) + 1
     assert (grid[0], grid[-1]) == (1, 0)
     assert (grid[1:] < grid[:-1]).all()

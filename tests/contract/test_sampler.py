@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from undiffuse.diffusion.denoiser import FixedLarge, FixedSmall, Learned, Mu, Prediction
+from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight, per_image
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, renoise, sample
@@ -140,7 +141,7 @@ def test_heun_is_the_trapezium_rule():
 def test_samples_follow_the_law_of_the_discretised_chain(case):
     """Twenty thousand values in ten steps: mean and variance within four standard errors of the exact ones."""
     sampler, process = CASES[case], Linear()
-    times, width, rows = process.grid(10), 400, 50
+    times, width, rows = Even().times(process, 10), 400, 50
     x = sample(sampler, exact(process), process, Key(1).rows(rows), (width,), times).double()
     mean, std = law(sampler, process, times, 0.0, 1.0)
     count = width * rows
@@ -153,7 +154,7 @@ def test_samples_follow_the_law_of_the_discretised_chain(case):
 def test_the_two_fixed_variances_bracket_the_truth(process):
     """β̃ is right for a single point and β for N(0, I) (DDPM, §3.2): data between them are narrowed and widened."""
     name, process = process, PROCESSES.classes[process]()
-    times = process.grid()[:-1] if name in TABLES else process.time(logsnr_grid(300, -9, 9))
+    times = Even().times(process)[:-1] if name in TABLES else process.time(logsnr_grid(300, -9, 9))
     start = [float(value) for value in truth(process, times[0])]
     (mean, small), (_, large) = (law(Ancestral(v), process, times, *start) for v in (FixedSmall(), FixedLarge()))
     expected_mean, expected = (float(value) for value in truth(process, times[-1]))
@@ -241,7 +242,7 @@ def test_the_same_logsnr_grid_gives_the_same_samples_in_every_frame(case):
 @every_process
 def test_ddim_with_eta_1_is_the_ancestral_step_with_the_small_variance(process):
     process = PROCESSES.classes[process]()
-    times, keys = process.grid(9), Key(3).rows(5)
+    times, keys = Even().times(process, 9), Key(3).rows(5)
     start = process.prior_std * keys.fold("start").normal(7).double()
     both = [
         sample(CASES[c], exact(process), process, keys, (7,), times, None, start)
@@ -269,7 +270,7 @@ def clipped(process: Process):
 @every_case
 @pytest.mark.parametrize("process", [Linear(), Jsd(), Straight(), Edm()], ids=lambda process: type(process).__name__)
 def test_the_last_step_returns_the_clipped_x_0(case, process):
-    times, said = process.grid(6), []
+    times, said = Even().times(process, 6), []
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
         assert (t >= process.t_min).all()  # a network is never called below it
@@ -287,7 +288,7 @@ def test_the_last_step_returns_the_clipped_x_0(case, process):
 @every_case
 def test_a_chain_entered_half_way_sees_the_same_noise(case):
     process, keys, seen = Linear(), Key(5).rows(3), {}
-    times = process.grid(8)
+    times = Even().times(process, 8)
     whole = sample(CASES[case], clipped(process), process, keys, (4,), times, lambda n, x, t: seen.update({n: (x, t)}))
     assert list(seen) == [8, 7, 6, 5, 4, 3, 2, 1]
     for remaining, (x, t) in seen.items():
@@ -299,7 +300,7 @@ def test_a_chain_entered_half_way_sees_the_same_noise(case):
 @every_case
 def test_noise_does_not_depend_on_the_batch(case):
     process = Linear()
-    times, keys = process.grid(5), Key(6).rows(7)
+    times, keys = Even().times(process, 5), Key(6).rows(7)
     whole = sample(CASES[case], clipped(process), process, keys, (2, 3), times)
     parts = [sample(CASES[case], clipped(process), process, keys[i : i + 2], (2, 3), times) for i in range(0, 7, 2)]
     assert torch.equal(torch.cat(parts), whole)
@@ -311,7 +312,15 @@ def test_noise_does_not_depend_on_the_batch(case):
 @pytest.mark.parametrize("process", [Linear(), Edm()], ids=lambda process: type(process).__name__)
 def test_the_chain_starts_from_the_prior(process):
     seen = []
-    sample(DDIM(), clipped(process), process, Key(8).rows(50), (400,), process.grid(1), lambda n, x, t: seen.append(x))
+    sample(
+        DDIM(),
+        clipped(process),
+        process,
+        Key(8).rows(50),
+        (400,),
+        Even().times(process, 1),
+        lambda n, x, t: seen.append(x),
+    )
     assert float(seen[0].std()) == pytest.approx(process.prior_std, rel=0.02)
     assert float(seen[0].mean()) == pytest.approx(0, abs=0.03 * process.prior_std)
 
@@ -367,9 +376,9 @@ def test_a_learned_variance_and_mu_need_all_steps():
         (Ancestral(Learned()), learned, "learned log-variance belongs to steps of 1/T"),
         (Ancestral(FixedLarge()), mu, "mu prediction holds for steps of 1/T only"),
     ]:
-        assert sample(sampler, denoise, process, keys, (3,), process.grid()).isfinite().all()
+        assert sample(sampler, denoise, process, keys, (3,), Even().times(process)).isfinite().all()
         with pytest.raises(UsageError, match=message):
-            sample(sampler, denoise, process, keys, (3,), process.grid(5))
+            sample(sampler, denoise, process, keys, (3,), Even().times(process, 5))
 
 
 def test_the_last_step_of_mu_is_the_network_s_own_mean():
@@ -378,7 +387,7 @@ def test_the_last_step_of_mu_is_the_network_s_own_mean():
     def mu(x: torch.Tensor, t: torch.Tensor) -> Prediction:
         return Prediction(torch.zeros_like(x), x, mean=torch.full_like(x, 3.0))
 
-    assert (sample(Ancestral(), mu, process, keys, (3,), process.grid()) == 3).all()
+    assert (sample(Ancestral(), mu, process, keys, (3,), Even().times(process)) == 3).all()
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5])

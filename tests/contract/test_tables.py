@@ -4,12 +4,16 @@ import pytest
 
 from undiffuse.config import plain
 from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES
+from undiffuse.diffusion.density import DENSITIES
+from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.objective import OBJECTIVES
 from undiffuse.diffusion.process import PROCESSES
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.network.base import NETWORKS
 
 NAMES = {
+    GRIDS: "even karras",
+    DENSITIES: "uniform log-normal logit-normal",
     PROCESSES: "linear quad const warmup10 warmup50 jsd cosine continuous-cosine sigmoid edm straight",
     PARAMETERISATIONS: "eps x0 v mu edm",
     VARIANCES: "fixed-small fixed-large learned learned-range",

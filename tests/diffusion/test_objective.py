@@ -16,6 +16,7 @@ from undiffuse.diffusion.denoiser import (
     LearnedRange,
     Mu,
 )
+from undiffuse.diffusion.density import Uniform
 from undiffuse.diffusion.objective import (
     OBJECTIVES,
     Hybrid,
@@ -24,7 +25,6 @@ from undiffuse.diffusion.objective import (
     Vlb,
     by_quartile,
     quartile_sums,
-    uniform_time,
 )
 from undiffuse.diffusion.process import Jsd, Linear, Straight
 from undiffuse.errors import UsageError
@@ -86,7 +86,7 @@ def denoiser(row: str, network: nn.Module | None = None, process=None) -> Denois
 
 def noise(keys, x_0: torch.Tensor, process=None) -> tuple[torch.Tensor, torch.Tensor]:
     """The t and eps that an objective draws from these keys."""
-    return uniform_time(process or Linear(), keys), keys.fold("eps").normal(*x_0.shape[1:])
+    return Uniform().t(process or Linear(), keys), keys.fold("eps").normal(*x_0.shape[1:])
 
 
 # --- step 0 of Table 2 ---
@@ -136,7 +136,7 @@ def test_the_rows_are_those_of_the_paper():
 def rows_with_both_ends():
     """Sixteen rows, and with them one row each that draws the first, the second and the last t."""
     root = Key(0).fold("step 0")
-    n = (uniform_time(Linear(), root.rows(4000)) * 1000).round()
+    n = (Uniform().t(Linear(), root.rows(4000)) * 1000).round()
     ends = [int((n == end).nonzero()[0, 0]) for end in (1, 2, 1000)]
     return root.rows(torch.tensor([*ends, *range(16)]))
 
@@ -190,14 +190,14 @@ def test_same_keys_same_bits_and_each_row_by_itself(name):
 
 
 def test_t_is_uniform_on_the_grid():
-    n = (uniform_time(Linear(steps=10), Key(4).rows(20_000)) * 10).round()
+    n = (Uniform().t(Linear(steps=10), Key(4).rows(20_000)) * 10).round()
     assert n.unique().tolist() == list(range(1, 11))
     counts = n.histc(10, 1, 10)
     assert float(((counts - 2000) ** 2 / 2000).sum()) < 27.9  # χ² with 9 degrees of freedom, p = 0.001
 
 
 def test_t_is_uniform_on_the_interval():
-    t = uniform_time(Straight(), Key(5).rows(20_000))
+    t = Uniform().t(Straight(), Key(5).rows(20_000))
     assert t.dtype == F64 and float(t.min()) >= 1e-5 and float(t.max()) <= 1
     assert float(t.mean()) == pytest.approx(0.5, abs=0.01) and float(t.var()) == pytest.approx(1 / 12, rel=0.02)
 

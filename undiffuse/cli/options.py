@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from undiffuse.data.format.packed import PackedSource
     from undiffuse.data.source import ArraySource
     from undiffuse.model.classes import Told
-    from undiffuse.model.model import Model
+    from undiffuse.model.model import Model, Steps
 
 ModelArg = Annotated[
     str,
@@ -37,6 +37,10 @@ StepsOpt = Annotated[
 ]
 TimesOpt = Annotated[
     str | None, typer.Option("--times", help="The times t of the steps instead, decreasing: 1,0.5,0.1")
+]
+GridOpt = Annotated[
+    str | None,
+    typer.Option("--grid", help="How --steps are spread: even (in t) or karras; unless given, what suits the process"),
 ]
 SolverOpt = Annotated[str, typer.Option("--solver", help="Sampler: ancestral (the paper's), ddim or heun")]
 EtaOpt = Annotated[
@@ -122,12 +126,13 @@ def said(told: "Told", model: "Model") -> dict[str, str]:
     return {} if model.classes is None else {"labels": told.words}
 
 
-def choose_steps(steps: int | None, times: str | None) -> int | list[float] | None:
-    """What `Model.times` takes, of --steps and --times."""
+def choose_steps(model: "Model", steps: int | None, times: str | None, grid: str | None) -> "Steps":
+    """What `Model.times` takes, of --steps, --times and --grid."""
     if times is None:
-        return steps
-    if steps is not None:
-        raise UsageError(f"--steps {steps} and --times {times} say the same twice; give one of them")
+        return steps if grid is None else model.times(steps, grid)
+    for option, value in (("--steps", steps), ("--grid", grid)):
+        if value is not None:
+            raise UsageError(f"{option} {value} and --times {times} say the same twice; give one of them")
     try:
         return [float(part) for part in times.split(",")]
     except ValueError as error:

@@ -11,6 +11,7 @@ from undiffuse.cli.options import (
     DataArg,
     DeviceOpt,
     EtaOpt,
+    GridOpt,
     LabelOpt,
     ModelArg,
     OutOpt,
@@ -47,6 +48,7 @@ def sample(
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
+    grid: GridOpt = None,
     solver: SolverOpt = "ancestral",
     eta: EtaOpt = None,
     clip: ClipOpt = True,
@@ -84,7 +86,8 @@ def sample(
     if out is not None:
         explore.refuse_drawn(out)
     writable(npz, overwrite, picture=False)
-    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
+    loaded = open_model(model, device, clip, variance, weights)
+    chosen = choose_steps(loaded, steps, times, grid)
     rows = loaded.count(1, label) > 1
     n = (8 if rows else 64) if n is None else n
     total = loaded.count(n, label)
@@ -104,6 +107,7 @@ def progressive(
     slots: Annotated[int | None, typer.Option("--slots", help="Number of columns; 20 unless given")] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
+    grid: GridOpt = None,
     solver: SolverOpt = "ancestral",
     eta: EtaOpt = None,
     clip: ClipOpt = True,
@@ -127,7 +131,8 @@ def progressive(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
+    loaded = open_model(model, device, clip, variance, weights)
+    chosen = choose_steps(loaded, steps, times, grid)
     total = len(loaded.times(chosen)) - 1
     slots = min(20, total) if slots is None else slots
     with ticking(total, "progressive", as_json) as tick:
@@ -145,6 +150,7 @@ def shared(
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
+    grid: GridOpt = None,
     solver: SolverOpt = "ancestral",
     eta: EtaOpt = None,
     clip: ClipOpt = True,
@@ -169,7 +175,8 @@ def shared(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
+    loaded = open_model(model, device, clip, variance, weights)
+    chosen = choose_steps(loaded, steps, times, grid)
     at = at or [1.0, 0.75, 0.5, 0.25]
     with ticking(explore.shared_steps(loaded, at, chosen), "shared latents", as_json) as tick:
         images, branches = explore.shared(loaded, n, seed, at, chosen, tick, loaded.sampler(solver, eta), label)
@@ -196,6 +203,7 @@ def interpolate(
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
+    grid: GridOpt = None,
     solver: SolverOpt = "ancestral",
     eta: EtaOpt = None,
     clip: ClipOpt = True,
@@ -221,7 +229,8 @@ def interpolate(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
+    loaded = open_model(model, device, clip, variance, weights)
+    chosen = choose_steps(loaded, steps, times, grid)
     pictures = loaded.picture(first), loaded.picture(second)
     if mix and count is not None:
         raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
@@ -251,6 +260,7 @@ def neighbours(
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
+    grid: GridOpt = None,
     solver: SolverOpt = "ancestral",
     eta: EtaOpt = None,
     clip: ClipOpt = True,
@@ -280,7 +290,8 @@ def neighbours(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded, chosen = open_model(model, device, clip, variance, weights), choose_steps(steps, times)
+    loaded = open_model(model, device, clip, variance, weights)
+    chosen = choose_steps(loaded, steps, times, grid)
     source, box = open_like(loaded, data, "train", skip_bad), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
     total = loaded.count(n, label)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from undiffuse.diffusion.denoiser import Denoiser, bound_term
 from undiffuse.diffusion.gaussian import bits, prior_kl
+from undiffuse.diffusion.grid import suited
 from undiffuse.diffusion.process import F64, Process
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
@@ -78,7 +79,7 @@ def concatenate(parts: list[Terms]) -> Terms:
 
 def chain(process: Process, steps: int | None = None) -> Float[Tensor, "times"]:
     """The times of the bound, ascending from 0; 1/T is always one of them, because the decoder stands there."""
-    times = process.grid(steps).flip(0)
+    times = suited(process).times(process, steps).flip(0)
     if times[1] > process.t_min:
         times = torch.cat([times[:1], torch.tensor([process.t_min], dtype=F64), times[1:]])
     return times

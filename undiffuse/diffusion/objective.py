@@ -5,7 +5,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from undiffuse.config import NonNegative, Positive, Table
 from undiffuse.diffusion.denoiser import Denoiser, Prediction, bound_term
+from undiffuse.diffusion.density import DENSITIES, Density, Uniform, suited
 from undiffuse.diffusion.process import PROCESSES, Process
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning
+
+UNIFORM = Uniform()  # the bound is a sum over all steps, each as likely
 
 
 class Loss(NamedTuple):
@@ -38,14 +41,6 @@ def quartile_sums(loss: Float[Tensor, "b"], t: Float[Tensor, "b"]) -> Float[Tens
 def by_quartile(sums: Float[Tensor, "2 4"]) -> dict[str, float]:
     """The mean of each quarter that had examples, as `loss_q1` … `loss_q4`."""
     return {f"loss_q{i}": total / count for i, (total, count) in enumerate(sums.T.tolist(), 1) if count}
-
-
-def uniform_time(process: Process, keys: Keys) -> Float[Tensor, "b"]:
-    """Uniform on the grid 1/T … 1 of a table, or on [t_min, 1]; float64 on the CPU."""
-    keys = keys.fold("t").to("cpu")
-    if process.steps is not None:
-        return (keys.integers(process.steps) + 1).double() / process.steps
-    return process.t_min + (1 - process.t_min) * keys.uniform()
 
 
 class Objective(ABC):
@@ -81,9 +76,11 @@ class Noised(NamedTuple):
     error: Float[Tensor, "b"]
 
 
-def noised(denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Noised:
+def noised(
+    denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys, density: Density | None = None
+) -> Noised:
     """One draw of t and of x_t for each example, and the network's answer to it."""
-    t, eps = uniform_time(denoiser.process, keys), keys.fold("eps").normal(*x_0.shape[1:])
+    t, eps = (density or suited(denoiser.process)).t(denoiser.process, keys), keys.fold("eps").normal(*x_0.shape[1:])
     x_t = denoiser.process.marginal(x_0, eps, t)
     prediction = denoiser(x_t, t, cond)
     error = (denoiser.target(x_0, eps, t) - prediction.output).square().flatten(1).mean(1)
@@ -97,13 +94,17 @@ def previous(process: Process, t: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
 
 @dataclass(frozen=True)
 class Simple(Objective):
-    """mean (target − F)², t uniform: L_simple (Eq. 14) for eps, and its like for the other parameterisations."""
+    """mean (target − F)²: L_simple (Eq. 14) for eps and t uniform, and its like for the other parameterisations.
 
+    `density` is how often each t is trained on; unless given, what suits the process.
+    """
+
+    density: Annotated[Density, DENSITIES] | None = None
     needs_learned: ClassVar[bool | None] = False
     needs_x_0: ClassVar[bool] = False
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t, _, _, error = noised(denoiser, x_0, cond, keys)
+        t, _, _, error = noised(denoiser, x_0, cond, keys, self.density)
         return Loss(error, {"simple": error}, t)
 
 
@@ -112,10 +113,11 @@ class MinSnr(Objective):
     """min(SNR, gamma) on the error of x̂_0, written on that of F (Hang et al. 2023)."""
 
     gamma: Positive = 5.0
+    density: Annotated[Density, DENSITIES] | None = None
     needs_learned: ClassVar[bool | None] = False
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t, _, _, error = noised(denoiser, x_0, cond, keys)
+        t, _, _, error = noised(denoiser, x_0, cond, keys, self.density)
         snr = denoiser.process.logsnr(t).exp()
         c_out = denoiser.parameterisation.coefficients(denoiser.process, t).out
         weight = snr.clamp(max=self.gamma) * c_out.square()
@@ -129,7 +131,7 @@ class Vlb(Objective):
     needs_table: ClassVar[bool] = True
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t, x_t, prediction, error = noised(denoiser, x_0, cond, keys)
+        t, x_t, prediction, error = noised(denoiser, x_0, cond, keys, UNIFORM)
         term = bound_term(denoiser, prediction, x_0, x_t, t, previous(denoiser.process, t))
         return Loss(term, {"simple": error, "vlb": term}, t)
 
@@ -144,7 +146,7 @@ class Hybrid(Objective):
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
         process = denoiser.process
-        t, x_t, prediction, error = noised(denoiser, x_0, cond, keys)
+        t, x_t, prediction, error = noised(denoiser, x_0, cond, keys, UNIFORM)
         mean = None if prediction.mean is None else prediction.mean.detach()
         frozen = prediction._replace(x_0=prediction.x_0.detach(), mean=mean)
         term = bound_term(denoiser, frozen, x_0, x_t, t, previous(process, t))

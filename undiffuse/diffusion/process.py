@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,8 +26,17 @@ def per_image(value: Float[Tensor, "b"], like: Float[Tensor, "b *x"]) -> Float[T
     return value.to(device=like.device, dtype=like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
+class Suits(NamedTuple):
+    """The names, in their tables, of what suits a process where a user names no other."""
+
+    grid: str = "even"
+    density: str = "uniform"
+
+
 class Process(ABC):
     """`logsnr(t)`, strictly decreasing from +∞, and a frame."""
+
+    suits: ClassVar[Suits] = Suits()
 
     frame: ClassVar[Literal["variance preserving", "variance exploding", "straight"]] = "variance preserving"
     steps: int | None = None
@@ -95,15 +104,6 @@ class Process(ABC):
         logsnr_t, logsnr_s = self.logsnr(t), self.logsnr(s)
         scale = self._frame(logsnr_s)[0].square() / torch.sigmoid(logsnr_s)
         return scale * -torch.expm1(logsigmoid(logsnr_t) - logsigmoid(logsnr_s))
-
-    def grid(self, steps: int | None = None) -> Float[Tensor, "times"]:
-        """The ancestral grid 1, (T−1)/T, …, 1/T, 0, or `steps` steps spread evenly over it, each at a point of it."""
-        if steps is not None and not 1 <= steps <= (self.steps or steps):
-            most = f"1 to {self.steps}" if self.steps else "1 or more"
-            raise UsageError(f"steps = {steps} is not possible; this model takes {most}")
-        total = self.steps or steps or 1000
-        indices = torch.linspace(total, 0, (steps or total) + 1, dtype=F64).round()
-        return indices / total
 
     def on_grid(self, t: float | int) -> float:
         """t at the nearest n/T of a table; elsewhere t itself, or t_min where t lies between that and 0."""
@@ -276,6 +276,7 @@ class Cosine(TableProcess):
 class Straight(Process):
     """x_t = (1 − t) x_0 + t eps: the path of rectified flow (Liu et al. 2022)."""
 
+    suits: ClassVar[Suits] = Suits(density="logit-normal")
     frame: ClassVar[str] = "straight"
 
     def logsnr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -294,6 +295,7 @@ class Straight(Process):
 class Edm(Process):
     """x_t = x_0 + sigma eps with sigma = t sigma_max (Karras et al. 2022); where to look along it is the grid's."""
 
+    suits: ClassVar[Suits] = Suits("karras", "log-normal")
     frame: ClassVar[str] = "variance exploding"
     sigma_max: Positive = 80.0
 

@@ -16,6 +16,7 @@ from undiffuse.data import picture
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.source import ArraySource, open_raw, unify
 from undiffuse.diffusion.denoiser import VARIANCES, Denoiser, Prediction, Variance
+from undiffuse.diffusion.grid import GRIDS, Grid, suited
 from undiffuse.diffusion.process import F64, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
@@ -193,13 +194,17 @@ class Model:
         batch = _share(n, batch)
         return len(range(dist.rank() * batch, n, dist.size() * batch)) * (len(self.times(steps)) - 1)
 
-    def times(self, steps: Steps = None) -> Float[Tensor, "times"]:
-        """The grid that sampling walks: all of the table, that many steps spread evenly, or these times and 0.
+    def times(self, steps: Steps = None, grid: str | Grid | None = None) -> Float[Tensor, "times"]:
+        """The times that sampling walks: all of the table, that many steps of a grid, or these times and 0.
 
-        Times fall strictly; on a table each is moved to the nearest n/T.
+        `grid` is what suits the process unless it is named. Times fall strictly; on a table each is moved to the
+        nearest n/T.
         """
         if steps is None or not (isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0):
-            return self.process.grid(None if steps is None else whole("steps", steps))
+            chosen = suited(self.process) if grid is None else GRIDS.build(grid, trusted=True)
+            return chosen.times(self.process, None if steps is None else whole("steps", steps))
+        if grid is not None:
+            raise UsageError(f"the times are given, so that no grid ({grid}) can choose them; leave one of them out")
         steps = [float(t) for t in steps]  # pyright: ignore[reportGeneralTypeIssues]
         given = list(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
         if not given or not all(self.process.t_min <= t <= 1 for t in given):

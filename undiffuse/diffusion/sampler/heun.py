@@ -10,12 +10,15 @@ from undiffuse.diffusion.process import Process, per_image
 from undiffuse.diffusion.sampler.base import Denoise, Sampler
 from undiffuse.key import Keys
 
+NOISE = 1000  # sigma/alpha from which no data is left in x_t
+
 
 @dataclass(frozen=True)
 class Heun(Sampler):
     """The trapezium rule for d(x/alpha) = ε̂ d(sigma/alpha): DDIM's step, with the mean of ε̂ at its two ends.
 
-    A step from alpha = 0, where sigma/alpha is infinite, and the step to s = 0 are DDIM's.
+    The step to s = 0 is DDIM's, and so is one from pure noise, where sigma/alpha is infinite or as good as that: the
+    rule would weigh a rounding of ε̂ with it.
     """
 
     order: ClassVar[int] = 2
@@ -32,7 +35,7 @@ class Heun(Sampler):
     ) -> tuple[Float[Tensor, "b *x"], Any]:
         x_0, eps = _ends(denoise, process, x, t)
         euler = process.marginal(x_0, eps, s)
-        if s[0] == 0 or process.alpha(t)[0] == 0:
+        if s[0] == 0 or process.sigma(t)[0] > NOISE * process.alpha(t)[0]:
             return euler, state
         _, eps_s = _ends(denoise, process, euler, s)
         length = process.sigma(s) - process.alpha(s) * process.sigma(t) / process.alpha(t)

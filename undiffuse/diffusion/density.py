@@ -1,0 +1,70 @@
+"""How often each t is trained on. It weights the loss, as does a factor on it, but with less noise.
+
+A process names the density that suits it (`Process.suits`); an objective may name another.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.config import Positive, Table
+from undiffuse.diffusion.process import Process
+from undiffuse.key import Keys
+
+
+class Density(ABC):
+    """A distribution of t over [t_min, 1]."""
+
+    @abstractmethod
+    def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
+        """A t for each key, float64 on the CPU, in [0, 1]."""
+
+    def t(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
+        """A t for each key, at which a network may be asked: a point n/T of a table, else at least t_min."""
+        drawn = self.draw(process, keys.fold("t").to("cpu"))
+        if process.steps is not None:
+            drawn = (drawn * process.steps).round() / process.steps
+        return drawn.clamp(process.t_min, 1)
+
+
+@dataclass(frozen=True)
+class Uniform(Density):
+    """Uniform on the grid 1/T … 1 of a table (DDPM), or on [t_min, 1]."""
+
+    def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
+        if process.steps is not None:
+            return (keys.integers(process.steps) + 1).double() / process.steps
+        return process.t_min + (1 - process.t_min) * keys.uniform()
+
+
+@dataclass(frozen=True)
+class LogNormal(Density):
+    """ln(σ/alpha) is normal (Karras et al. 2022, Table 1)."""
+
+    mean: float = -1.2
+    std: Positive = 1.2
+
+    def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
+        return process.time(-2 * (self.mean + self.std * keys.normal().double()))
+
+
+@dataclass(frozen=True)
+class LogitNormal(Density):
+    """t is the logistic function of a normal (Esser et al. 2024, Eq. 19)."""
+
+    mean: float = 0.0
+    std: Positive = 1.0
+
+    def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
+        return torch.sigmoid(self.mean + self.std * keys.normal().double())
+
+
+DENSITIES: Table[Density] = Table("density", Density, "undiffuse.diffusion.density")
+
+
+def suited(process: Process) -> Density:
+    """The density that a process names as its own."""
+    return DENSITIES.build(process.suits.density)
