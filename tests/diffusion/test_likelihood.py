@@ -147,6 +147,24 @@ def test_strata_cover_the_chain_once(steps, draws):
     assert ranges[0] == (0, 1) or draws < 8  # with enough draws the decoder's term is never left to chance
 
 
+def test_strata_end_at_the_nearest_whole_numbers_of_a_geometric_row():
+    """1001^(i/8) is 1, 2.37, 5.62, 13.3, 31.6, 75.0, 177.9, 422.0, 1001; 0.2 · 5 steps leave no room for two."""
+    assert [a for a, _ in strata(1000, 8)] == [0, 1, 5, 12, 31, 74, 177, 421]
+    assert strata(12, 4) == [(0, 1), (1, 3), (3, 6), (6, 12)]  # 13^(i/4) is 1, 1.90, 3.61, 6.85, 13
+    assert strata(5, 4) == [(0, 1), (1, 2), (2, 3), (3, 5)]  # of 1, 1.57, 2.45, 3.83, 6 two round to 2
+
+
+def test_the_summary_of_two_images_exactly():
+    """Totals of 4 and 7 bits/dim: the mean is 5.5, and its standard error √(½ · 3²/2) = 1.5."""
+    bits = np.array([[1.0, 0.5], [2.0, 1.0]])  # the second column stands for four terms
+    index = np.array([[0, 3], [0, 1]])
+    summary = Terms(np.array([1.0, 1.0]), bits, bits, index, np.array([1.0, 4.0])).summary()
+    assert summary == {
+        "images": 2, "bits_per_dim": 5.5, "standard_error": pytest.approx(1.5, rel=1e-12), "prior": 1.0, "rate": 3.0,
+        "decoder": 1.5,
+    }  # fmt: skip
+
+
 def test_noise_does_not_depend_on_the_batch():
     law, process = Gaussian(shape=(1, 4, 4)), Linear(steps=20, beta_end=0.5)
     x_0, keys = images(law, 6), Key(1).rows(6)

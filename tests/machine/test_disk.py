@@ -42,6 +42,20 @@ def test_the_name_comes_after_the_bytes_are_durable(tmp_path, monkeypatch):
     assert changes == ["create", "write", "sync", "rename", "sync"]
 
 
+def inode(path):
+    return path.stat().st_ino
+
+
+@pytest.mark.parametrize("write", [write_atomic, write_new])
+def test_what_the_system_is_asked_to_sync_is_the_file_and_then_its_folder(tmp_path, monkeypatch, write):
+    """By the inodes that `os.fsync` is given, in order; a new folder makes the one above it be synced first."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    write(tmp_path / "new" / "folder" / "a", b"x")
+    new = tmp_path / "new"
+    assert synced == [inode(tmp_path), inode(new), inode(new / "folder" / "a"), inode(new / "folder")]
+
+
 def test_large_data_are_written_in_pieces_and_short_writes_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "CHUNK", 7)
     data = bytes(range(256))

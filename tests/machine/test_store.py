@@ -83,6 +83,16 @@ def test_tensors_and_meta_come_back_bit_for_bit(tmp_path):
     loaded["adam"]["step/a.b"].add_(1)  # memory of its own, to be trained on
 
 
+def test_every_file_of_a_checkpoint_is_synced_then_its_folder_then_the_run_s(run, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    with run.lock():
+        folder = run.save(400, {**state(400), "ema": state(400)["model"]}, {})
+    order = [run.path, *(folder / f"{name}.safetensors" for name in ("model", "ema")), folder / "meta.json",
+             folder / "manifest.json", folder, run.path]  # fmt: skip
+    assert synced == [path.stat().st_ino for path in order]
+
+
 def test_only_some_files_can_be_asked_for(tmp_path):
     run = Run(tmp_path / "run")
     with run.lock():

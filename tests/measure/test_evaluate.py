@@ -55,6 +55,14 @@ def test_another_number_of_images_in_the_same_folder_is_measured_as_if_alone(toy
         assert json.loads((tmp_path / "summary.json").read_text())["images"] == count
 
 
+def test_an_image_s_terms_do_not_depend_on_the_size_of_a_batch(toy, source):
+    """Its noise is keyed by its number in the set, not by its place in a batch."""
+    for draws in (None, 4):
+        three, seven = (nll(toy, source, Nll(draws=draws, batch=batch)) for batch in (3, 7))
+        for name in ("prior", "bits", "mse", "index"):
+            np.testing.assert_allclose(getattr(three, name), getattr(seven, name), rtol=1e-4, atol=1e-6)
+
+
 def test_a_finished_batch_is_not_measured_again_and_is_counted(toy, source, tmp_path):
     counted: list[int] = []
     nll(toy, source, Nll(6, batch=3), tmp_path)

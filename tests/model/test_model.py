@@ -9,14 +9,14 @@ from torch import nn
 
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.pack import pack
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedLarge, FixedSmall
+from undiffuse.diffusion.denoiser import X0, Denoiser, Eps, FixedLarge, FixedSmall
 from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.process import F64, ContinuousCosine, Linear, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
-from undiffuse.model.load import load
+from undiffuse.model.load import from_weights, load, save
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
@@ -179,3 +179,12 @@ def test_a_notebook_shows_what_a_model_is():
     cells = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", html))
     assert cells["images"] == "28×28, grey" and cells["network"] == "UNet, 639,796 weights"
     assert cells["process"] == "cosine, 1,000 steps" and cells["trained on"].endswith("steps")
+
+
+def test_what_is_loaded_neither_drops_out_nor_wants_gradients(tmp_path):
+    config = ModelConfig((1, 8, 8), Linear(10), Eps(), FixedSmall(), UNet(8, (1,), 1, (), dropout=0.5))
+    network = config.build(clip=True).network
+    save(from_weights(config, dict(network.named_parameters()), {}), tmp_path / "model.safetensors")
+    for made in (from_weights(config, dict(network.named_parameters()), {}), load(tmp_path / "model.safetensors")):
+        assert not any(module.training for module in made.denoiser.modules()) and made.denoiser.clip
+        assert not any(weight.requires_grad for weight in made.denoiser.parameters())

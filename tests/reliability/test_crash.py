@@ -212,15 +212,43 @@ class Platter:
             if change == "rename":
                 self.find(detail.parent).live[detail.name] = node
 
-    def write(self, place, names, node=None):
-        """Puts into a real folder what is left: of data what was synced, of names the `live` or the `durable` ones."""
+    def folders(self, node=None):
+        """All folders, below each other."""
         node = node or self.nodes
-        if isinstance(node.live, dict):
-            place.mkdir()
-            for name, child in getattr(node, names).items():
-                self.write(place / name, names, child)
+        below = [child for child in node.live.values() if isinstance(child.live, dict)]
+        return [node, *(each for child in below for each in self.folders(child))]
+
+    def left(self, durable, node=None):
+        """What is left: of data what was synced, of names the durable ones in these folders, in others the live ones.
+
+        The system may write out the names of any folder before it is asked to, and of none.
+        """
+        node = node or self.nodes
+        if not isinstance(node.live, dict):
+            return node.durable
+        names = node.durable if node in durable else node.live
+        return {name: self.left(durable, child) for name, child in sorted(names.items())}
+
+    def outcomes(self):
+        """What may be left, each once: all names durable or all live, and any one folder unlike the others."""
+        every = self.folders()
+        choices = [
+            every,
+            [],
+            *([one] for one in every),
+            *([each for each in every if each is not one] for one in every),
+        ]
+        return {repr(tree): tree for tree in map(self.left, choices)}
+
+
+def put(place, tree):
+    """Makes a real folder of it."""
+    place.mkdir()
+    for name, content in tree.items():
+        if isinstance(content, dict):
+            put(place / name, content)
         else:
-            place.write_bytes(node.durable)
+            (place / name).write_bytes(content)
 
 
 def recorded(tmp_path, monkeypatch):
@@ -247,12 +275,11 @@ def broken_promises(tmp_path, changes):
     broken = []
     for cut in range(len(changes) + 1):
         promised = max((step for change, _, step in changes[:cut] if change == "returned"), default=0)
-        for names in ("live", "durable"):
-            place = tmp_path / f"{cut}-{names}"
-            Platter(tmp_path / "disk", changes[:cut]).write(place, names)
+        for number, tree in enumerate(Platter(tmp_path / "disk", changes[:cut]).outcomes().values()):
+            put(place := tmp_path / f"{cut}-{number}", tree)
             run = Run(place / "run")
             if good(run) != run.steps() or max(run.steps(), default=0) < promised:
-                broken.append((cut, names))
+                broken.append((cut, number))
             shutil.rmtree(place)
     return broken
 
@@ -264,12 +291,24 @@ def test_power_loss_after_every_change(tmp_path, monkeypatch, small_writes, no_s
     assert broken_promises(tmp_path, changes) == []
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+SYNCS = {
+    "of files": lambda folder, after: not folder,
+    "of folders": lambda folder, after: folder,
+    "between a rename to trash and a removal": lambda folder, after: after == "unlink",
+}
+
+
+@pytest.mark.parametrize("kind", SYNCS)
 def test_the_power_loss_test_can_fail(tmp_path, monkeypatch, small_writes, no_sync, kind):
-    """Neither the sync of files nor that of folders is superfluous."""
+    """No kind of sync is superfluous."""
     changes = recorded(tmp_path, monkeypatch)
     folders = {path for change, path, _ in changes if change == "mkdir"} | {tmp_path / "disk"}
-    kept = [each for each in changes if each[0] != "sync" or (each[1] in folders) != (kind == "folder")]
+    after = [change for change, *_ in changes[1:]] + ["end"]
+    kept = [
+        each
+        for each, then in zip(changes, after, strict=True)
+        if each[0] != "sync" or not SYNCS[kind](each[1] in folders, then)
+    ]
     assert len(kept) < len(changes)
     assert broken_promises(tmp_path, kept) != []
 

@@ -3,16 +3,24 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.training.test_loop import assert_equal, recipe, run, state
 from undiffuse.config import plain
+from undiffuse.diffusion.denoiser import Denoiser
+from undiffuse.diffusion.sampler.base import sample
+from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import Preempted, UsageError
+from undiffuse.key import Key
 from undiffuse.machine import log, store
 from undiffuse.machine.log import read_rows
+from undiffuse.machine.sink import Nowhere
 from undiffuse.machine.watch import Flag
 from undiffuse.model.load import load
+from undiffuse.model.model import to_float, to_uint8
 from undiffuse.network.base import NOTHING
 from undiffuse.training import look, loop
 from undiffuse.training.look import Lowest
@@ -136,6 +144,51 @@ def test_few_held_out_images_are_seen_with_many_noises(data):
     one = look.held_out_loss(trainer, look.Held(data.images[:1], NOTHING))
     assert one == pytest.approx(1.0, abs=4 * (2 / 64 / look.TERMS) ** 0.5)  # a fresh network: the mean of eps²
     assert one != look.held_out_loss(trainer, look.Held(data.images[1:2].clone(), NOTHING)) or trainer.step == 0
+
+
+def trained(data, **train) -> Trainer:
+    """Two steps of 0.01, after which the average is another network than the last one; with dropout."""
+    sections = {"process": {"steps": 4}, "objective": {"name": "vlb"}}
+    chosen = recipe(**sections, train={"precision": "float32", "warmup": 0, "ema": 0.5, **train})
+    one = Trainer(chosen, chosen.model((1, 8, 8)), data)
+    for _ in range(2):
+        one.update(6)
+    return one
+
+
+def by_hand(one: Trainer, weights: list[torch.Tensor], clip: bool) -> Denoiser:
+    denoiser = one.config.build(clip).eval().requires_grad_(False)
+    denoiser.network.load_state_dict(dict(zip(one.names, weights, strict=True)))
+    return denoiser
+
+
+@pytest.mark.parametrize("micro", [8, 3])
+def test_the_held_out_loss_is_the_objective_of_the_average_on_each_image(data, monkeypatch, micro):
+    """Without dropout and clipping; row r sees image r mod 5, of so many that 18 losses are at least averaged."""
+    monkeypatch.setattr(look, "TERMS", 18)
+    one, images, rows = trained(data, micro_batch=micro), data.images[:5], torch.arange(5 * 4)
+    keys, x_0 = Key(0).fold("held out").rows(rows), to_float(images[rows % 5])
+    for weights, clip, same in (
+        (one.ema.shadow, False, True),
+        (one.ema.shadow, True, False),
+        (one.weights, False, False),
+    ):
+        expected = one.recipe.objective(by_hand(one, weights, clip), x_0, NOTHING, keys).per_example.mean()
+        assert (look.held_out_loss(one, look.Held(images, NOTHING)) == pytest.approx(float(expected), rel=1e-5)) is same
+
+
+def test_previews_are_of_the_average_and_of_the_weights_from_the_same_noise(tmp_path, data):
+    """64 deterministic samples each, eight a row, from noise that is not keyed by the step."""
+    one = trained(data)
+    look.save_grids(one, tmp_path, Nowhere(), lambda n: None)
+    noise = Key(0).fold("preview").rows(64)
+    for name, weights in (("step-000000002.png", one.ema.shadow), ("step-000000002-raw.png", one.weights)):
+        denoiser = by_hand(one, weights, clip=True)
+        x = sample(DDIM(), denoiser, one.recipe.process, noise, (1, 8, 8), torch.arange(4, -1, -1).double() / 4)
+        with Image.open(tmp_path / name) as picture:
+            sheet = torch.from_numpy(np.array(picture))[1:, 1:].reshape(8, 9, 8, 9)[:, :8, :, :8]
+        found = sheet.transpose(1, 2).reshape(64, 1, 8, 8)
+        assert (found.int() - to_uint8(x).int()).abs().max() <= 1  # a value at a half may be rounded either way
 
 
 def test_the_time_of_previews_is_not_that_of_steps(tmp_path, data, monkeypatch, capsys):
