@@ -1,5 +1,6 @@
 """What one step tells the network, draws and minimises, each against a formula: never the run against itself."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ import torch
 
 from tests.training.test_loop import recipe
 from undiffuse.diffusion.objective import Loss, Objective
+from undiffuse.errors import NotFiniteError
 from undiffuse.key import Key
 from undiffuse.model.average import exponent
 from undiffuse.model.model import to_float
@@ -165,3 +167,99 @@ def test_the_norm_that_is_told_is_that_before_clipping(data):
     told = [one.update(6)["grad_norm"] for one in (free, bound)]
     squares = sum(weight.grad.double().square().sum() for weight in free.weights)
     assert told == pytest.approx([float(squares.sqrt())] * 2, rel=1e-5)
+
+
+@dataclass(frozen=True)
+class Odd(Objective):
+    """An infinite loss with a gradient of 0, or the other way round; and the type in which products are taken."""
+
+    kind: str = ""
+    types: ClassVar[list[torch.dtype]] = []
+
+    def __call__(self, denoiser, x_0, cond, keys):
+        weight = denoiser.network.conv_in.weight.sum() * 0
+        self.types.append((x_0[0, 0] @ x_0[0, 0]).dtype)
+        extra = {"loss": weight + float("inf"), "gradient": weight.abs().sqrt(), "": weight}[self.kind]
+        return Loss(x_0.flatten(1).mean(1) + extra, {}, torch.zeros(len(x_0)))
+
+
+@pytest.mark.parametrize("kind, message", [("loss", "the loss is inf and"), ("gradient", "and the gradient norm nan")])
+def test_a_loss_and_a_gradient_that_is_not_finite_each_stop_the_step(data, kind, message):
+    one = made(data, Odd(kind))
+    with pytest.raises(NotFiniteError, match=message):
+        one.update(6)
+    assert one.step == 0 and not one.adam.state
+
+
+@dataclass(frozen=True)
+class Bad(Objective):
+    """A loss that is NaN for the black images."""
+
+    def __call__(self, denoiser, x_0, cond, keys):
+        black = x_0.flatten(1).amax(1) == -1
+        weight = denoiser.network.conv_in.weight.sum()
+        return Loss(torch.where(black, float("nan"), weight * 1.0), {}, torch.zeros(len(x_0)))
+
+
+@pytest.mark.parametrize("micro", [8, 3])
+def test_the_examples_whose_loss_is_not_finite_are_named_and_no_others(data, micro):
+    images = data.images.clone()
+    images[[5, 40]] = 0
+    one = made(replace(data, images=images), Bad(), train={"micro_batch": micro})
+    one.step = next(step for step in range(8) if {5, 40} & set(one.batches.at(step).index.tolist()))
+    bad = [i for i in one.batches.at(one.step).index.tolist() if i in (5, 40)]
+    with pytest.raises(NotFiniteError, match=re.escape(f"examples {bad}") + "$"):
+        one.update(6)
+
+
+def test_the_first_weights_follow_from_the_seed_alone(data):
+    firsts = []
+    for seed, before in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(before)
+        firsts.append(made(data, train={"seed": seed}).weights[0].detach())
+    assert torch.equal(firsts[0], firsts[1]) and not torch.equal(firsts[0], firsts[2])
+
+
+def test_fine_tuning_begins_with_the_average_of_the_other_in_both(data):
+    """Its own average too: else a short run would be averaged with weights that were never trained."""
+    one, other = made(data), made(data, train={"seed": 1, "ema": 0.5, "warmup": 0})
+    other.update(6)
+    one.start_from(other.model())
+    for weight, shadow, expected in zip(one.weights, one.ema.shadow, other.ema.shadow, strict=True):
+        assert torch.equal(weight, expected) and torch.equal(shadow, expected)
+    assert not torch.equal(other.weights[0], other.ema.shadow[0])
+
+
+@pytest.mark.parametrize("precision, type", [("float32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_is_that_of_the_products(data, monkeypatch, precision, type):
+    monkeypatch.setattr(Odd, "types", [])
+    made(data, Odd(), train={"precision": precision}).update(6)
+    assert Odd.types == [type]
+
+
+def test_what_is_restored_is_each_tensor_that_was_saved(data):
+    """With a number of its own in each, so that none can stand for another."""
+    one = made(data, train={"ema_profiles": [0.05, 0.1]})
+    one.update(6)
+    shapes = {part: {name: t.shape for name, t in named.items()} for part, named in one.tensors().items()}
+    assert {part: len(named) for part, named in shapes.items()} == {
+        "model": (n := len(one.weights)), "ema": n, "adam": 3 * n, "profiles": 2 * n
+    }  # fmt: skip
+    numbers = iter(range(1, 1000))
+    saved = {
+        part: {name: torch.full(s, next(numbers) / 8) for name, s in named.items()} for part, named in shapes.items()
+    }
+    one.restore(saved, 41)
+    assert one.step == 41
+    for part, named in one.tensors().items():
+        assert named.keys() == saved[part].keys()
+        assert [name for name, tensor in named.items() if not torch.equal(tensor, saved[part][name])] == []
+
+
+@pytest.mark.parametrize(
+    "given, micro", [({}, 8), ({"micro_batch": 3}, 3), ({"micro_batch": 99}, 8), ({"exact_shards": 4}, 2)]
+)
+def test_the_environment_names_the_micro_batch_that_is_run(data, seen, given, micro):
+    one = made(data, Notes(), train=given)
+    one.update(6)
+    assert one.environment()["micro_batch"] == one.micro == len(seen[0][0]) == micro
