@@ -17,7 +17,7 @@ from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.model.load import from_weights, load, save
-from undiffuse.model.model import Model
+from undiffuse.model.model import Model, to_float, to_uint8
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
 
@@ -188,3 +188,15 @@ def test_what_is_loaded_neither_drops_out_nor_wants_gradients(tmp_path):
     for made in (from_weights(config, dict(network.named_parameters()), {}), load(tmp_path / "model.safetensors")):
         assert not any(module.training for module in made.denoiser.modules()) and made.denoiser.clip
         assert not any(weight.requires_grad for weight in made.denoiser.parameters())
+
+
+def test_bytes_become_numbers_and_come_back():
+    """0 is −1 and 255 is 1; each value is rounded to the nearest, and what lies outside is clipped."""
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    x = to_float(every)
+    assert (x.dtype, float(x.min()), float(x.max())) == (torch.float32, -1.0, 1.0)
+    assert (x.double() - (2 * every.double() / 255 - 1)).abs().max() < 1e-7
+    for nudge in (-0.49, 0.0, 0.49):
+        assert torch.equal(to_uint8(x + nudge / 127.5), every)
+    outside = torch.tensor([-1e9, -1.01, 1.01, 300.0]).reshape(1, 1, 2, 2)
+    assert to_uint8(outside).flatten().tolist() == [0, 0, 255, 255]

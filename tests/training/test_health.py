@@ -7,6 +7,7 @@ import torch
 
 from tests.training.test_loop import recipe, run
 from undiffuse.errors import Corrupt
+from undiffuse.key import Key
 from undiffuse.machine.store import Run
 from undiffuse.training import health, loop
 from undiffuse.training.trainer import Trainer
@@ -25,6 +26,34 @@ def test_a_fresh_network_and_one_that_has_learned_are_good(trainer):
         trainer.update(6)
     found = health.examine(trainer, first)
     assert found["good"] and found["first"] == first and found["loss"] != found["average_loss"]
+
+
+LIMITS = [
+    (1.0, (10.0, 1.0), True),
+    (1.0, (10.1, 1.0), False),
+    (1.0, (1.0, 10.1), False),
+    (1e-6, (0.1, 0.1), True),  # as after fine-tuning: a loss that was next to nothing may rise to 0.1
+    (1e-6, (0.11, 0.1), False),
+    (1.0, (float("nan"), 1.0), False),
+]
+
+
+@pytest.mark.parametrize("first, losses, good", LIMITS)
+def test_ten_times_the_first_loss_is_lost(trainer, monkeypatch, first, losses, good):
+    monkeypatch.setattr(health, "fixed_loss", lambda trainer, averaged: losses[averaged])
+    trainer.step = 3
+    found = health.examine(trainer, first)
+    assert found["good"] is good and found["first"] == first
+    trainer.step = 0
+    assert health.examine(trainer, first)["first"] == losses[0] or losses[0] != losses[0]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_the_batch_and_its_noise_are_the_same_at_every_step(trainer, step):
+    """Of a fresh network, whose answer is nearly 0, the loss is the mean square of the noise."""
+    trainer.step = step
+    expected = float(Key(0).fold("health").rows(16).fold("eps").normal(1, 8, 8).square().mean())
+    assert health.fixed_loss(trainer, averaged=True) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "adam"])
