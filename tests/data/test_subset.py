@@ -51,6 +51,7 @@ def test_an_image_keeps_its_pixels_its_label_and_its_name():
         assert part.name(place) == f"image {number}"
     images, labels = part.gather(torch.tensor([2, 0]))
     assert torch.equal(images, IMAGES[[77, 150]]) and labels.tolist() == [0, 3]
+    assert part.every_label().tolist() == [3, 3, 0]
 
 
 def test_another_choice_or_another_whole_is_other_data():

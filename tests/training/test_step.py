@@ -14,6 +14,7 @@ from undiffuse.key import Key
 from undiffuse.model.average import exponent
 from undiffuse.model.model import to_float
 from undiffuse.network.base import NOTHING
+from undiffuse.training import health, look
 from undiffuse.training.trainer import Trainer
 
 PLAIN = {"network": {"dropout": 0.0}, "data": {"flip": False}}
@@ -71,6 +72,19 @@ def test_a_label_is_dropped_as_often_as_asked_and_not_always_of_the_same_rows(da
     assert ((dropped.sum(0) - 80).abs() < 4.5 * 8).all()
     rows = dropped.double() - 0.2
     assert (rows.T @ rows / 400 / 0.16 - torch.eye(8)).abs().max() < 0.25  # one row does not follow another
+
+
+def test_fixed_images_come_with_their_own_labels(data, seen):
+    """Held-out ones, spread over their set, and the first of the training set; none loses its label."""
+    one = made(data, Notes(), data={"labels": True}, train={"drop_label": 1.0, "micro_batch": 5})
+    look.held_out_loss(one, look.held_out_images(one, data))  # of 64 images 16, each with 16 noises
+    images, labels = (torch.cat([noted[part] for noted in seen]) for part in (0, 1))
+    index = 4 * (torch.arange(256) % 16)
+    assert torch.equal(images, to_float(data.images[index])) and torch.equal(labels, data.labels[index])
+    seen.clear()
+    health.fixed_loss(one, averaged=False)
+    images, labels = (torch.cat([noted[part] for noted in seen]) for part in (0, 1))
+    assert torch.equal(images, to_float(data.images[:16])) and torch.equal(labels, data.labels[:16])
 
 
 def test_without_labels_the_network_is_told_none(data, seen):
