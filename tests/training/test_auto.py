@@ -10,7 +10,7 @@ from PIL import Image
 
 import undiffuse
 from undiffuse.config import plain
-from undiffuse.data.source import open_raw
+from undiffuse.data.source import ArraySource, open_raw
 from undiffuse.errors import DataError, UsageError
 from undiffuse.machine.device import choose as choose_device
 from undiffuse.machine.store import Run
@@ -73,6 +73,39 @@ def test_every_choice_can_be_built(device):
             denoiser = recipe.model((recipe.data.channels, height, width)).build(clip=False)
             out = denoiser.network(torch.empty(2, recipe.data.channels, height, width), torch.empty(2))
         assert out.shape == (2, recipe.data.channels, height, width)
+
+
+@pytest.mark.parametrize(
+    "images, device, channels, dropout, batch",
+    [
+        (999, "cpu", 64, 0.2, 64),
+        (1000, "cpu", 64, 0.1, 64),
+        (4999, "cpu", 64, 0.1, 64),
+        (5000, "cpu", 64, 0.0, 64),
+        (4999, "cuda", 64, 0.1, 128),
+        (5000, "cuda", 128, 0.0, 128),
+        (64, "cpu", 64, 0.2, 64),
+        (63, "cpu", 64, 0.2, 32),
+        (3, "cpu", 64, 0.2, 4),
+    ],
+)
+def test_where_each_choice_changes(images, device, channels, dropout, batch):
+    recipe = choose(facts(images, [(32, 32)], device=device)).recipe
+    assert (recipe.network.channels, recipe.network.dropout, recipe.train.batch) == (channels, dropout, batch)
+
+
+@pytest.mark.parametrize("side, size", [(8, 8), (9, 8), (11, 12), (27, 28), (29, 28), (31, 32), (33, 32), (500, 32)])
+def test_a_small_size_that_all_have_is_kept_to_the_nearest_four(side, size):
+    """500 is over what a CPU trains within a day, and 33 is too."""
+    assert choose(facts(sizes=[(side, side)])).recipe.data.size == size
+
+
+@pytest.mark.parametrize("coloured", [0, 1, 2])
+def test_one_picture_in_colour_makes_all_of_them_rgb(coloured):
+    images = torch.full((3, 3, 8, 8), 100, dtype=torch.uint8)
+    assert look_at(ArraySource(images), None, torch.device("cpu")).grey
+    images[coloured, 0, 7, 7] = 101
+    assert not look_at(ArraySource(images), None, torch.device("cpu")).grey
 
 
 def test_what_the_user_says_wins_and_a_run_without_a_known_end_keeps_its_rate():
