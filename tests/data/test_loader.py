@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from undiffuse.data.loader import Loader
+from undiffuse.data.order import order
 from undiffuse.data.source import ArraySource, Item, Source
 from undiffuse.errors import UsageError
+from undiffuse.key import Key
 
 WIDE = torch.arange(30 * 2 * 3 * 4).reshape(30, 2, 3, 4).to(torch.uint8)
 SOURCE = ArraySource(WIDE, torch.arange(30) % 7)
@@ -66,6 +68,17 @@ def test_half_of_the_rows_are_flipped_and_anew_at_each_step():
     share = torch.stack(flipped).double().mean()
     assert abs(float(share) - 0.5) < 5 * 0.5 / 600**0.5
     assert not torch.equal(flipped[0], flipped[1])
+
+
+@pytest.mark.parametrize("seed", [0, 6])
+def test_the_seed_decides_which_image_stands_where_and_which_is_flipped(seed):
+    """Row r of step n is at position 8 n + r of the walk of that seed; a flip is one bit by seed, step and row."""
+    batch = Loader(SOURCE, 8, seed, flip=True).batch(5)
+    index = order(seed, 30, torch.arange(40, 48))
+    flips = Key(seed).fold("flip", 5).rows(8).uniform() >= 0.5
+    assert torch.equal(batch.index, index) and 0 < int(flips.sum()) < 8
+    for image, number, flip in zip(batch.image, index, flips, strict=True):
+        assert torch.equal(image, WIDE[number].flip(2) if flip else WIDE[number])
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -148,6 +148,15 @@ def test_other_aspects_are_cropped_to():
     assert picture.fit(pixels, (3, 50), None).shape == (3, 50, 3)
 
 
+@pytest.mark.parametrize("shape, size, box", [((11, 40), (7, 5), (0, 11, 16, 24)), ((40, 11), (5, 7), (16, 24, 0, 11))])
+def test_a_crop_is_as_wide_as_the_nearest_whole_number(shape, size, box):
+    """11 · 5/7 is 7.86, so that 8 of 40 are kept, from the 16th; each channel is then resized alone."""
+    pixels = noise(*shape)
+    top, bottom, left, right = box
+    part = Image.fromarray(pixels[top:bottom, left:right]).resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    assert np.array_equal(picture.fit(pixels, size, None), np.asarray(part))
+
+
 def test_channels():
     grey, rgb = noise(4, 4, 1), noise(4, 4, 3)
     assert np.array_equal(picture.fit(grey, None, 3), np.concatenate([grey] * 3, axis=2))

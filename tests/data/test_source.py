@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import FORMATS, ArraySource, Item, Source, open_raw, open_source, refuse_bad, unify
+from undiffuse.data.source import FORMATS, ArraySource, Item, Source, Wanted, open_raw, open_source, refuse_bad, unify
 from undiffuse.errors import DataError, MemoryExhausted, UsageError
 
 NAMES = {"cifar10", "digits", "fashion-mnist", "fashion-mnist-sample", "folder", "idx", "numpy", "rule", "zip"}
@@ -215,6 +215,23 @@ def test_an_array_that_fits_is_not_copied():
     source = ArraySource(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     assert unify(source, 4, 1) is source
     assert unify(source, 2, 3).image_shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "size, channels, accepted",
+    [(None, None, True), (4, None, False), ((4, 6), None, True), ((6, 4), None, False), (None, 3, True),
+     (None, 1, False), ((4, 6), 3, True), ((4, 6), 1, False), (4, 3, False)],
+)  # fmt: skip
+def test_a_shape_is_accepted_where_both_its_sides_and_its_channels_are_those_asked_for(size, channels, accepted):
+    assert Wanted.of(size, channels).accepts((3, 4, 6)) is accepted
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_some_of_a_source_are_spread_over_it_with_their_labels(size):
+    images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(-1, 1, 4, 4)
+    some = unify(ArraySource(images, torch.arange(10), tuple("abcdefghij"), ("bad",)), size, count=4)
+    assert some.images[:, 0, 0, 0].tolist() == some.labels.tolist() == [0, 2, 5, 7]
+    assert (some.classes, some.skipped) == (tuple("abcdefghij"), ("bad",))
 
 
 def test_subset():
