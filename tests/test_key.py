@@ -96,6 +96,12 @@ def test_a_row_draws_what_it_would_draw_alone(kind):
     assert torch.equal(getattr(root, kind)(3, 5), whole[0])
 
 
+def test_keys_move_to_a_device_with_their_rows():
+    keys = Key(1).fold("a").rows(torch.tensor([3, 9]))
+    assert keys.to("meta").rows.device.type == Key(1).rows(2, "meta").rows.device.type == "meta"
+    assert torch.equal(keys.to("cpu").normal(2), keys.normal(2))
+
+
 def test_shape_changes_no_number():
     keys = Key(2).fold("shape").rows(4)
     assert torch.equal(keys.normal(2, 3, 5), keys.normal(30).reshape(4, 2, 3, 5))

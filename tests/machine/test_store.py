@@ -241,13 +241,24 @@ def test_a_newer_format_is_refused_and_not_passed_over(run, tmp_path, monkeypatc
     assert names(run.path) == ["lock", *(f"step-000000{step}" for step in (100, 200, 300, 400))]
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [400, 500]), (2, [400, 500]), (3, [300, 400, 500]), (9, None)])
-def test_retention_keeps_the_newest(run, keep, left):
+@pytest.mark.parametrize(
+    ("keep", "also", "left"),
+    [
+        (0, None, [400, 500]),
+        (2, None, [400, 500]),
+        (3, None, [300, 400, 500]),
+        (9, None, [100, 200, 300, 400, 500]),
+        (2, 100, [100, 400, 500]),
+        (2, 500, [400, 500]),  # one of the newest is no reason to keep one more
+        (3, 400, [300, 400, 500]),
+    ],
+)
+def test_retention_keeps_the_newest_and_one_more(run, keep, also, left):
     with run.lock():
         for step in (400, 500):
             run.save(step, state(step), {})
-        run.retain(keep)
-    assert run.steps() == (left or [100, 200, 300, 400, 500])
+        run.retain(keep, also)
+    assert run.steps() == left
     assert names(run.path) == ["lock", *(f"step-{step:09d}" for step in run.steps())]
 
 
