@@ -186,6 +186,21 @@ def test_what_is_not_json_is_corrupt(tmp_path, data, message):
         read_json(tmp_path / "a.json")
 
 
+def test_the_longest_json_that_is_written_is_read_back(tmp_path):
+    value = "a" * (disk.SMALL - 3)  # two quotes and a newline
+    write_json(tmp_path / "a.json", value)
+    assert (tmp_path / "a.json").stat().st_size == disk.SMALL and read_json(tmp_path / "a.json") == value
+    with pytest.raises(AssertionError, match="1048577 bytes of JSON would not be read back"):
+        write_json(tmp_path / "b.json", value + "a")
+
+
+def test_a_file_that_is_created_was_not_there(tmp_path):
+    (tmp_path / "a").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        disk.create(tmp_path / "a", b"yours")
+    assert (tmp_path / "a").read_bytes() == b"mine"
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(Corrupt, match=r"a\.json cannot be read: No such file or directory; restore it from a copy"):
         read_json(tmp_path / "a.json")
