@@ -18,13 +18,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "undiffuse"
 
+NAMES = ("picture", "listing", "passed", "arrange", "labelfile")  # of `data`: what is known from names and bytes alone
 # A folder imports from rows above its own; within a folder a module imports from its left. `name/` is a folder inside.
 ROWS = (
     ("", ("errors", "strict", "key", "config", "figure")),
     ("machine", ("disk", "log", "lock", "tensorfile", "store", "sink", "dist", "watch", "device")),
     ("network", ("base", "block", "unet")),
     ("diffusion", ("process", "grid", "density", "gaussian", "denoiser", "objective", "likelihood", "sampler/")),
-    ("data", ("picture", "source", "order", "subset", "loader", "format/", "workers", "pack", "inspect")),
+    ("data", (*NAMES, "source", "order", "subset", "loader", "format/", "workers", "pack", "inspect")),
     ("interop", ("torchfile", "diffusers", "original")),
     ("model", ("recipe", "average", "classes", "model", "load")),
     ("training", ("plan", "trainer", "memory", "look", "health", "auto", "resume", "profile", "loop", "start")),

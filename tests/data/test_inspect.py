@@ -39,12 +39,12 @@ def test_a_folder_of_mixed_pictures(mixed):
 
 def test_check_lists_what_cannot_be_decoded(mixed):
     (mixed / "b/5.jpg").write_bytes(b"text")
-    first, second = check(mixed)
+    first, second = check(mixed).bad
     assert first.path == "b/4.png" and first.reason and "b/4.png" not in first.reason
     assert second == Bad("b/5.jpg", "not a picture in a known format")
     for name in ("4.png", "5.jpg"):
         (mixed / "b" / name).unlink()
-    assert check(mixed) == []
+    assert (check(mixed).count, check(mixed).bad) == (3, ())
 
 
 def test_nothing_readable(tmp_path):

@@ -202,8 +202,10 @@ def test_pictures_of_mixed_sizes(pictures, tmp_path):
 
 
 def test_a_folder_with_something_else_in_it(pictures, tmp_path):
-    with pytest.raises(UsageError, match="^.*set/a is not empty and holds no packed data; give a new folder$"):
-        pack(pictures, pictures / "a")
+    with pytest.raises(UsageError, match="^.*other is not empty and holds no packed data; give a new folder$"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "a.txt").touch()
+        pack(pictures, tmp_path / "other")
     pack(pictures, tmp_path / "out")
     message = "^.*out holds other data, or the same in another shape; give another folder, or remove it$"
     for data, options in ((pictures, {"size": 3}), (pictures, {"reading": Reading("red")}), (pictures / "a", {})):

@@ -12,7 +12,7 @@ from undiffuse.data.source import FORMATS, ArraySource, Item, Source, Wanted, op
 from undiffuse.errors import DataError, MemoryExhausted, UsageError
 
 NAMES = {"cifar10", "digits", "fashion-mnist", "fashion-mnist-sample", "folder", "idx", "numpy", "rule", "zip"}
-NAMES |= {"lmdb", "packed", "saved-dataset", "several", "tar-shards"}
+NAMES |= {"lmdb", "packed", "parquet", "saved-dataset", "several", "tar-shards"}
 
 
 def noise(height, width, channels=3, seed=0):

@@ -17,6 +17,9 @@ PathArg = Annotated[
     ),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output")]
+PictureOpt = Annotated[
+    str, typer.Option("--picture", help="Which, where each example has several, such as an input and a mask")
+]
 SplitOpt = Annotated[str, typer.Option("--split", help="train or test, if the data has both")]
 
 
@@ -27,11 +30,12 @@ def inspect(
         Path | None, typer.Option("--sheet", help="Write a PNG of 64 of the pictures to this file")
     ] = None,
     split: SplitOpt = "train",
+    picture: PictureOpt = "",
     as_json: JsonOpt = False,
 ) -> None:
     """Count pictures by size, channels and class.
 
-    Pictures that cannot be read are listed. `--sheet` also writes a contact sheet.
+    Pictures that cannot be read are listed, and what was passed over is counted. `--sheet` also writes a contact sheet.
 
     Example:
 
@@ -40,11 +44,16 @@ def inspect(
     """
     from undiffuse.data.format.several import join
     from undiffuse.data.inspect import inspect
+    from undiffuse.data.listing import refuse_inside
+    from undiffuse.data.passed import counts, line
+    from undiffuse.data.picture import Reading
     from undiffuse.data.source import open_raw
     from undiffuse.figure import png
     from undiffuse.machine import disk
 
-    summary = inspect(open_raw(join(path), split))
+    if sheet is not None:
+        refuse_inside(sheet, join(path), "--sheet")
+    summary = inspect(open_raw(join(path), split, Reading(picture=picture)))
     if sheet is not None:
         disk.write_atomic(sheet, png(summary.sheet))
     result = {
@@ -57,10 +66,12 @@ def inspect(
         "bad": {bad.path: bad.reason for bad in summary.bad},
     }
     if as_json:
-        typer.echo(to_json(result))
+        typer.echo(to_json(result | {"passed_over": counts(summary.passed)}))
         return
     for name, value in result.items():
         typer.echo(f"{name:>10}  {_brief(value) if isinstance(value, dict) else value}")
+    if summary.passed:
+        typer.echo(line(summary.passed))
 
 
 def _brief(counts: dict[str, int] | dict[str, str]) -> str:
@@ -70,8 +81,8 @@ def _brief(counts: dict[str, int] | dict[str, str]) -> str:
 
 
 @app.command()
-def check(path: PathArg, split: SplitOpt = "train", as_json: JsonOpt = False) -> None:
-    """Decode every picture and list the unreadable ones.
+def check(path: PathArg, split: SplitOpt = "train", picture: PictureOpt = "", as_json: JsonOpt = False) -> None:
+    """Decode every picture, list the unreadable ones, and count what was passed over.
 
     The exit code is 2 if there are any. In a packed folder every byte is compared with the checksums instead; the exit
     code is 5 if one differs.
@@ -84,15 +95,20 @@ def check(path: PathArg, split: SplitOpt = "train", as_json: JsonOpt = False) ->
     """
     from undiffuse.data.format.several import join
     from undiffuse.data.inspect import check
+    from undiffuse.data.passed import counts, line
+    from undiffuse.data.picture import Reading
 
-    bad = check(join(path), split, show_progress=not as_json)
+    found = check(join(path), split, not as_json, Reading(picture=picture))
     if as_json:
-        typer.echo(to_json({"bad": {item.path: item.reason for item in bad}}))
+        bad = {item.path: item.reason for item in found.bad}
+        typer.echo(to_json({"bad": bad, "passed_over": counts(found.passed)}))
     else:
-        for item in bad:
+        for item in found.bad:
             typer.echo(f"{item.path}: {item.reason}")
-        typer.echo(f"{len(bad)} bad" if bad else "all good")
-    if bad:
+        if found.passed:
+            typer.echo(line(found.passed))
+        typer.echo(f"{len(found.bad)} bad" if found.bad else "all good")
+    if found.bad:
         raise typer.Exit(2)
 
 
@@ -105,6 +121,7 @@ def pack(
     ] = None,
     channels: Annotated[int | None, typer.Option("--channels", help="1 for grey, 3 for RGB")] = None,
     background: Annotated[str, typer.Option("--background", help="Colour behind transparent pixels")] = "white",
+    picture: PictureOpt = "",
     split: SplitOpt = "train",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
     workers: Annotated[
@@ -127,14 +144,19 @@ def pack(
     from undiffuse.cli.tools import show
     from undiffuse.data.format.several import join
     from undiffuse.data.pack import WORKERS, pack
+    from undiffuse.data.passed import counts, line
     from undiffuse.data.picture import Reading
 
     count = WORKERS if workers is None else workers
-    done = pack(join(data), out, size, channels, Reading(background), split, skip_bad, count, not as_json)
+    reading = Reading(background, picture)
+    done = pack(join(data), out, size, channels, reading, split, skip_bad, count, not as_json)
     c, h, w = done.image_shape
     result = {"images": len(done), "size": f"{w}x{h}", "channels": c, "labels": len(done.classes or ())}
     skipped = {"skipped": dict(done.manifest.skipped)} if as_json else {"skipped": len(done.skipped)}
-    show(result | {"shards": len(done.images), "fingerprint": done.fingerprint(), **skipped, "out": out}, as_json)
+    over = {"passed_over": counts(done.passed) if as_json else line(done.passed) or "none"}
+    show(
+        result | {"shards": len(done.images), "fingerprint": done.fingerprint(), **skipped, **over, "out": out}, as_json
+    )
 
 
 @app.command()

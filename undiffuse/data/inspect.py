@@ -13,6 +13,8 @@ from torch import Tensor
 
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.pack import WORKERS
+from undiffuse.data.passed import Passed, frames, merged
+from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import Source, open_raw
 from undiffuse.errors import DataError
 from undiffuse.machine import log
@@ -41,6 +43,7 @@ class Summary:
     mean: float
     std: float
     bad: tuple[Bad, ...]
+    passed: tuple[Passed, ...]
     sheet: Image.Image
 
 
@@ -50,7 +53,7 @@ def inspect(source: Source) -> Summary:
     values = torch.zeros(256, dtype=torch.int64)
     chosen = set(np.linspace(0, len(source) - 1, CELLS**2).round().astype(int).tolist())
     cells: list[Tensor] = []
-    bad = []
+    bad, more = [], 0
     for index in range(len(source)):
         try:
             item = source[index]
@@ -60,6 +63,7 @@ def inspect(source: Source) -> Summary:
         c, h, w = item.image.shape
         sizes[h, w] += 1
         channels[c] += 1
+        more += item.frames - 1
         if item.label is not None:
             labels[source.classes[item.label] if source.classes else str(item.label)] += 1
         values += item.image.flatten().bincount(minlength=256)
@@ -76,30 +80,43 @@ def inspect(source: Source) -> Summary:
         mean=mean,
         std=std,
         bad=tuple(bad),
+        passed=merged(source.passed, frames(more)),
         sheet=contact_sheet(cells),
     )
 
 
-def check(spec: str | Path, split: str = "train", show_progress: bool = False) -> list[Bad]:
+@dataclass(frozen=True)
+class Checked:
+    """How many images there are, those that cannot be decoded, and what was not taken for one."""
+
+    count: int
+    bad: tuple[Bad, ...]
+    passed: tuple[Passed, ...]
+
+
+def check(spec: str | Path, split: str = "train", show_progress: bool = False, reading: Reading = PLAIN) -> Checked:
     """Decodes every image of a path or a named set, and lists those that fail. Corrupt for a damaged packed folder."""
-    source, bad = open_raw(spec, split), list[Bad]()
+    source, bad, more = open_raw(spec, split, reading), list[Bad](), 0
     if isinstance(source, PackedSource):  # each of its bytes is a good pixel, so only the checksums can tell
         source.verify()
-        return []
+        return Checked(len(source), (), source.passed)
 
-    def one(index: int) -> Bad | None:
+    def one(index: int) -> Bad | int:
         try:
-            source[index]
+            return source[index].frames - 1
         except DataError as error:
             return _bad(source, index, error)
-        return None
 
     with ThreadPoolExecutor(WORKERS) as pool, log.progress(len(source), "checking", show_progress) as bar:
         for first in range(0, len(source), PART):
             part = range(first, min(first + PART, len(source)))
-            bad += filter(None, pool.map(one, part))
+            for found in pool.map(one, part):
+                if isinstance(found, Bad):
+                    bad.append(found)
+                else:
+                    more += found
             bar.advance(len(part))
-    return bad
+    return Checked(len(source), tuple(bad), merged(source.passed, frames(more)))
 
 
 def contact_sheet(images: list[UInt8[Tensor, "_ _ _"]]) -> Image.Image:

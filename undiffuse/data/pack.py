@@ -22,6 +22,8 @@ import numpy as np
 from undiffuse.config import plain
 from undiffuse.data.format import packed
 from undiffuse.data.format.packed import MANIFEST, PLAN, Manifest, PackedSource, Shard, open_packed, shard_path
+from undiffuse.data.listing import refuse_inside
+from undiffuse.data.passed import frames, merged
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import (
     ArraySource,
@@ -106,6 +108,7 @@ def pack(
     """
     if workers < 1:
         raise UsageError(f"{workers} workers are not possible; give at least 1")
+    refuse_inside(out, str(spec), "--out")
     raw = open_raw(spec, split, reading)
     job = Job(str(spec), split, reading, Wanted.of(size, channels), raw.fingerprint())
     return _pack(raw, job, out, skip_bad, workers, show_progress)
@@ -184,7 +187,8 @@ def _pack(
     if done.manifest.key != key:
         raise _other(out)
     refuse_bad([bad for bad in done.manifest.skipped if bad[0] not in raw.skipped], len(raw), skip_bad)
-    return done
+    # What lies beside the pictures may have changed since it was packed, which decides nothing.
+    return dataclasses.replace(done, passed=merged(raw.passed, frames(done.manifest.frames)))
 
 
 def _take_turn(stack: ExitStack, out: store.Run, wait: bool, say: bool) -> None:
@@ -236,7 +240,9 @@ def _build(raw: Source, job: Job, key: str, out: Path, skip_bad: bool, workers: 
     refuse_bad(bad, plan.total, skip_bad)
     shards = tuple(Shard(mark["images"], mark["sha256"]) for mark in marks)
     skipped = (*((name, "left out before") for name in raw.skipped), *bad)
-    _finish(out, Manifest(key, job.source, "", first.shape, first.labelled, shards, skipped, raw.classes))
+    more = sum(mark.get("frames", 0) for mark in marks)
+    said = (shards, skipped, raw.classes, raw.passed, more)
+    _finish(out, Manifest(key, job.source, "", first.shape, first.labelled, *said))
 
 
 def _finish(out: Path, manifest: Manifest) -> None:
@@ -296,4 +302,5 @@ def _write(source: Source, plan: Plan, out: Path, k: int) -> None:
     data = labels + part.images.tobytes()
     disk.write_atomic(shard_path(out, k), data)
     mark = {"images": len(part.labels), "sha256": hashlib.sha256(data).hexdigest(), "skipped": part.bad}
+    mark["frames"] = part.frames
     disk.write_json(_mark(out, k), mark)

@@ -4,10 +4,13 @@ Whatever the file holds (palette, CMYK, 16 bits, alpha, an orientation tag, an a
 RGB, upright, eight bits, the first frame.
 """
 
+import importlib
 import io
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from io import BufferedIOBase
+from typing import IO, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,12 +22,37 @@ MAX_PIXELS = 2**26
 MAX_BYTES = 2**30
 # EPS runs an external program; the others are recognised by Pillow but not decoded.
 UNREADABLE = {"EPS", "PDF", "MPEG", "HDF5", "GRIB", "BUFR", "WMF"}
+VARIANTS = {"ICO", "ICNS", "PSD"}  # with several sizes, or layers, of one picture
+HEAD = 2**20  # bytes in which a file says how many pictures it has
+# Modules of the extra `pictures`, and the function in each that adds it to Pillow, where the import does not.
+PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": ""}
+# First bytes of what only a plugin decodes, after so many others, and the usual ending.
+SIGNATURES = (
+    *((4, b"ftyp" + brand, ".heic") for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")),
+    (4, b"ftypavif", ".avif"),
+    (0, b"\xff\x0a", ".jxl"),
+    (4, b"JXL \x0d\x0a\x87\x0a", ".jxl"),
+)
 
 Colour = tuple[int, int, int]
 
 
+@lru_cache(maxsize=1)
+def add_plugins() -> None:
+    """Makes Pillow read HEIC and JPEG XL where the extra `pictures` is installed."""
+    for name, register in PLUGINS.items():
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # it is an extra; whoever finds such a file says what to install
+            continue
+        if register:
+            getattr(module, register)()
+
+
+@lru_cache(maxsize=1)
 def suffixes() -> frozenset[str]:
     """The file endings of the formats that Pillow decodes, lower case."""
+    add_plugins()
     registered = Image.registered_extensions()
     return frozenset(ext for ext, kind in registered.items() if kind in Image.OPEN and kind not in UNREADABLE)
 
@@ -43,6 +71,7 @@ class Reading:
     """How files become pixels, where they do not say it themselves: every reader of data is given one."""
 
     background: str = "white"  # the colour behind transparent pixels
+    picture: str = ""  # which, where an example has several
 
     def __post_init__(self) -> None:
         colour(self.background)
@@ -56,8 +85,39 @@ class Reading:
 PLAIN = Reading()
 
 
+def recognised(file: BufferedIOBase) -> str:
+    """The usual ending of a file that begins as a picture does, empty for any other."""
+    suffixes()  # makes Pillow load all that it has
+    start = file.read(32)
+    file.seek(0)
+    # A format that knows no signature takes other files for its own.
+    readable = [kind for kind, (_, accepts) in Image.OPEN.items() if kind not in UNREADABLE and accepts]
+    try:
+        with warnings.catch_warnings(), Image.open(cast(IO[bytes], file), formats=readable) as image:
+            warnings.simplefilter("ignore")
+            endings = [ext for ext, kind in Image.registered_extensions().items() if kind == image.format]
+    except Exception:  # whatever it is, it is no picture
+        endings = [ending for at, mark, ending in SIGNATURES if start[at : at + len(mark)] == mark]
+    usual = [ext for ext in endings if ext in (".jpg", ".png", ".tif", ".gif", ".bmp", ".webp")]
+    return (usual or endings or [""])[0]
+
+
+def frames(data: bytes) -> int:
+    """How many pictures are in a file whose first can be decoded: pages, or frames of an animation."""
+    several = {b"\xff\xd8": b"MPF\0", b"\x89P": b"acTL"}.get(data[:2])
+    if several and data.find(several, 0, HEAD) < 0:
+        return 1  # nearly all files; to open each once more would cost a tenth of the time
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            return 1 if image.format in VARIANTS else getattr(image, "n_frames", 1)
+    except Exception:  # damage after the first, which is all that is used
+        return 1
+
+
 def decode(data: bytes, reading: Reading = PLAIN) -> UInt8[np.ndarray, "h w c"]:
     """Pixels [h, w, 1 or 3] of a picture file's bytes; DataError with the bare reason if it cannot be decoded."""
+    add_plugins()
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")  # remarks on metadata; what is wrong with the pixels raises

@@ -10,11 +10,11 @@ import importlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from undiffuse.config import Table
-from undiffuse.data import picture
+from undiffuse.data import passed, picture
+from undiffuse.data.listing import Split
+from undiffuse.data.passed import Passed
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
 from undiffuse.machine.disk import SMALL
 
-Split = Literal["train", "test"]
-HELD_OUT = ("test", "val", "valid", "validation")  # what the split that is not trained on is called
 LISTED = 20  # bad images, in an error; and the least that `skip_bad` leaves out
 LEAST_GOOD = 1000  # to one that is bad: where there are fewer, something is wrong with the whole
 SKIPPED = SMALL // 4  # bytes of the list of images left out, which a run and a pack keep in files of at most SMALL
@@ -42,6 +42,7 @@ class Item:
 
     image: UInt8[Tensor, "c h w"]
     label: int | None = None
+    frames: int = 1  # how many pictures its file holds, of which this is the first
 
 
 class Source(ABC):
@@ -49,6 +50,7 @@ class Source(ABC):
 
     classes: tuple[str, ...] | None
     skipped: tuple[str, ...] = ()  # what was left out because it could not be read
+    passed: tuple[Passed, ...] = ()  # what is there and was not taken for an image
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -101,6 +103,7 @@ class ArraySource(Source):
     labels: Int[Tensor, "n"] | None = None
     classes: tuple[str, ...] | None = None
     skipped: tuple[str, ...] = ()
+    passed: tuple[Passed, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,7 +130,7 @@ class ArraySource(Source):
     def subset(self, index: slice | Int[Tensor, "m"]) -> "ArraySource":
         """The examples chosen, in that order."""
         labels = None if self.labels is None else self.labels[index]
-        return ArraySource(self.images[index], labels, self.classes, self.skipped)
+        return ArraySource(self.images[index], labels, self.classes, self.skipped, self.passed)
 
 
 class Format(ABC):
@@ -163,14 +166,28 @@ def open_raw(spec: str | Path, split: str = "train", reading: Reading = PLAIN) -
     return source
 
 
+def is_readable(spec: str) -> bool:
+    """Whether some format takes it for its own."""
+    return _best(spec) is not None
+
+
+def _best(spec: str) -> type[Format] | None:
+    exists = Path(spec).exists()  # a path that is there is meant before a name
+    kinds = [kind for kind in FORMATS.classes.values() if not (exists and spec in kind.names)]
+    best = max(kinds, key=lambda kind: kind.match(spec))
+    return best if best.match(spec) > 0 else None
+
+
 def _format(spec: str) -> type[Format]:
     if "\n" in spec:  # a list of names, which may be longer than any path
         return FORMATS.classes["several"]
-    best = max(FORMATS.classes.values(), key=lambda kind: kind.match(spec))
-    if best.match(spec) > 0:
+    if best := _best(spec):
         return best
     if Path(spec).exists():
-        raise DataError(f"{spec} is not in a known format; give a folder or .zip of pictures, .npz, .npy or IDX")
+        what = passed.line(passed.kinds([Path(spec).name], lambda name: open(spec, "rb")))
+        raise DataError(
+            f"{spec} is not in a known format; give a folder or .zip of pictures, .npz, .npy or IDX ({what})"
+        )
     names = [name for kind in FORMATS.classes.values() for name in kind.names]
     raise DataError(f'data "{spec}" is neither a path nor a named set.{nearest(spec, names)}')
 
@@ -210,15 +227,8 @@ def unify(
     refuse_bad(good.bad, len(chosen), skip_bad)
     labels = torch.tensor(good.labels) if first.labelled else None
     skipped = (*source.skipped, *(name for name, _ in good.bad))
-    return ArraySource(torch.from_numpy(good.images), labels, source.classes, skipped)
-
-
-def split_name(names: Collection[str], split: str) -> str | None:
-    """What a split is called where there are `train` and one of HELD_OUT; None where there are not both."""
-    other = next((name for name in HELD_OUT if name in names), None)
-    if "train" not in names or other is None:
-        return None
-    return "train" if split == "train" else other
+    over = passed.merged(source.passed, passed.frames(good.frames))
+    return ArraySource(torch.from_numpy(good.images), labels, source.classes, skipped, over)
 
 
 def spread(total: int, count: int | None) -> Sequence[int]:
@@ -261,11 +271,12 @@ class First:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """The images that can be read, their labels, and (name, reason) of those that cannot."""
+    """The images that can be read, their labels, (name, reason) of those that cannot, and how many more frames."""
 
     images: UInt8[np.ndarray, "n c h w"]
     labels: tuple[int | None, ...]
     bad: tuple[tuple[str, str], ...]
+    frames: int = 0
 
 
 def first_of(source: Source, wanted: Wanted) -> First:
@@ -285,7 +296,7 @@ def first_of(source: Source, wanted: Wanted) -> First:
 def decode(source: Source, indices: Sequence[int], wanted: Wanted, first: First) -> Decoded:
     """Some images of a source as one array. DataError for one of another shape than the first."""
     images = _room(len(indices), first.shape)
-    labels, bad = [], []
+    labels, bad, frames = [], [], 0
     for index in indices:
         try:
             item = source[index]
@@ -297,7 +308,8 @@ def decode(source: Source, indices: Sequence[int], wanted: Wanted, first: First)
             raise _mixed(first.name, first.shape, source.name(index), image.shape)
         images[len(labels)] = image
         labels.append(item.label)
-    return Decoded(images[: len(labels)], tuple(labels), tuple(bad))
+        frames += item.frames - 1
+    return Decoded(images[: len(labels)], tuple(labels), tuple(bad), frames)
 
 
 def _bad(source: Source, index: int, error: DataError) -> tuple[str, str]:

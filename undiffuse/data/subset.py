@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from undiffuse.data.passed import Passed
 from undiffuse.data.source import Item, Shape, Source
 from undiffuse.errors import DataError
 
@@ -25,6 +26,10 @@ class Subset(Source):
     @property
     def skipped(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.whole.skipped
+
+    @property
+    def passed(self) -> tuple[Passed, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.whole.passed
 
     @property
     def image_shape(self) -> Shape:

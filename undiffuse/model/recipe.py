@@ -71,6 +71,8 @@ class ModelConfig:
 class DataConfig:
     """How pictures become images, of one side or (height, width); `labels` trains with their classes.
 
+    `picture` names the one to take where each example has several, such as an input and a mask.
+
     `hold_out` is the share of the training images that is kept for the held-out loss, where the data has no test split.
     """
 
@@ -79,12 +81,13 @@ class DataConfig:
     flip: bool = False
     labels: bool = False
     background: str = "white"
+    picture: str = ""
     hold_out: Half = 0.0
 
     @property
     def reading(self) -> Reading:
         """The part that readers of files are given."""
-        return Reading(self.background)
+        return Reading(self.background, self.picture)
 
 
 @dataclass(frozen=True)

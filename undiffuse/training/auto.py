@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from undiffuse.config import override, parse, plain
+from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import Source, open_raw, spread
 from undiffuse.errors import DataError
 from undiffuse.machine import device as machine
@@ -48,7 +49,7 @@ class Facts:
         return self.sizes[0] if len(set(self.sizes)) == 1 else None
 
 
-def look_at(source: Source, spec: str | None, device: torch.device) -> Facts:
+def look_at(source: Source, spec: str | None, device: torch.device, reading: Reading = PLAIN) -> Facts:
     """Looks at some pictures of a training split. Raises DataError if none of them can be read."""
     sizes, grey, channels = [], True, set[int]()
     for index in spread(len(source), LOOKED_AT):
@@ -62,12 +63,12 @@ def look_at(source: Source, spec: str | None, device: torch.device) -> Facts:
     if not sizes:
         raise DataError(f"none of {min(len(source), LOOKED_AT)} pictures can be read; `undiffuse data check` says why")
     common = channels.pop() if len(channels) == 1 else None
-    return Facts(len(source), tuple(sizes), grey, common, spec is not None and _has_test(spec), device.type)
+    return Facts(len(source), tuple(sizes), grey, common, spec is not None and _has_test(spec, reading), device.type)
 
 
-def _has_test(spec: str) -> bool:
+def _has_test(spec: str, reading: Reading) -> bool:
     try:
-        open_raw(spec, "test")
+        open_raw(spec, "test", reading)
     except DataError:
         return False
     return True

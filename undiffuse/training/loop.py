@@ -25,7 +25,7 @@ from undiffuse.training.auto import resolved
 from undiffuse.training.memory import fit_micro_batch
 from undiffuse.training.plan import Budget, conflicts, forward_flops, plan
 from undiffuse.training.profile import measure
-from undiffuse.training.resume import claim_data, differences, refuse_changes, saved_recipe
+from undiffuse.training.resume import DATA, claim_classes, claim_data, differences, refuse_changes, saved_recipe
 from undiffuse.training.trainer import Trainer, classes_of
 
 Say = Callable[[str], None]
@@ -160,13 +160,15 @@ def _begin(
         tensors, meta = run.load(step)
         if "recipe" not in meta or "adam" not in tensors:
             raise UsageError(f"{run.path} is no training run; fine-tune it with --init {run.path} and another --out")
+        if trainer.config.classes is not None:
+            claim_classes(run.path / DATA, data, accept_data, warn)
         refuse_changes(meta, trainer.meta())
         trainer.restore(tensors, step)
         say(f"resuming {run.path} at step {step}")
     elif trainer.classes is not None:
         dropped = f"; told none for {share:.0%} of the images" if (share := trainer.recipe.train.drop_label) else ""
         say(f"labels: {len(trainer.classes.names)} classes, {trainer.classes.listed()}{dropped}")
-    claim_data(run.path / "data.json", data, accept_data)
+    claim_data(run.path / DATA, data, accept_data)
     disk.write_atomic(run.path / "config.toml", f"# format {FORMAT}\n{to_toml(trainer.recipe)}".encode())
     return meta
 

@@ -1,15 +1,20 @@
 """What a run that goes on must have in common with what it was, and what is said where it has not."""
 
+import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from undiffuse.config import plain
-from undiffuse.data.source import Source
+from undiffuse.data.passed import counts
+from undiffuse.data.source import LISTED, Source
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.machine import disk, store
 from undiffuse.model.recipe import FORMAT, FREE, DataConfig, TrainConfig
 from undiffuse.training.trainer import Trainer
+
+DATA = "data.json"  # in a run: what it is trained on
 
 
 def saved_recipe(run: store.Run) -> dict[str, Any] | None:
@@ -28,18 +33,61 @@ def differences(meta: dict[str, Any], trainer: Trainer, last: int) -> list[str]:
     return [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
 
 
+def claim_classes(path: Path, data: Source, accept: bool, warn: Callable[[str], None]) -> None:
+    """What a number stands for must stay what it was: for a run that is trained with labels, before `claim_data`.
+
+    Other names in the same number may be accepted, which is told; the same names in another order may not.
+    """
+    old, new = (_known(path) or {}).get("classes"), list(data.classes or ())
+    if not old or old == new:  # a run from before they were kept
+        return
+    moved = [f"{i} was {a} and is {b}" for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
+    numbers = ", ".join(moved[:LISTED]) + (f" and {len(moved) - LISTED} more" if len(moved) > LISTED else "")
+    if len(old) != len(new):
+        added, gone = [name for name in new if name not in old], [name for name in old if name not in new]
+        parts = [f"{what} {', '.join(names[:LISTED])}" for what, names in (("new:", added), ("gone:", gone)) if names]
+        raise UsageError(
+            f"the classes have changed since this run began ({len(old)} before, {len(new)} now; {'; '.join(parts)}), "
+            "and its network has a row for each of those before; give the same classes, or another --out"
+        )
+    if sorted(old) == sorted(new):
+        raise UsageError(
+            f"the classes are in another order than when this run began ({numbers}), so each label would mean "
+            "something else; give them in the order of before, or another --out"
+        )
+    if not accept:
+        raise UsageError(
+            f"the classes have changed since this run began ({numbers}); give the same names, --accept-data to go on "
+            "with these, or another --out"
+        )
+    warn(f"these labels mean another class from here on: {numbers}")
+
+
+def _known(path: Path) -> dict[str, Any] | None:
+    """What the file of a run says of its data, None without one. Raises Corrupt."""
+    if not path.exists():
+        return None
+    found = disk.read_json(path)
+    if not isinstance(found, dict) or not {"images", "fingerprint"} <= found.keys():
+        raise Corrupt(f"{path} is damaged: it does not say which data the run has; restore it from a copy")
+    return found
+
+
 def claim_data(path: Path, data: Source, accept: bool = False) -> None:
     """A run belongs to one data set: writes what it is, or refuses another unless it is accepted."""
     now = {"format": FORMAT, "images": len(data), "fingerprint": data.fingerprint(), "skipped": list(data.skipped)}
-    before = disk.read_json(path) if path.exists() else now
-    if not isinstance(before, dict) or not {"images", "fingerprint"} <= before.keys():
-        raise Corrupt(f"{path} is damaged: it does not say which data the run has; restore it from a copy")
+    before = _known(path) or now
+    now["passed_over"] = counts(data.passed)
+    labels = None if data.classes is None else data.every_label()
+    if data.classes is not None and labels is not None and len(json.dumps(data.classes)) <= disk.SMALL // 4:
+        each = labels.bincount(minlength=len(data.classes)).tolist()
+        now |= {"classes": list(data.classes), "images_of_class": each}
     if before["fingerprint"] != now["fingerprint"] and not accept:
-        counts = f"{before['images']} images before, {now['images']} now"
+        what = f"{before['images']} images before, {now['images']} now"
         if before["images"] == now["images"]:
-            counts = f"{now['images']} images as before, but not the same ones in the same order"
+            what = f"{now['images']} images as before, but not the same ones in the same order"
         raise UsageError(
-            f"the data has changed since this run began ({counts}); give the same data, --accept-data to go on with "
+            f"the data has changed since this run began ({what}); give the same data, --accept-data to go on with "
             "this one, or another --out"
         )
     if (

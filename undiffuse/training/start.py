@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from undiffuse.data.format.several import join
+from undiffuse.data.listing import refuse_inside
 from undiffuse.data.pack import WORKERS, open_data
-from undiffuse.data.source import Source, Wanted, open_raw, unify
+from undiffuse.data.passed import line
+from undiffuse.data.source import LISTED, Source, Wanted, open_raw, unify
 from undiffuse.data.subset import divide
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist, log, store
@@ -55,6 +57,8 @@ def train(
     """
     run, budget = store.Run(Path(out)), Budget(steps, images, minutes)
     named: str | Source = data if isinstance(data, Source) else _spec(data)
+    if isinstance(named, str):
+        refuse_inside(run.path, named, "--out")
     if not dist.together():  # so that a second writer need not read all data to be told so; the first looks again
         run.refuse_second()
     chosen, say = machine.choose(device), say if dist.is_first() else log.silent
@@ -82,11 +86,12 @@ def _saved(run: store.Run) -> dict[str, Any] | None:
 def _chosen(
     named: str | Source, settings: Sequence[str], device: torch.device, budget: Budget, init: Model | None, say: Say
 ) -> Recipe:
-    raw = named if isinstance(named, Source) else open_raw(named)
-    facts = look_at(raw, None if isinstance(named, Source) else named, device)
+    reading = load_recipe("digits", settings).data.reading  # what the user has set himself
+    raw = named if isinstance(named, Source) else open_raw(named, reading=reading)
+    facts = look_at(raw, None if isinstance(named, Source) else named, device, reading)
     choice = choose(facts, settings, budget, None if init is None else init.config)
-    for line in choice.why:
-        say(line)
+    for why in choice.why:
+        say(why)
     return choice.recipe
 
 
@@ -109,11 +114,26 @@ def _images(
     c, h, w = shape_of(source)
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
     say(f"{len(source):,} images of {c}×{h}×{w} from {_named(spec)}{left_out}; preset {preset}")
+    if source.passed:
+        say(line(source.passed))
     if recipe.data.hold_out > 0:
         rest, held = divide(source, recipe.data.hold_out)
         say(f"held out: {len(held):,} of them; trained on: {len(rest):,}")
         return rest, held
-    return source, None if spec is None else held_out_split(spec, recipe, (c, h, w), skip_bad)
+    held = None if spec is None else held_out_split(spec, recipe, (c, h, w), skip_bad)
+    if held is not None and held.passed:
+        say(f"held out: {line(held.passed)}")
+    if held is not None and recipe.data.labels and (missing := _without(source, held)):
+        say(f"held out: no pictures of {missing}")
+    return source, held
+
+
+def _without(source: Source, held: Source) -> str:
+    """The classes that only the training split has."""
+    labels = held.every_label()
+    there = set() if labels is None else set(labels.tolist())
+    names = [name for number, name in enumerate(source.classes or ()) if number not in there] if there else []
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def shape_of(source: Source) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
+from undiffuse.data.listing import MARK, is_picture
 from undiffuse.data.source import Source
 from undiffuse.diffusion.process import F64, Process, per_image
 from undiffuse.diffusion.sampler.base import Sampler
@@ -269,6 +270,7 @@ def write_images(
                 disk.write_new(folder / f"{i:0{digits}}.png", png(picture(image)))
             except StorageError as error:
                 raise StorageError(f"{error}. {i} of {len(images)} pictures are written") from error
+        mark_samples(folder)
         disk.write_new(folder / "grid.png", png(grid(images, columns, enlarged(images.shape[-1]))))
         written |= {"folder": folder, "grid": folder / "grid.png"}
     if npz is not None:
@@ -279,11 +281,23 @@ def write_images(
     return written
 
 
+def mark_samples(folder: Path) -> None:
+    """Leaves a mark by which no reader of data takes what is in the folder for data."""
+    if not (folder / MARK).exists():
+        disk.write_new(folder / MARK, b"")
+
+
 def refuse_drawn(folder: Path) -> None:
-    """UsageError for a folder with samples in it: new ones beside them would be taken for those of one model."""
+    """UsageError for a folder with samples in it: new ones beside them would be taken for those of one model.
+
+    Also for one with other pictures, which may be somebody's data.
+    """
     drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob("grid.png")]
     if drawn:
         raise UsageError(f"{folder} holds samples already ({min(drawn)}); give a new folder, or remove it")
+    other = next((path.name for path in sorted(folder.glob("*")) if is_picture(path.name)), None)
+    if other is not None:
+        raise UsageError(f"{folder} holds other pictures ({other}), which samples would mix with; give a new folder")
 
 
 def _on_grid(process: Process, t: Number, low: float) -> float:

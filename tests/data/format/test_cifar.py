@@ -151,7 +151,7 @@ def test_missing_batches(tmp_path):
 def test_archives_of_other_things(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("readme"), io.BytesIO())
-    with pytest.raises(DataError, match="a.tar.gz has no data_batch_1.bin"):
+    with pytest.raises(DataError, match="a.tar.gz has no pictures in its tar files; expected members like 1.jpg:"):
         open_source(tmp_path / "a.tar.gz")
     (tmp_path / "b.tar.gz").write_bytes(b"no archive")
     with pytest.raises(DataError, match="b.tar.gz cannot be read as a tar archive"):

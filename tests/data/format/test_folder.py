@@ -63,8 +63,8 @@ def test_classes_are_below_the_common_folder(packed):
     assert source.classes == ("cat", "dog")
 
 
-@pytest.mark.parametrize("names", [["a/1.png", "a/2.png"], ["a/1.png", "b/1.png", "c.png"]])
-def test_no_labels_unless_each_picture_is_in_one_of_several_folders(packed, names):
+@pytest.mark.parametrize("names", [["a/1.png", "a/2.png"], ["a/1.png", "b/1.png", "c.png", "d.png"]])
+def test_no_labels_where_there_is_one_folder_or_much_lies_in_none(packed, names):
     assert open_source(packed(names)).labels is None
 
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.test_passed import as_tar
 from undiffuse.data.pack import pack
+from undiffuse.data.passed import counts
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import open_raw, open_source
 from undiffuse.errors import DataError
 
@@ -125,17 +128,27 @@ def test_labels_that_are_none(tmp_path, case):
 
 def test_no_pictures(tmp_path):
     shard(tmp_path / "set/a.tar", {"1.txt": b"text"})
-    with pytest.raises(
-        DataError, match="set has no pictures in the tar files of its train split; expected members like"
-    ):
-        open_raw(tmp_path / "set")
-    with pytest.raises(DataError, match="a.tar has no data_batch_1.bin"):  # one tar without pictures may be CIFAR-10
-        open_raw(tmp_path / "set/a.tar")
+    message = "has no pictures in its tar files; expected members like 1.jpg: 1 file passed over: 1 .txt$"
+    for path in (tmp_path / "set", tmp_path / "set/a.tar"):
+        with pytest.raises(DataError, match=f"^{path} {message}"):
+            open_raw(path)
 
 
-def test_tar_files_beside_pictures_are_not_looked_into(shards):
+def test_shards_or_the_pictures_beside_them_whichever_are_more(shards):
     (shards / "a.png").write_bytes(png(77))
-    assert levels(open_raw(shards)) == [77]
+    (shards / "notes").mkdir()
+    (shards / "notes" / "b.PNG").write_bytes(png(78))
+    source = open_raw(shards)
+    assert levels(source) == list(range(6))
+    assert counts(source.passed) == {
+        ".png (beside the data)": 2,
+        ".txt": 6,
+    }
+    for i in range(6):
+        (shards / f"{i}.png").write_bytes(png(50 + i))
+    source = open_raw(shards)
+    assert levels(source) == [50, 51, 52, 53, 54, 55, 77, 78]
+    assert counts(source.passed) == {".tar (give the file itself to read it)": 3}
 
 
 def test_a_damaged_picture_is_listed_with_its_shard(tmp_path):
@@ -176,3 +189,106 @@ def test_it_can_be_packed(shards, tmp_path):
     packed, memory = pack(shards, tmp_path / "out"), open_source(shards)
     assert packed.fingerprint() == memory.fingerprint()
     assert torch.equal(packed.labels, memory.labels)
+
+
+COMPRESSED = {"a.tar.gz": "w:gz", "a.TGZ": "w:gz", "a.tar.bz2": "w:bz2", "a.tar.xz": "w:xz", "gzipped.tar": "w:gz"}
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_archives_of_pictures(tmp_path, name):
+    members = {f"pets/{kind}/{i}.png": png(i) for i, kind in enumerate(("cat", "dog", "cat"))}
+    source = open_raw(as_tar(tmp_path, members, name, COMPRESSED[name]))
+    assert levels(source) == [0, 1, 2] and source.labels == (0, 1, 0) and source.classes == ("cat", "dog")
+    assert source.name(1) == f"{name}/pets/dog/1.png"
+    assert pack(tmp_path / name, tmp_path / "out").fingerprint() == open_source(tmp_path / name).fingerprint()
+
+
+def test_what_a_compressed_archive_may_unpack_to(tmp_path, monkeypatch):
+    path = as_tar(tmp_path, {"1.png": png(1), "2.png": bytes(2000)}, "a.tgz", "w:gz")
+    monkeypatch.setattr("undiffuse.data.format.tars.MOST", 1500)
+    message = "a.tgz unpacks to more than 1500 bytes, which have to be in memory because it is compressed; unpack it"
+    with pytest.raises(DataError, match=message):
+        open_raw(path)
+
+
+def test_a_compressed_archive_that_is_cut(tmp_path):
+    path = as_tar(tmp_path, {f"{i}.png": np.random.default_rng(i).bytes(900) for i in range(9)}, "a.tgz", "w:gz")
+    data = path.read_bytes()
+    for length in (20, 500, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(DataError, match="a.tgz cannot be read as a tar archive: "):
+            open_raw(path)
+    path.write_bytes(data[:3000] + bytes([data[3000] ^ 1]) + data[3001:])  # found by the checksum
+    with pytest.raises(DataError, match="a.tgz cannot be read as a tar archive: "):
+        open_raw(path)
+
+
+def several(fields, count=4):
+    return {f"x/{i:03}.{field}": png(10 * i + k) for i in range(count) for k, field in enumerate(fields)}
+
+
+WHICH = {
+    "two": (("input.png", "mask.png"), "input, mask", "mask", [1, 11, 21, 31]),
+    "one without a name": (("png", "mask.png"), "mask, png", "png", [0, 10, 20, 30]),
+    "by ending": (("jpg", "png"), "jpg, png", "jpg", [0, 10, 20, 30]),
+    "with dots": (("rgb.left.png", "rgb.right.png"), "rgb.left, rgb.right", "rgb.right", [1, 11, 21, 31]),
+    "in full": (("a.png", "b.png", "c.png"), "a, b, c", "b.png", [1, 11, 21, 31]),
+}
+
+
+@pytest.mark.parametrize("case", WHICH)
+def test_which_of_several_pictures(tmp_path, case):
+    fields, names, wanted, expected = WHICH[case]
+    path = shard(tmp_path / "a.tar", several(fields) | {f"x/{i:03}.cls": b"1" for i in range(4)})
+    first = names.split(", ")[0]
+    with pytest.raises(DataError) as refused:
+        open_raw(path)
+    assert str(refused.value) == (
+        f"{path} has several pictures in each example: {names}; choose one with --set data.picture={first}, "
+        f"or --picture {first} for `undiffuse data`"
+    )
+    source = open_raw(path, reading=Reading(picture=wanted))
+    assert levels(source) == expected and source.labels == (1, 1, 1, 1)
+    others = set(names.split(", ")) - {wanted.removesuffix(".png") if case == "in full" else wanted}
+    assert counts(source.passed) == {f"{name} (data.picture={wanted})": 4 for name in others}
+    with pytest.raises(DataError, match=f'a.tar has no picture "depth"; give one of {names} as data.picture$'):
+        open_raw(path, reading=Reading(picture="depth"))
+
+
+ONE = {
+    "numbers": {f"photo.{i:03}.png": png(i) for i in range(4)},
+    "a number and a date": {f"2021.{i}.05.png": png(i) for i in range(4)},
+    "two endings": {f"{i}.jpg.png": png(i) for i in range(4)},
+    "in folders": {f"{i}/a.png": png(i) for i in range(4)},
+}
+
+
+@pytest.mark.parametrize("case", ONE)
+def test_one_picture_an_example(tmp_path, case):
+    path = shard(tmp_path / "a.tar", ONE[case])
+    assert levels(open_raw(path)) == levels(open_raw(path, reading=Reading(picture="mask"))) == [0, 1, 2, 3]
+
+
+def test_classes_by_folder_in_several_shards(tmp_path):
+    for k in range(2):
+        shard(tmp_path / "set" / f"{k}.tar", {f"{kind}/{k}.png": png(k) for kind in ("10", "9")})
+    source = open_raw(tmp_path / "set")
+    assert source.classes == ("9", "10") and source.labels == (1, 0, 1, 0)
+
+
+def test_splits_and_hidden_members_in_one_archive(tmp_path):
+    names = ["./Train/a/1.png", "./Train/b/2.png", "./Val/a/3.png", "./Train/a/._1.png", "PaxHeader/x.txt"]
+    path = shard(tmp_path / "a.tar", {name: png(i) for i, name in enumerate(names)})
+    assert levels(open_raw(path)) == [0, 1] and levels(open_raw(path, "test")) == [2]
+    assert open_raw(path, "test").classes == ("a", "b")
+
+
+def test_shards_beside_folders_of_the_splits(tmp_path):
+    """A preview and notes in the folder of each split."""
+    for split in ("Train", "Dev"):
+        shard(tmp_path / "set" / split / "0.TAR", {"1.png": png(len(split)), "2.png": png(9)})
+        (tmp_path / "set" / split / "preview.jpg").write_bytes(png(0))
+    (tmp_path / "set" / "readme.txt").touch()
+    source = open_raw(tmp_path / "set")
+    assert levels(source) == [5, 9] and levels(open_raw(tmp_path / "set", "test")) == [3, 9]
+    assert counts(source.passed) == {".jpg (beside the data)": 2, ".txt": 1}

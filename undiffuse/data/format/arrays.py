@@ -5,17 +5,22 @@ import io
 import math
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from undiffuse.data.arrange import no_split
+from undiffuse.data.listing import HELD_OUT, TRAIN, ending, is_hidden, splits
+from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, Format, Source, Split
 from undiffuse.errors import Corrupt, DataError
 
 IMAGE_KEYS = ("images", "x", "arr_0")
 LABEL_KEYS = ("labels", "y", "arr_1")
+ENDINGS = (".npz", ".npy")
 CHANNELS = (1, 3, 4)
 MAX_CLASSES = 100_000
 MAX_BYTES = 2**32
@@ -53,9 +58,7 @@ def array_source(
 def whole(split: Split, where: str) -> None:
     """Refuses the test split of something that is not split."""
     if split == "test":
-        raise DataError(
-            f'{where} has no test split; give the path of the test images, or a folder with "train" and "test"'
-        )
+        raise no_split(where, split)
 
 
 class Numpy(Format):
@@ -64,25 +67,38 @@ class Numpy(Format):
     @staticmethod
     def match(spec: str) -> int:
         path = Path(spec)
-        is_one = path.suffix in (".npz", ".npy") and path.is_file()
-        return 2 if is_one or (path / "train.npz").is_file() else 0
+        return 2 if (ending(spec) in ENDINGS and path.is_file()) or _splits(path) else 0
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
-        path = Path(spec)
+        path, near = Path(spec), ()
         if path.is_dir():
-            path = path / f"{split}.npz"
+            parts = _splits(path)
+            if split not in parts:
+                raise no_split(spec, split)
+            near = beside(path, [part.name for part in parts.values()], split == "train")
+            path = parts[split]
         else:
             whole(split, spec)
         arrays = load_arrays(path)
-        images = next((arrays[key] for key in IMAGE_KEYS if key in arrays), None)
+        images = next((key for key in (reading.picture, *IMAGE_KEYS) if key in arrays), None)
         if images is None:
             raise DataError(
                 f"{path} has the arrays {', '.join(sorted(arrays))}; expected one named {' or '.join(IMAGE_KEYS)}"
             )
-        labels = next((arrays[key] for key in LABEL_KEYS if key in arrays), None)
+        labels = next((key for key in LABEL_KEYS if key in arrays), None)
         classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
-        return array_source(images, labels, str(path), classes)
+        found = array_source(arrays[images], None if labels is None else arrays[labels], str(path), classes)
+        others = sorted(arrays.keys() - {images, labels, "classes"})
+        return replace(found, passed=(*near, *(Passed(1, f'"{key}" of {path.name}', "array") for key in others)))
+
+
+def _splits(path: Path) -> dict[str, Path]:
+    """The files of the two splits in a folder; that of the training split may be alone."""
+    files = {file.stem: file for file in _listing(path) if ending(file.name) in ENDINGS and file.is_file()}
+    if named := splits(files):
+        return {word: files[name] for word, name in named.items()}
+    return next(({"train": files[name]} for name in files if name.lower() in TRAIN), {})
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -120,25 +136,28 @@ class Idx(Format):
         path = Path(spec)
         if not path.is_dir():
             whole(split, spec)
-            labels = path.with_name(re.sub(r"images([-.])idx[34]", r"labels\1idx1", path.name))
+            labels = path.with_name(re.sub(r"(?i)images([-.])idx[34]", r"labels\1idx1", path.name))
             return _pair(path, labels if labels != path and labels.exists() else None)
-        prefix = "train" if split == "train" else "t10k"
-        files = {kind: _one(path, prefix, kind) for kind in ("images", "labels")}
-        if files["images"] is None:
-            raise DataError(f"{path} has no file {prefix}-images-idx3-ubyte or .gz; expected the four names of MNIST")
-        return _pair(files["images"], files["labels"])
+        words = {file.name: file.name.lower().partition("-")[0] for file in _listing(path) if _is_idx(file)}
+        prefix = next((word for word in (TRAIN if split == "train" else HELD_OUT) if word in words.values()), None)
+        images = None if prefix is None else _one(path, prefix, "images")
+        if prefix is None or images is None:
+            shown = prefix or ("train" if split == "train" else "t10k")
+            raise DataError(f"{path} has no file {shown}-images-idx3-ubyte or .gz; expected the four names of MNIST")
+        near = beside(path, list(words), split == "train")
+        return replace(_pair(images, _one(path, prefix, "labels")), passed=near)
 
 
 def _listing(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else []
+    return sorted(file for file in path.iterdir() if not is_hidden(file.name)) if path.is_dir() else []
 
 
 def _is_idx(path: Path) -> bool:
-    return re.search(r"idx\d-ubyte(\.gz)?$", path.name) is not None
+    return re.search(r"idx\d-ubyte(\.gz)?$", path.name, re.IGNORECASE) is not None
 
 
 def _one(folder: Path, prefix: str, kind: str) -> Path | None:
-    found = [f for f in _listing(folder) if _is_idx(f) and f.name.startswith(f"{prefix}-{kind}")]
+    found = [f for f in _listing(folder) if _is_idx(f) and f.name.lower().startswith(f"{prefix}-{kind}")]
     return found[0] if found else None
 
 
@@ -149,7 +168,7 @@ def _pair(images: Path, labels: Path | None) -> ArraySource:
 def read_idx(path: Path) -> np.ndarray:
     """The array of an IDX file of unsigned bytes: magic 00 00 08 n, n big-endian 32-bit lengths, the values."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path) if ending(path.name) == ".gz" else path.open("rb") as file:
             return _read_idx(file, path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error

@@ -6,8 +6,11 @@ from typing import Any
 
 from undiffuse.data.format.arrays import MAX_CLASSES, whole
 from undiffuse.data.format.folder import Pictures
+from undiffuse.data.format.webdataset import not_there, which
+from undiffuse.data.listing import splits
+from undiffuse.data.passed import beside
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import Format, Source, Split, extra, split_name
+from undiffuse.data.source import Format, Source, Split, extra
 from undiffuse.errors import DataError
 from undiffuse.machine import disk
 
@@ -17,7 +20,7 @@ INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 class SavedDataset(Format):
     """A folder with `dataset_info.json` and `state.json`, or one with `train` and `test` that are such folders.
 
-    The pictures are those of the first column of type Image, the classes those of the first of type ClassLabel.
+    The pictures are those of the column of type Image, the classes those of the first of type ClassLabel.
     """
 
     @staticmethod
@@ -27,30 +30,62 @@ class SavedDataset(Format):
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
-        path = Path(spec)
+        root = path = Path(spec)
+        parts = {"train": root}
         if (path / STATE).is_file():
             whole(split, spec)
         else:
-            path = path / (split_name({each.name for each in path.iterdir() if each.is_dir()}, split) or split)
+            folders = sorted(each.name for each in path.iterdir() if (each / STATE).is_file())
+            parts = {word: root / name for word, name in splits(folders).items()}
+            path = parts.get(split) or root / next((name for name in folders if name == split), split)
         if not (path / STATE).is_file():
             raise DataError(f"{spec} has no {split} split; expected the folder {path} with {STATE}")
         features = _json(path / INFO).get("features") or {}
-        images, labels = _column(features, "Image"), _column(features, "ClassLabel")
-        if images is None:
-            raise DataError(f"{path} has the columns {', '.join(features) or 'none'}; expected one of type Image")
+        images, labels = image_column(str(path), features, reading.picture), column_of(features, "ClassLabel")
         table = _table(path, [images] if labels is None else [images, labels])
         cells = table.column(images)
 
         def load(name: str) -> bytes:
-            cell = cells[int(name.removeprefix("row "))].as_py() or {}
-            if cell.get("bytes") is None:
-                raise DataError(f"it holds no bytes but the path {cell.get('path')}; save it with its pictures in it")
-            return cell["bytes"]
+            return bytes_of(cells[int(name.removeprefix("row "))].as_py())
 
         names = tuple(f"row {row}" for row in range(len(cells)))
-        found = None if labels is None else _labels(path, table.column(labels).to_pylist())
-        classes = None if labels is None or found is None else _classes(features[labels], found)
-        return Pictures(names, load, found, classes, reading)
+        found = None if labels is None else checked_labels(path, table.column(labels).to_pylist())
+        classes = None if labels is None or found is None else class_names(features[labels], found)
+        used = [file.relative_to(root).as_posix() for part in {*parts.values(), path} for file in _files(part)]
+        return Pictures(names, load, found, classes, reading, beside(root, [SPLITS, *used], split == "train"))
+
+
+def _files(folder: Path) -> list[Path]:
+    """All that `save_to_disk` writes."""
+    return [folder / INFO, folder / STATE, *_arrows(folder)]
+
+
+def _arrows(folder: Path) -> list[Path]:
+    return [folder / Path(str(each["filename"])).name for each in _json(folder / STATE).get("_data_files", [])]
+
+
+def image_column(spec: str, features: dict[str, Any], wanted: str) -> str:
+    """The column of type Image. DataError where there is none, or where it must be chosen from several."""
+    names = [name for name, each in features.items() if isinstance(each, dict) and each.get("_type") == "Image"]
+    if not names:
+        raise DataError(f"{spec} has the columns {', '.join(features) or 'none'}; expected one of type Image")
+    if len(names) == 1:
+        return names[0]
+    if not wanted:
+        raise which(spec, names, "columns of pictures")
+    if wanted not in names:
+        raise not_there(spec, wanted, names)
+    return wanted
+
+
+def bytes_of(cell: Any) -> bytes:
+    """The encoded picture of a cell. DataError for one that only names a file."""
+    if isinstance(cell, bytes):
+        return cell
+    if not isinstance(cell, dict) or cell.get("bytes") is None:
+        path = cell.get("path") if isinstance(cell, dict) else None
+        raise DataError(f"it holds no bytes but the path {path}; save it with its pictures in it")
+    return cell["bytes"]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -64,16 +99,16 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _column(features: dict[str, Any], kind: str) -> str | None:
+def column_of(features: dict[str, Any], kind: str) -> str | None:
+    """The first column of a type."""
     return next((name for name, each in features.items() if isinstance(each, dict) and each.get("_type") == kind), None)
 
 
 def _table(path: Path, columns: list[str]) -> Any:
     """Those columns of all files, mapped into memory."""
     pa = extra("pyarrow", "arrow")
-    files = [path / Path(str(each["filename"])).name for each in _json(path / STATE).get("_data_files", [])]
     tables = []
-    for file in files:
+    for file in _arrows(path):
         try:
             tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all().select(columns))
             tables[-1].validate(full=True)  # else a damaged offset would be followed out of the file
@@ -84,7 +119,7 @@ def _table(path: Path, columns: list[str]) -> Any:
     return pa.concat_tables(tables)
 
 
-def _labels(path: Path, labels: list[int | None]) -> tuple[int, ...] | None:
+def checked_labels(path: Path | str, labels: list[int | None]) -> tuple[int, ...] | None:
     """The column as it is, or None where nothing has a label."""
     known = [label for label in labels if label is not None and label >= 0]  # -1 is how `datasets` writes none
     if not known:
@@ -96,6 +131,7 @@ def _labels(path: Path, labels: list[int | None]) -> tuple[int, ...] | None:
     return tuple(known)
 
 
-def _classes(feature: dict[str, Any], labels: tuple[int, ...]) -> tuple[str, ...]:
+def class_names(feature: dict[str, Any], labels: tuple[int, ...]) -> tuple[str, ...]:
+    """The names that the data gives its classes, else their numbers."""
     names = tuple(str(name) for name in feature.get("names") or ())
     return names if len(names) > max(labels) else tuple(str(label) for label in range(max(labels) + 1))

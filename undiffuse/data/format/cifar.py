@@ -9,12 +9,15 @@ import operator
 import pickle
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from undiffuse.data.format.arrays import array_source
+from undiffuse.data.format.tars import first_members, is_tar
+from undiffuse.data.passed import beside
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Source, Split
 from undiffuse.errors import Corrupt, DataError
@@ -33,13 +36,16 @@ class Cifar10(Format):
         path = Path(spec)
         if path.is_dir():
             return 2 if any((path / f"data_batch_1{ending}").is_file() for ending in (".bin", "")) else 0
-        return 1 if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")) else 0
+        inside = {PurePosixPath(name).name for name in first_members(path)} if is_tar(path) else set()
+        return 2 if inside & (_wanted("train") | _wanted("test")) else 0
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
         files = _folder(Path(spec), split) if Path(spec).is_dir() else _archive(Path(spec), split)
         images, labels = zip(*(_batch(spec, name, files) for name in BATCHES[split]), strict=True)
-        return array_source(np.concatenate(images), np.concatenate(labels), spec, CLASSES)
+        source = array_source(np.concatenate(images), np.concatenate(labels), spec, CLASSES)
+        known = [*_wanted("train"), *_wanted("test"), "batches.meta", "batches.meta.txt", "readme.html"]
+        return replace(source, passed=beside(Path(spec), known, split == "train")) if Path(spec).is_dir() else source
 
 
 def _batch(spec: str, name: str, files: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray]:

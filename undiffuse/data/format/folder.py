@@ -1,8 +1,7 @@
 """Pictures as files: a folder, a zip of one, or a single picture.
 
-Everything below is read, sorted by name; hidden files and files without the ending of a picture are passed over. The
-folders below the common one are the classes, or `train` and `test` (also `val`, `valid`, `validation`) with the classes
-inside them.
+Everything below with the ending of a picture is read, sorted by name, but hidden files. What else is there is counted.
+`arrange.py` says which folders are splits and classes, `labelfile.py` which files say the classes instead.
 """
 
 import hashlib
@@ -10,18 +9,22 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from io import BufferedIOBase, BytesIO
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from undiffuse.data import picture
+from undiffuse.data import labelfile, picture
+from undiffuse.data.arrange import arrange
 from undiffuse.data.format.arrays import whole
+from undiffuse.data.listing import ending, inner, is_hidden, is_picture, own_folders, walk
+from undiffuse.data.passed import Passed, kinds, line, split_own
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import HELD_OUT, Format, Item, Source, Split, split_name
+from undiffuse.data.source import Format, Item, Source, Split
 from undiffuse.errors import DataError
 
 try:
@@ -42,6 +45,7 @@ class Pictures(Source):
     labels: tuple[int, ...] | None
     classes: tuple[str, ...] | None
     reading: Reading
+    passed: tuple[Passed, ...] = ()
     root: Path | None = None  # of files on their own, below which the names are
 
     def __len__(self) -> int:
@@ -49,11 +53,12 @@ class Pictures(Source):
 
     def __getitem__(self, index: int) -> Item:
         try:
-            image = picture.decode(self._bytes(index), self.reading)
+            data = self._bytes(index)
+            image = picture.decode(data, self.reading)
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error}") from error
         label = None if self.labels is None else self.labels[index]
-        return Item(torch.tensor(image).permute(2, 0, 1), label)
+        return Item(torch.tensor(image).permute(2, 0, 1), label, picture.frames(data))
 
     def every_label(self) -> Int[Tensor, "n"] | None:
         return None if self.labels is None else torch.tensor(self.labels, dtype=torch.int64)
@@ -97,7 +102,7 @@ class Folder(Format):
     @staticmethod
     def match(spec: str) -> int:
         path = Path(spec)
-        return 1 if path.is_dir() or (path.is_file() and path.suffix.lower() in picture.suffixes()) else 0
+        return 1 if path.is_dir() or (path.is_file() and is_picture(path.name)) else 0
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
@@ -105,8 +110,8 @@ class Folder(Format):
         if path.is_file():
             whole(split, spec)
             return Pictures((path.name,), lambda name: path.read_bytes(), None, None, reading)
-        found = pictures(spec, walk(path), lambda name: (path / name).read_bytes(), split, reading)
-        return replace(found, root=path)
+        files = Files(walk(path), lambda name: (path / name).read_bytes(), lambda name: (path / name).open("rb"))
+        return replace(pictures(spec, files, split, reading), root=path)
 
 
 class Zip(Format):
@@ -114,7 +119,7 @@ class Zip(Format):
 
     @staticmethod
     def match(spec: str) -> int:
-        return 2 if Path(spec).suffix.lower() == ".zip" and Path(spec).is_file() else 0
+        return 2 if ending(spec) == ".zip" and Path(spec).is_file() else 0
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
@@ -124,63 +129,59 @@ class Zip(Format):
             raise DataError(f"{spec} cannot be read as a zip: {str(error) or 'its directory is too long'}") from error
 
         def load(name: str) -> bytes:
-            info = archive.getinfo(name)
+            info = archive.getinfo(own[name])
             if info.file_size > picture.MAX_BYTES:
                 raise DataError(f"unpacks to more than {picture.MAX_BYTES} bytes")
             if info.compress_size > length:  # zipfile takes room for all of it at once
                 raise DataError(f"is said to have {info.compress_size} bytes in a zip of {length}")
             try:
-                return archive.read(name)
+                return archive.read(info)
             except MemoryError as error:
                 if info.compress_type != zipfile.ZIP_LZMA:  # which takes at once what its header asks for
                     raise
                 raise DataError("its compression asks for more memory than there is") from error
 
-        names = [name for name in archive.namelist() if not name.endswith("/")]
-        return pictures(spec, names, load, split, reading)
+        def begin(name: str) -> BytesIO:
+            with archive.open(own[name]) as file:
+                return BytesIO(file.read(picture.HEAD))
+
+        own = {inner(name): name for name in archive.namelist() if not name.endswith(("/", "\\"))}
+        return pictures(spec, Files(list(own), load, begin), split, reading)
 
 
-def walk(root: Path) -> list[str]:
-    """Every file below, links followed; each real folder once, so a loop of links ends."""
-    seen: set[str] = set()
-    names = []
-    for folder, below, files in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        below[:] = sorted(name for name in below if os.path.realpath(os.path.join(folder, name)) not in seen)
-        names += [PurePosixPath(Path(folder, name).relative_to(root)).as_posix() for name in files]
-    return names
+@dataclass(frozen=True)
+class Files:
+    """The files of a folder or an archive: their names, and how they are read."""
+
+    names: Sequence[str]  # hidden ones too
+    load: Callable[[str], bytes]
+    open: Callable[[str], BufferedIOBase]
+    are_named: bool = False  # each by the user, so none is hidden
 
 
-def pictures(spec: str, names: list[str], load: Callable[[str], bytes], split: Split, reading: Reading) -> Pictures:
-    known = picture.suffixes()
-    visible = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
-    found = sorted(name for name in visible if PurePosixPath(name).suffix.lower() in known)
+def pictures(spec: str, files: Files, split: Split, reading: Reading) -> Pictures:
+    """Those of the split, sorted by name. DataError where there are none."""
+    visible = [name for name in files.names if files.are_named or not is_hidden(name)]
+    own, visible = split_own(visible, set() if files.are_named else own_folders(files.names))
+    found = sorted(name for name in visible if is_picture(name))
+    others = [name for name in visible if not is_picture(name)]
     if not found:
-        raise DataError(
-            f"{spec} has no images: {len(names)} files, none with the ending of a picture (.png, .jpg, .webp …). "
-            "Give the folder that holds them"
-        )
-    parts = _below_common([tuple(name.split("/")[:-1]) for name in found])
-    if named := split_name({folders[0] for folders in parts if folders}, split):
-        classes = _classes([folders[1:] for folders in parts if folders and folders[0] in ("train", *HELD_OUT)])
-        chosen = [i for i, folders in enumerate(parts) if folders[:1] == (named,)]
-        found, parts = [found[i] for i in chosen], [parts[i][1:] for i in chosen]
-    else:
-        whole(split, spec)
-        classes = _classes(parts)
-    numbers = {name: number for number, name in enumerate(classes or ())}
-    labels = None if classes is None else tuple(numbers[folders[0]] for folders in parts)
-    return Pictures(tuple(found), load, labels, classes, reading)
+        raise DataError(f"{spec} has no images: {_none(len(visible), (*own, *kinds(others, files.open)))}")
+    try:
+        given = labelfile.find(others, files.load)
+    except UNREADABLE as error:
+        raise DataError(f"{spec} has a file of labels that cannot be read: {error}") from error
+    arranged = arrange(spec, found, split, by_folder=given is None)
+    if given is not None:
+        arranged = labelfile.relabelled(spec, found, arranged, given)
+        others = [name for name in others if name not in given.files]
+    passed = (*own, *kinds(others, files.open), *arranged.passed)
+    chosen = tuple(found[i] for i in arranged.chosen)
+    return Pictures(chosen, files.load, arranged.labels, arranged.classes, reading, passed)
 
 
-def _below_common(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    depth = 0
-    while len({path[: depth + 1] for path in folders}) == 1 and len(folders[0]) > depth:
-        depth += 1
-    return [path[depth:] for path in folders]
-
-
-def _classes(folders: list[tuple[str, ...]]) -> tuple[str, ...] | None:
-    """The first folder of each picture, if every picture is in one and there are two or more."""
-    names = {path[:1] for path in folders}
-    return tuple(sorted(name for (name,) in names)) if () not in names and len(names) > 1 else None
+def _none(count: int, passed: Sequence[Passed]) -> str:
+    what = f": {line(passed)}" if passed else ""
+    return (
+        f"{count} files, none with the ending of a picture (.png, .jpg, .webp …){what}. Give the folder that holds them"
+    )

@@ -7,11 +7,14 @@ from typing import Any
 
 from undiffuse.data.format.arrays import whole
 from undiffuse.data.format.folder import Pictures
+from undiffuse.data.listing import is_hidden
+from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Source, Split, extra
 from undiffuse.errors import DataError
 
-FILE = "data.mdb"
+FILE, LOCK = "data.mdb", "lock.mdb"
+COUNTS = ("__len__", "__keys__", "length", "num-samples", "num_samples")  # keys that tools put beside those of pictures
 TRAIN, VAL = "_train_lmdb", "_val_lmdb"  # how the two splits of a category are named
 
 
@@ -36,8 +39,12 @@ class Lmdb(Format):
             whole(split, spec)
         database = Database(path, extra("lmdb", "lmdb"))
         keys = database.keys()
-        names = tuple(key.decode("utf-8", "surrogateescape") for key in keys)
-        return Pictures(names, database.read, None, None, reading)
+        names = [key.decode("utf-8", "surrogateescape") for key in keys]
+        visible = tuple(name for name in names if name not in COUNTS and not is_hidden(name))
+        counts = sum(name in COUNTS for name in names)
+        passed = (Passed(counts, "that hold numbers", "key"),) if counts else ()
+        near = beside(path, [FILE, LOCK], split == "train")
+        return Pictures(visible, database.read, None, None, reading, (*passed, *near))
 
 
 class Database:

@@ -8,7 +8,8 @@ makes it.
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from undiffuse.config import parse, plain
 from undiffuse.data.format.arrays import whole
+from undiffuse.data.listing import splits, walk
+from undiffuse.data.passed import Passed, beside, frames, merged
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Shape, Source, Split
 from undiffuse.errors import Corrupt, DataError, UsageError
@@ -25,6 +28,7 @@ from undiffuse.machine import disk
 
 FORMAT = 1
 MANIFEST, PLAN = "packed.json", "packing.json"  # the second is there until the first is
+OURS = re.compile(r"lock|packed\.json|packing\.json|\d{5}\.(bin|json)")  # the files of a packed folder
 AGAIN = "remove the folder and pack the data again"
 
 
@@ -48,6 +52,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
     classes: tuple[str, ...] | None = None
+    passed: tuple[Passed, ...] = ()  # what was not packed, because it is no picture of the split
+    frames: int = 0  # in its files after the first of each
     format: int = FORMAT
 
 
@@ -62,6 +68,7 @@ class PackedSource(Source):
     ends: Int[Tensor, "shards"]  # how many images there are up to the end of each shard
     classes: tuple[str, ...] | None
     skipped: tuple[str, ...]
+    passed: tuple[Passed, ...] = ()
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -102,20 +109,36 @@ class Packed(Format):
 
     @staticmethod
     def match(spec: str) -> int:
-        folders = (Path(spec), Path(spec, "train"), Path(spec, "test"))
-        return 2 if any((folder / name).is_file() for folder in folders for name in (MANIFEST, PLAN)) else 0
+        path = Path(spec)
+        if not path.is_dir():
+            return 0
+        return 2 if any(map(_is_begun, (path, *map(path.joinpath, _splits(path).values())))) else 0
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
-        path = Path(spec)
-        if (path / MANIFEST).is_file() or (path / PLAN).is_file():
+        root = path = Path(spec)
+        parts = _splits(root)
+        if _is_begun(root):
             whole(split, spec)
         else:
-            path = path / split
+            path = root / parts.get(split, split)
         if not (path / MANIFEST).is_file():
             hint = "is not packed to its end; run the same `undiffuse data pack` again"
             raise DataError(f"{path} {hint if (path / PLAN).is_file() else f'is missing; {spec} has no {split} split'}")
-        return open_packed(path)
+        source = open_packed(path)
+        folders = {"."} if path == root else set(parts.values())
+        ours = [name for name in walk(root) if str(Path(name).parent) in folders and OURS.fullmatch(Path(name).name)]
+        return replace(source, passed=merged(source.passed, beside(root, ours, split == "train")))
+
+
+def _is_begun(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (MANIFEST, PLAN))
+
+
+def _splits(path: Path) -> dict[str, str]:
+    """The folders of the two splits that are there; one of them may be alone."""
+    names = [each.name for each in path.iterdir() if _is_begun(each)] if path.is_dir() else []
+    return splits(names) or {word: name for word in ("train", "test") for name in names if name.lower() == word}
 
 
 def shard_path(folder: Path, k: int) -> Path:
@@ -153,7 +176,8 @@ def mapped(folder: Path, manifest: Manifest) -> PackedSource:
     ends = torch.tensor([shard.images for shard in manifest.shards]).cumsum(0)
     skipped = tuple(name for name, _ in manifest.skipped)
     images = tuple(images for _, images in parts)
-    return PackedSource(folder, manifest, images, labels, ends, manifest.classes, skipped)
+    over = merged(manifest.passed, frames(manifest.frames))
+    return PackedSource(folder, manifest, images, labels, ends, manifest.classes, skipped, over)
 
 
 def _map(path: Path, shard: Shard, manifest: Manifest) -> tuple[Int[Tensor, "m"], UInt8[Tensor, "n c h w"]]:

@@ -5,13 +5,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BufferedIOBase
 from itertools import accumulate
 from pathlib import Path
 
-from undiffuse.data import picture
-from undiffuse.data.format.folder import pictures
+from undiffuse.data.format.folder import Files, pictures
+from undiffuse.data.listing import is_hidden, is_picture
+from undiffuse.data.passed import Passed, kinds, line, merged
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import Format, Item, Source, Split, open_raw
+from undiffuse.data.source import Format, Item, Source, Split, is_readable, open_raw
 from undiffuse.errors import DataError
 
 
@@ -20,6 +22,7 @@ class Joined(Source):
     """The images of one source after those of the other. Classes are joined by name, and dropped if a part has none."""
 
     parts: tuple[Source, ...]
+    unmatched: tuple[Passed, ...] = ()  # files that a pattern found and nothing reads
 
     @property
     def classes(self) -> tuple[str, ...] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -31,6 +34,10 @@ class Joined(Source):
     @property
     def skipped(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return tuple(name for part in self.parts for name in part.skipped)
+
+    @property
+    def passed(self) -> tuple[Passed, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return merged(*(part.passed for part in self.parts), self.unmatched)
 
     def _place(self, index: int) -> tuple[Source, int]:
         for part, end in zip(self.parts, accumulate(map(len, self.parts)), strict=True):
@@ -77,8 +84,8 @@ class Several(Format):
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
-        named = list(dict.fromkeys(path for line in spec.split("\n") for path in _matches(line)))
-        files = [path for path in named if Path(path).suffix.lower() in picture.suffixes() and Path(path).is_file()]
+        named, unread = _named(spec)
+        files = [path for path in named if is_picture(path) and Path(path).is_file()]
         parts, why = list[Source](), DataError("")
         known = set(files)
         readers: list[Callable[[], Source]] = [lambda: _files(files, split, reading)] if files else []
@@ -92,17 +99,37 @@ class Several(Format):
                 why = error  # one part with a test split is enough
         if not parts:
             raise why
-        return parts[0] if len(parts) == 1 else Joined(tuple(parts))
+        return Joined(tuple(parts), kinds(unread, open_path)) if unread or len(parts) > 1 else parts[0]
 
 
 def _files(files: list[str], split: Split, reading: Reading) -> Source:
-    found = pictures(f"{len(files)} files", files, lambda name: Path(name).read_bytes(), split, reading)
+    given = Files(files, lambda name: Path(name).read_bytes(), open_path, are_named=True)
+    found = pictures(f"{len(files)} files", given, split, reading)
     return replace(found, root=Path())
 
 
-def _matches(line: str) -> list[str]:
+def open_path(name: str) -> BufferedIOBase:
+    return open(name, "rb")
+
+
+def _named(spec: str) -> tuple[list[str], list[str]]:
+    """The paths that are named, each once; and the files that only a pattern named, and that nothing reads."""
+    named, unread = dict[str, None](), dict[str, None]()
+    for entry in spec.split("\n"):
+        matches = _matches(entry)
+        for path in [entry] if matches is None else matches:
+            strange = matches is not None and Path(path).is_file() and not is_readable(path)
+            if not (strange and is_hidden(Path(path).name)):
+                (unread if strange else named)[path] = None
+    if not named:
+        raise DataError(f"{spec.replace(chr(10), ', ')} has no images: {line(kinds(unread, open_path))}")
+    return list(named), list(unread)
+
+
+def _matches(line: str) -> list[str] | None:
+    """What a pattern finds; None for the name of one thing."""
     if not glob.has_magic(line) or Path(line).exists():
-        return [line]
+        return None
     found = sorted(glob.glob(line, recursive=True))
     if not found:
         raise DataError(f"no file matches {line}; check the path, or give the folder itself")

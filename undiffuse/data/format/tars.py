@@ -1,44 +1,86 @@
-"""Shards as webdataset writes them: tar files whose members `0001.jpg`, `0001.cls` are one example.
+"""Tar files: shards as webdataset writes them, whose members `0001.jpg`, `0001.cls` are one example, and others.
 
 Each archive is walked once for the places of its pictures; after that any of them is read directly, so the order of
-the examples is not bound to that of the files. What a shard says after its end mark is not read.
+the examples is not bound to that of the files. A compressed one has no places to go back to: its pictures are kept in
+memory. What a shard says after its end mark is not read.
 """
 
-import json
+import importlib
+import io
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from undiffuse.data import picture
-from undiffuse.data.format.arrays import MAX_CLASSES, whole
-from undiffuse.data.format.folder import Pictures
+from undiffuse.data import labelfile, picture
+from undiffuse.data.arrange import arrange, no_split
+from undiffuse.data.format import webdataset
+from undiffuse.data.format.folder import LZMAError, Pictures
+from undiffuse.data.listing import ending, inner, is_hidden, is_picture, own_folders, split_inside, splits, walk
+from undiffuse.data.passed import Passed, beside, kinds, line, split_own
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import HELD_OUT, Format, Source, Split, split_name
+from undiffuse.data.source import Format, Source, Split
 from undiffuse.errors import DataError
 
-LABELS = (".cls", ".json")
+PLAIN = (".tar",)
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-SPLIT = re.compile(rf"(?:^|[-_.])(train|{'|'.join(HELD_OUT)})[-_.]")
 LOOKED_AT = 16  # members that tell a shard from another archive
 LABEL_BYTES = 2**20
+MOST = 2**30  # bytes that a compressed archive may hold, because all of them are kept in memory
+PIECE = 2**24  # bytes of one read
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "lzma"}  # modules, by the first bytes
+UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ImportError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a picture are."""
+    """Where the bytes of a member are: in a file, or in what a compressed one was unpacked to."""
 
     path: Path
     offset: int
     size: int
+    unpacked: bytes | None = None
+
+    def read(self) -> bytes:
+        data = self.first(picture.MAX_BYTES)
+        if len(data) != self.size:
+            raise EOFError(f"{len(data)} bytes, not {self.size}")
+        return data
+
+    def first(self, most: int) -> bytes:
+        """No more than so many bytes."""
+        count = min(self.size, most)
+        if self.unpacked is not None:
+            return self.unpacked[self.offset : self.offset + count]
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(count)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The regular files in one or several archives, in order, by names of ours."""
+
+    places: dict[str, Place] = field(default_factory=dict)
+    inside: dict[str, str] = field(default_factory=dict)  # the same name without that of the archive
+    unpacked: list[bytes] = field(default_factory=list)  # what the compressed archives hold
+
+    def load(self, name: str) -> bytes:
+        return self.places[name].read()
+
+    def open(self, name: str) -> io.BytesIO:
+        """The beginning of a file."""
+        return io.BytesIO(self.places[name].first(picture.HEAD))
 
 
 class TarShards(Format):
-    """A tar of pictures, a folder of such, or `name-{000..123}.tar`.
+    """A tar of pictures, compressed or not, a folder of such, or `name-{000..123}.tar`.
 
     A folder has splits where it holds `train` and `test` with tars, or tars named `a-train-0.tar` and `a-test-0.tar`;
-    `val`, `valid` and `validation` are other names of `test`.
+    a single tar where it has these folders inside.
     """
 
     @staticmethod
@@ -47,24 +89,37 @@ class TarShards(Format):
         if not files:
             return 0
         named = bool(RANGE.search(spec)) or Path(spec).is_dir()
-        return 2 if named or _has_pictures(files[0]) else 0
+        return 2 if named or any(is_picture(name) for name in first_members(files[0])) else 1
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
-        if _is_whole(spec):
-            whole(split, spec)
-        places: dict[str, Place] = {}
-        labels: dict[str, int] = {}
+        folder = Path(spec) if Path(spec).is_dir() else None
+        divided = folder is not None and _files(spec, "train") != _files(spec, "test")
         files = _files(spec, split)
+        if not files:
+            raise no_split(spec, split)
+        members = Members()
         short = len({path.name for path in files}) == len(files)
         for path in files:
-            _index(path, path.name if short else path.as_posix(), places, labels)
-        if not places:
-            raise DataError(
-                f"{spec} has no pictures in the tar files of its {split} split; expected members like 1.jpg"
-            )
-        return Pictures(tuple(places), lambda name: _read(places[name]), *_labels(spec, places, labels),
-                        reading)  # fmt: skip
+            _index(path, path.name if short else path.as_posix(), members)
+        near: tuple[Passed, ...] = ()
+        if folder is not None:
+            used = {path.relative_to(folder).as_posix() for word in ("train", "test") for path in _files(spec, word)}
+            near = beside(folder, used, split == "train")
+        return _examples(spec, members, "train" if divided else split, reading, near)
+
+
+def is_tar(path: Path) -> bool:
+    return path.name.lower().endswith((*PLAIN, *COMPRESSED)) and path.is_file()
+
+
+def first_members(path: Path) -> list[str]:
+    """The names of the first files of an archive; none of one that cannot be read."""
+    try:
+        with tarfile.open(path) as archive:
+            return [member.name for _, member in zip(range(LOOKED_AT), archive, strict=False) if member.isreg()]
+    except UNREADABLE:
+        return []
 
 
 def _files(spec: str, split: str) -> list[Path]:
@@ -79,33 +134,41 @@ def _files(spec: str, split: str) -> list[Path]:
             )
         return files
     path = Path(spec)
-    if path.is_dir():
-        return _of_split(_in_folder(path), split) or _in_folder(_split_folder(path, split))
-    return [path] if path.suffix == ".tar" and path.is_file() else []
+    if not path.is_dir():
+        return [path] if is_tar(path) else []
+    if files := _in_folder(path):
+        return _of_split(files, split)
+    named = splits(each.name for each in path.iterdir() if each.is_dir() and not is_hidden(each.name))
+    return _in_folder(path / named[split]) if split in named else []
 
 
 def _in_folder(path: Path) -> list[Path]:
-    """The tar files of a folder that holds nothing else to look at: no picture and no folder."""
-    names = [each for each in sorted(path.iterdir()) if not each.name.startswith(".")] if path.is_dir() else []
-    other = any(each.is_dir() or each.suffix.lower() in picture.suffixes() for each in names)
-    return [] if other else [each for each in names if each.suffix == ".tar"]
+    """The tar files of a folder, if they hold more pictures than lie beside them."""
+    files = [each for each in sorted(path.iterdir()) if is_tar(each) and not is_hidden(each.name)]
+    if not files:
+        return []
+    near = sum(is_picture(name) and not is_hidden(name) for name in walk(path))
+    return files if near == 0 or _has_more(files, near) else []
 
 
-def _split_folder(path: Path, split: str) -> Path:
-    return path / (split_name({each.name for each in path.iterdir() if each.is_dir()}, split) or split)
+def _has_more(files: list[Path], count: int) -> bool:
+    for path in files:
+        try:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    count -= member.isreg() and is_picture(member.name)
+                    if count < 0:
+                        return True
+        except UNREADABLE:  # whoever reads it says so
+            continue
+    return False
 
 
 def _of_split(files: list[Path], split: str) -> list[Path]:
     """Those that are named for the split, where both are there; else all."""
-    named = [found[1] if (found := SPLIT.search(path.name)) else "" for path in files]
-    wanted = split_name(named, split)
-    return [path for path, name in zip(files, named, strict=True) if wanted in (None, name)]
-
-
-def _is_whole(spec: str) -> bool:
-    """Whether there is one split only."""
-    files = _in_folder(Path(spec)) if Path(spec).is_dir() else []
-    return not Path(spec).is_dir() or (bool(files) and _of_split(files, "test") == files)
+    words = [split_inside(path.name) for path in files]
+    named = splits(words)
+    return files if len(named) < 2 else [path for path, word in zip(files, words, strict=True) if word == named[split]]
 
 
 def _expand(spec: str) -> Iterator[str]:
@@ -119,83 +182,73 @@ def _expand(spec: str) -> Iterator[str]:
         yield from _expand(f"{spec[: found.start()]}{number:0{len(first)}d}{spec[found.end() :]}")
 
 
-def _has_pictures(path: Path) -> bool:
+def _index(path: Path, shard: str, members: Members) -> None:
+    """Adds the files of one archive, by `shard.tar/name.jpg`."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            members = [member for _, member in zip(range(LOOKED_AT), archive, strict=False)]
-    except (tarfile.TarError, OSError):
-        return False
-    return any(_is_picture(member) for member in members)
-
-
-def _is_picture(member: tarfile.TarInfo) -> bool:
-    return member.isreg() and PurePosixPath(member.name).suffix.lower() in picture.suffixes()
-
-
-def _index(path: Path, shard: str, places: dict[str, Place], labels: dict[str, int]) -> None:
-    """Adds the pictures of one shard, by `shard.tar/name.jpg`, and its labels, by `shard.tar/name`."""
-    try:
-        with tarfile.open(path, "r:") as archive:
+        data = _unpacked(path, MOST - sum(map(len, members.unpacked)))
+        with tarfile.open(path, "r:", None if data is None else io.BytesIO(data)) as archive:
             for member in archive:
-                name = f"{shard}/{member.name}"
-                if _is_picture(member):
-                    places[name] = Place(path, member.offset_data, member.size)
-                elif member.isreg() and PurePosixPath(name).suffix in LABELS and member.size <= LABEL_BYTES:
-                    text = _read(Place(path, member.offset_data, member.size))
-                    if (label := _label(name, text)) is not None:
-                        labels[_key(name)] = label
+                if member.isreg():
+                    name = inner(member.name)
+                    members.places[f"{shard}/{name}"] = Place(path, member.offset_data, member.size, data)
+                    members.inside[f"{shard}/{name}"] = name
                 archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue] — it would keep every header
-            end = _read(Place(path, archive.offset, tarfile.BLOCKSIZE))
-    except (tarfile.TarError, OSError, EOFError) as error:
+            end = Place(path, archive.offset, tarfile.BLOCKSIZE, data).read()
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
     if end != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
         raise DataError(f"{path} has no end mark after {archive.offset} bytes; it is cut or damaged")
+    if data is not None:
+        members.unpacked.append(data)
 
 
-def _read(place: Place) -> bytes:
-    with place.path.open("rb") as file:
-        file.seek(place.offset)
-        data = file.read(min(place.size, picture.MAX_BYTES))
-    if len(data) != place.size:
-        raise EOFError(f"{len(data)} bytes, not {place.size}")
-    return data
+def _unpacked(path: Path, most: int) -> bytes | None:
+    """All that a compressed file holds, None for one that is not; told by its first bytes, as its name may be wrong."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    module = next((name for mark, name in COMPRESSIONS.items() if start.startswith(mark)), None)
+    if module is None:
+        return None
+    pieces, size = [], 0
+    with importlib.import_module(module).open(path) as stream:
+        while piece := stream.read(PIECE):
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                raise DataError(
+                    f"{path} unpacks to more than {MOST} bytes, which have to be in memory because it is compressed; "
+                    "unpack it and give the folder"
+                )
+    return b"".join(pieces)
 
 
-def _key(name: str) -> str:
-    """What the members of one example have in common: all before the first dot of the last part."""
-    folder, slash, last = name.rpartition("/")
-    return f"{folder}{slash}{last.partition('.')[0]}"
-
-
-def _label(name: str, text: bytes) -> int | None:
-    """The number in a .cls, or `label` or `cls` of a .json that has one."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise DataError(f"{name} holds {text[:20]!r}; expected the number of a class") from None
-    if name.endswith(".json"):
-        value = (
-            next((value[key] for key in ("label", "cls") if key in value), None) if isinstance(value, dict) else None
-        )
-        return value if type(value) is int else None
-    if type(value) is not int:
-        raise DataError(f"{name} holds {text[:20]!r}; expected the number of a class")
-    return value
-
-
-def _labels(
-    spec: str, places: dict[str, Place], labels: dict[str, int]
-) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
-    """A label for each picture and the names of the classes, or neither."""
-    found = [labels.get(_key(name)) for name in places]
-    known = [label for label in found if label is not None]
-    if not known:
-        return None, None
-    if len(known) < len(found):
-        name = next(name for name, label in zip(places, found, strict=True) if label is None)
-        raise DataError(
-            f"{spec} has a label for {len(known)} of {len(found)} pictures, none for {name}; give all or none"
-        )
-    if min(known) < 0 or max(known) >= MAX_CLASSES:
-        raise DataError(f"{spec} has labels from {min(known)} to {max(known)}; expected 0 to {MAX_CLASSES - 1}")
-    return tuple(known), tuple(str(label) for label in range(max(known) + 1))
+def _examples(spec: str, members: Members, split: Split, reading: Reading, near: tuple[Passed, ...]) -> Pictures:
+    """A picture of each example; classes by the members beside it, or by a file of labels, or by folder."""
+    by_inside = {inside: name for name, inside in members.inside.items()}
+    inside = members.inside
+    own, left = split_own([name for name in inside.values() if not is_hidden(name)], own_folders(inside.values()))
+    known = set(left)
+    visible = [name for name in members.places if inside[name] in known]
+    found = [name for name in visible if is_picture(name)]
+    others = [name for name in visible if not is_picture(name)]
+    if not found:
+        what = line((*own, *near, *kinds(others, members.open)))
+        raise DataError(f"{spec} has no pictures in its tar files; expected members like 1.jpg{what and f': {what}'}")
+    found, unwanted = webdataset.one_each(spec, found, reading.picture)
+    small = [n for n in others if ending(n) in webdataset.LABELS and members.places[n].size <= LABEL_BYTES]
+    keys = set(map(webdataset.key_of, found))
+    own_labels = webdataset.labels_of([n for n in small if webdataset.key_of(n) in keys], members.load)
+    given = None if own_labels else labelfile.find([members.inside[n] for n in others],
+                                                   lambda name: members.load(by_inside[name]))  # fmt: skip
+    insides = [members.inside[name] for name in found]
+    arranged = arrange(spec, insides, split, by_folder=not own_labels and given is None)
+    if given is not None:
+        arranged = labelfile.relabelled(spec, insides, arranged, given)
+    names = tuple(found[i] for i in arranged.chosen)
+    labels, classes = arranged.labels, arranged.classes
+    if own_labels:
+        by_key = {webdataset.key_of(name): label for name, label in own_labels.items()}
+        labels, classes = webdataset.labelled(spec, names, by_key)
+    files = set() if given is None else set(given.files)
+    unread = kinds([n for n in others if n not in own_labels and members.inside[n] not in files], members.open)
+    return Pictures(names, members.load, labels, classes, reading, (*own, *near, *unread, *unwanted, *arranged.passed))

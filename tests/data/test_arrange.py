@@ -1,0 +1,245 @@
+"""Splits, classes and their order: what follows from names and from files of labels, whatever keeps the files."""
+
+import json
+
+import pytest
+
+from tests.data.test_passed import KEPT, PNG, as_folder, as_tar, as_zip, fill
+from undiffuse.data import listing
+from undiffuse.data.arrange import arrange
+from undiffuse.data.passed import counts
+from undiffuse.data.source import open_raw
+from undiffuse.errors import DataError
+
+
+def pictures(*names):
+    return {name: PNG for name in names}
+
+
+def classes_of(source):
+    """The class of each picture by the last part of its name, and all classes in order."""
+    if source.labels is None:
+        return None, source.classes
+    numbers = {source.name(i).rpartition("/")[2]: source.classes[label] for i, label in enumerate(source.labels)}
+    return numbers, source.classes
+
+
+COUNTED = pictures(*(f"{i}/{i}.png" for i in range(12)))
+CLASSES = {
+    "counted": (COUNTED, tuple(map(str, range(12)))),
+    "counted words": (pictures("c 10/1.png", "c 9/2.png", "C 1/3.png"), ("C 1", "c 9", "c 10")),
+    "capitals": (pictures("b/1.png", "A/2.png", "a/3.png"), ("A", "a", "b")),
+    "a stray": (pictures("a/1.png", "b/2.png", "c.png"), ("a", "b")),
+    "as many strays as in a class": (pictures("a/1.png", "b/2.png", "b/4.png", "c.png"), ("a", "b")),
+    "below": (pictures("x/y/a/1.png", "x/y/b/2.png", "x/z.png"), ("a", "b")),
+    "of a system": (pictures("a/1.png", "b/2.png", "__MACOSX/a/1.png", ".c/3.png"), ("a", "b")),
+    "without pictures": (pictures("a/1.png", "b/2.png") | {"notes/c.txt": b""}, ("a", "b")),
+    "one": (pictures("a/1.png", "a/2.png"), None),
+    "many strays": (pictures("a/1.png", "b/2.png", "c.png", "d.png"), None),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("case", CLASSES)
+def test_class_folders(tmp_path, kept, case):
+    files, expected = CLASSES[case]
+    source = open_raw(KEPT[kept](tmp_path, files))
+    found, classes = classes_of(source)
+    assert classes == expected
+    if expected is not None:
+        told = {name.rpartition("/")[2]: name.split("/")[-2] for name in files if name.count("/")}
+        assert found.items() <= told.items() and len(found) == len(source)
+
+
+def test_why_there_are_no_labels_is_told(tmp_path):
+    source = open_raw(as_folder(tmp_path, pictures("a/1.png", "b/2.png", "c.png", "d.png")))
+    assert counts(source.passed) == {"classes because 2 pictures lie in no folder of a class": 2}
+
+
+PAIRS = {
+    "train": ("train", "test"), "capitals": ("Train", "TEST"), "training": ("training", "testing"),
+    "valid": ("train", "Valid"), "dev": ("TRAIN", "dev"), "eval": ("train", "eval"), "val": ("Training", "val"),
+    "evaluation": ("train", "Evaluation"), "validation": ("train", "validation"), "t10k": ("train", "t10k"),
+    "set": ("Training Set", "Test Set"), "year": ("train2017", "val2017"), "images": ("train_images", "test-images"),
+    "prefix": ("seg_train", "seg_test"), "number": ("train", "test1"), "below": ("data/x/train", "data/x/test"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("case", PAIRS)
+def test_names_of_splits(tmp_path, kept, case):
+    train, test = PAIRS[case]
+    path = KEPT[kept](tmp_path, pictures(f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/dog/3.png"))
+    assert classes_of(open_raw(path)) == ({"1.png": "cat", "2.png": "dog"}, ("cat", "dog"))
+    assert classes_of(open_raw(path, "test")) == ({"3.png": "dog"}, ("cat", "dog"))
+
+
+@pytest.mark.parametrize("order", [("test", "val", "dev"), ("val", "eval"), ("t10k", "validation"), ("valid", "dev")])
+def test_of_several_held_out_splits_one_is_taken_and_the_others_are_told(tmp_path, order):
+    path = as_folder(tmp_path, pictures("train/1.png", *(f"{name}/{name}.png" for name in order)))
+    held = open_raw(path, "test")
+    assert held.names == (f"{order[0]}/{order[0]}.png",)
+    used = f"(train/ is trained on, {order[0]}/ is held out)"
+    assert counts(open_raw(path).passed) == {f"in {name}/ {used}": 1 for name in order[1:]}
+
+
+NONE = {  # folders that are classes, because they are no pair of splits
+    "train alone": ("train", "bus"), "two of training": ("train", "training"), "test alone": ("test", "rest"),
+    "words": ("trains", "tests run"), "two prefixes": ("a_train", "b_test"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NONE)
+def test_classes_that_look_like_splits(tmp_path, case):
+    names = NONE[case]
+    source = open_raw(as_folder(tmp_path, pictures(*(f"{name}/1.png" for name in names))))
+    assert set(source.classes) == set(names)
+
+
+def test_held_out_splits_alone_are_not_trained_on(tmp_path):
+    path = as_folder(tmp_path, pictures("val/1.png", "test/2.png"))
+    message = "has no train split, only test/, val/; give one of these folders itself, or --split test for test/$"
+    with pytest.raises(DataError, match=f"^{path} {message}"):
+        open_raw(path)
+    assert open_raw(path, "test").names == ("test/2.png",)
+
+
+def test_a_split_in_each_class(tmp_path):
+    path = as_folder(tmp_path, pictures("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"))
+    assert classes_of(open_raw(path)) == ({"1.png": "cat", "3.png": "dog"}, ("cat", "dog"))
+    assert classes_of(open_raw(path, "test")) == ({"2.png": "cat", "4.png": "dog"}, ("cat", "dog"))
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_classes_are_those_that_are_trained_on(tmp_path, kept):
+    names = ["train/a/1.png", "train/b/2.png", "train/3.png", "test/b/4.png", "test/wolf/5.png", "test/6.png"]
+    path = KEPT[kept](tmp_path, pictures(*names))
+    train, test = open_raw(path), open_raw(path, "test")
+    assert classes_of(train) == ({"1.png": "a", "2.png": "b"}, ("a", "b"))
+    assert classes_of(test) == ({"4.png": "b"}, ("a", "b"))
+    assert counts(train.passed) == {"in no folder of a class": 1}
+    assert counts(test.passed) == {"in no folder of a class": 1, "in wolf/ (no class of the training split)": 1}
+
+
+def test_a_test_split_without_classes(tmp_path):
+    path = as_folder(tmp_path, pictures("train/a/1.png", "train/b/2.png", "test/3.png"))
+    assert open_raw(path).classes == ("a", "b")
+    assert classes_of(open_raw(path, "test")) == (None, None) and len(open_raw(path, "test")) == 1
+
+
+STYLEGAN = pictures("00000/img00000000.png", "00000/img00000001.png", "00001/img00000002.png")
+PAIRED = [[name, number] for name, number in zip(STYLEGAN, (10, 2, 2), strict=True)]
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_labels_of_stylegan(tmp_path, kept):
+    path = KEPT[kept](tmp_path, STYLEGAN | {"dataset.json": json.dumps({"labels": PAIRED}).encode()})
+    source = open_raw(path)
+    assert (source.labels, source.classes) == ((10, 2, 2), tuple(map(str, range(11)))) and source.passed == ()
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("labels", [None, [], [[name, [0.5, 1.0]] for name in STYLEGAN]])
+def test_stylegan_without_classes(tmp_path, kept, labels):
+    """Its folders are no classes: they hold a thousand pictures each."""
+    source = open_raw(KEPT[kept](tmp_path, STYLEGAN | {"dataset.json": json.dumps({"labels": labels}).encode()}))
+    assert (source.labels, source.classes, len(source)) == (None, None, 3)
+
+
+@pytest.mark.parametrize("text", [b'{"images": [], "labels": {"a": 1}}', b"[1, 2]", b'{"info": {}}'])
+def test_another_json_of_that_name(tmp_path, text):
+    source = open_raw(as_folder(tmp_path, STYLEGAN | {"dataset.json": text}))
+    assert source.classes == ("00000", "00001") and counts(source.passed) == {".json": 1}
+
+
+def test_pictures_that_a_file_of_labels_does_not_name(tmp_path):
+    path = as_zip(tmp_path, STYLEGAN | {"dataset.json": json.dumps({"labels": [*PAIRED[1:], ["x.png", 0]]}).encode()})
+    source = open_raw(path)
+    assert source.labels == (2, 2)
+    assert counts(source.passed) == {"without a label in dataset.json": 1, "rows of dataset.json without a picture": 1}
+    fill(tmp_path / "none", STYLEGAN | {"dataset.json": b'{"labels": [["x.png", 0]]}'})
+    with pytest.raises(DataError, match="none: dataset.json names none of the 3 pictures; correct or remove it$"):
+        open_raw(tmp_path / "none")
+
+
+TABLES = {
+    "csv": ("metadata.csv", "file_name,label\n1.png,dog\n2.png,cat\n"),
+    "other columns": ("metadata.csv", "width,file_name,label,text\n4,1.png,dog,\"a, b\"\n4,2.png,cat,\n"),
+    "windows": ("metadata.csv", "\ufefffile_name,label\r\n1.png,dog\r\n2.png,cat\r\n"),
+    "jsonl": ("metadata.jsonl", '{"file_name": "1.png", "label": "dog"}\n{"file_name": "2.png", "label": "cat"}\n'),
+    "capitals": ("Metadata.CSV", "file_name,label\n1.png,dog\n2.png,cat\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("case", TABLES)
+def test_labels_of_hugging_face(tmp_path, kept, case):
+    name, text = TABLES[case]
+    source = open_raw(KEPT[kept](tmp_path, pictures("1.png", "2.png") | {name: text.encode()}))
+    assert classes_of(source) == ({"1.png": "dog", "2.png": "cat"}, ("cat", "dog")) and source.passed == ()
+
+
+def test_a_table_in_each_split_and_numbers(tmp_path):
+    tables = {"train": "file_name,label\n1.png,9\n2.png,10\n", "test": "file_name,label\n3.png,9\n"}
+    files = pictures("train/1.png", "train/2.png", "test/3.png")
+    path = as_folder(tmp_path, files | {f"{split}/metadata.csv": text.encode() for split, text in tables.items()})
+    names = tuple(map(str, range(11)))
+    assert classes_of(open_raw(path)) == ({"1.png": "9", "2.png": "10"}, names)
+    assert classes_of(open_raw(path, "test")) == ({"3.png": "9"}, names)
+
+
+def test_a_table_without_classes_changes_nothing(tmp_path):
+    files = pictures("a/1.png", "b/2.png") | {"metadata.csv": b"file_name,text\na/1.png,hello\n"}
+    source = open_raw(as_folder(tmp_path, files))
+    assert source.classes == ("a", "b") and counts(source.passed) == {".csv": 1}
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("dataset.json", "{", "dataset.json is damaged: it is not JSON; repair or remove it"),
+        ("metadata.jsonl", "{\n", "metadata.jsonl is damaged: Expecting property name"),
+        ("metadata.csv", "file_name,label\n1.png,\xff", "metadata.csv is damaged: 'utf-8' codec can't decode"),
+        ("dataset.json", '{"labels": [["1.png", -1]]}', "dataset.json has labels from -1 to -1; expected 0 to 99999"),
+    ],
+)
+def test_damaged_files_of_labels(tmp_path, name, text, message):
+    with pytest.raises(DataError, match=message):
+        open_raw(as_folder(tmp_path, pictures("1.png") | {name: text.encode("latin-1")}))
+
+
+MADE = {
+    "dots": ["./cat/1.png", "./dog/2.png", "./__MACOSX/cat/3.png", "./.hidden/4.png"],
+    "backslashes": ["cat\\1.png", "dog\\2.png", "__MACOSX\\cat\\3.png", "dog\\Thumbs.db"],
+    "roots": ["/cat/1.png", "//dog/2.png"],
+}
+
+
+@pytest.mark.parametrize("make", [as_zip, as_tar])
+@pytest.mark.parametrize("case", MADE)
+def test_whatever_made_the_archive(tmp_path, make, case):
+    source = open_raw(make(tmp_path, pictures(*MADE[case])))
+    assert classes_of(source) == ({"1.png": "cat", "2.png": "dog"}, ("cat", "dog")) and source.passed == ()
+    assert [source[i].label for i in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["SET.ZIP", "Set.Zip"])
+def test_endings_without_regard_to_case(tmp_path, name):
+    as_zip(tmp_path, pictures("1.PNG", "2.Png")).rename(tmp_path / name)
+    assert len(open_raw(tmp_path / name)) == 2
+    as_tar(tmp_path, pictures("1.PNG"), "SET.TAR")
+    assert len(open_raw(tmp_path / "SET.TAR")) == 1
+
+
+def test_a_path_goes_before_a_name(tmp_path, monkeypatch):
+    fill(tmp_path / "digits", pictures("a.png"))
+    monkeypatch.chdir(tmp_path)
+    assert len(open_raw("digits")) == 1
+    monkeypatch.chdir(tmp_path / "digits")
+    assert len(open_raw("digits")) == 1500
+
+
+def test_as_people_count():
+    names = ["x10", "x9", "X1", "x01", "y", "10", "9", "é", "", "x1b2", "x1b10"]
+    assert sorted(names, key=listing.counting) == ["", "9", "10", "X1", "x01", "x1b2", "x1b10", "x9", "x10", "y", "é"]
+    assert arrange("x", ["10/a", "9/a", "١/a"], "train").classes == ("9", "10", "١")

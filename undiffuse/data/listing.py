@@ -1,0 +1,147 @@
+"""What names of files and folders say by themselves: which belong to a system, which split, in which order.
+
+One set of rules for folders, zips, tars and databases, whatever made them.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from undiffuse.data import picture
+from undiffuse.errors import UsageError
+
+Split = Literal["train", "test"]
+# What the two splits are called. Where several held-out ones lie beside each other, the first of these is taken.
+TRAIN = ("train", "training")
+HELD_OUT = ("test", "testing", "t10k", "val", "valid", "validation", "eval", "evaluation", "dev")
+WORDS = "|".join(sorted((*TRAIN, *HELD_OUT), key=len, reverse=True))
+# `train`, `Training Set`, `val2017`, `seg_test`.
+FOLDER = re.compile(rf"(?:(.*)[-_ .])?({WORDS})(?:[-_ .]?(?:\d+|sets?|images?|imgs?|data|split))?", re.IGNORECASE)
+INSIDE = re.compile(rf"(?:^|[-_ .])({WORDS})(?=[-_ .]|$)", re.IGNORECASE)  # `birds-train-0`
+
+# What systems and their tools put beside the files of users; names that begin with a dot are hidden too.
+SYSTEM = frozenset(
+    ("__macosx", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin")
+    + ("recycler", "system volume information", "lost+found", "icon\r", "@recycle", "@__thumb", "#snapshot")
+    + ("network trash folder", "temporary items", "__pycache__")
+)
+
+MARK = ".undiffuse"  # an empty file in a folder of samples, so that they are not taken for data
+CONFIG = "config.toml"  # what a run folder has, with a checkpoint or its data beside it
+RUN = re.compile(r"step-\d{9}|data\.json|log\.jsonl")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it lies in, belongs to a system or its tools, and not to the data."""
+    return any(part.startswith((".", "~$")) or part.casefold() in SYSTEM for part in name.split("/"))
+
+
+def inner(name: str) -> str:
+    """The name of an archive's member with `/` between its parts, and no `./` or `/` at its start."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def ending(name: str) -> str:
+    """`.png` of `a/b.PNG`."""
+    return PurePosixPath(name).suffix.lower()
+
+
+def is_picture(name: str) -> bool:
+    """By its ending."""
+    return ending(name) in picture.suffixes()
+
+
+def counting(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """A key that sorts as people count: 2 before 10, `Cat` beside `cat`."""
+    parts = re.findall(r"\d+|\D+", name.casefold())
+    return [(0, int(part), "") if part.isdecimal() and part.isascii() else (1, 0, part) for part in parts], name
+
+
+def splits(names: Iterable[str]) -> dict[str, str]:
+    """The names that stand for "train" and "test", where both are there; only "test" where all are held out.
+
+    Empty where the names are no splits.
+    """
+    known = list(names)
+    sets: dict[str, dict[str, str]] = {}
+    for name in sorted(known, key=lambda name: (len(name), name)):
+        if found := FOLDER.fullmatch(name):
+            sets.setdefault((found[1] or "").casefold(), {}).setdefault(found[2].casefold(), name)
+    for words in sets.values():
+        train = next((words[word] for word in TRAIN if word in words), None)
+        test = next((words[word] for word in HELD_OUT if word in words), None)
+        if train is not None and test is not None:
+            return {"train": train, "test": test}
+        if test is not None and len(words) == len(known) > 1:
+            return {"test": test}
+    return {}
+
+
+def split_inside(name: str) -> str:
+    """The word for a split in a file's name, such as `train` in `birds-Train-0.tar`; empty without one."""
+    found = INSIDE.search(PurePosixPath(name).name)
+    return found[1].casefold() if found else ""
+
+
+def own_folders(names: Iterable[str]) -> set[str]:
+    """The folders below that are runs, or samples, of undiffuse: those with a mark, or a configuration and steps."""
+    marked, configured, steps = set[str](), set[str](), set[str]()
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if last == MARK:
+            marked.add(folder)
+        elif last == CONFIG:
+            configured.add(folder)
+        elif RUN.fullmatch(last):
+            steps.add(folder)
+        if RUN.fullmatch(folder.rpartition("/")[2]):
+            steps.add(folder.rpartition("/")[0])
+    return (marked | (configured & steps)) - {""}  # what is named as data itself is read
+
+
+def walk(root: Path) -> list[str]:
+    """Every file below, links followed; each real folder once, so a loop of links ends."""
+    return [
+        PurePosixPath(Path(folder, name).relative_to(root)).as_posix()
+        for folder, files in _folders(root)
+        for name in files
+    ]
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder and its files."""
+    seen: set[str] = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        below[:] = sorted(name for name in below if os.path.realpath(os.path.join(folder, name)) not in seen)
+        yield folder, files
+
+
+def refuse_inside(out: Path, data: str, what: str) -> None:
+    """UsageError where `out` is, or lies in, a part of the data: it would be read as data the next time.
+
+    `data` is a specification as `open_raw` takes it, `what` the option that names `out`.
+    """
+    target = Path(os.path.realpath(out))
+    for line in data.split("\n"):
+        magic = glob.has_magic(line) and not Path(line).exists()
+        places = glob.glob(line, recursive=True) if magic else [line]
+        above = (out.absolute(), *out.absolute().parents)
+        matches = magic and any(fnmatch(str(each), os.path.abspath(line)) for each in above)
+        if matches or any(_holds(Path(place), target) for place in places):
+            raise UsageError(
+                f"{what} {out} lies in the data, {line}, and would be read as data the next time; "
+                "give a place outside of it"
+            )
+
+
+def _holds(place: Path, target: Path) -> bool:
+    real = Path(os.path.realpath(place))
+    if target.is_relative_to(real):
+        return place.exists()
+    # A link inside may lead to where the target is.
+    return place.is_dir() and any(target.is_relative_to(os.path.realpath(folder)) for folder, _ in _folders(place))
