@@ -7,6 +7,7 @@ import pytest
 from tests.data.test_passed import KEPT, PNG, as_folder, as_tar, as_zip, fill
 from undiffuse.data import listing
 from undiffuse.data.arrange import arrange
+from undiffuse.data.pack import open_data
 from undiffuse.data.passed import counts
 from undiffuse.data.source import open_raw
 from undiffuse.errors import DataError
@@ -144,6 +145,16 @@ def test_stylegan_without_classes(tmp_path, kept, labels):
     """Its folders are no classes: they hold a thousand pictures each."""
     source = open_raw(KEPT[kept](tmp_path, STYLEGAN | {"dataset.json": json.dumps({"labels": labels}).encode()}))
     assert (source.labels, source.classes, len(source)) == (None, None, 3)
+
+
+def test_other_labels_are_packed_anew(tmp_path, monkeypatch):
+    """The pictures and the names of the classes are the same, so only the labels can tell."""
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    path = as_folder(tmp_path, STYLEGAN)
+    for numbers in ([1, 0, 1], [0, 1, 1]):
+        pairs = [[name, number] for name, number in zip(STYLEGAN, numbers, strict=True)]
+        (path / "dataset.json").write_text(json.dumps({"labels": pairs}))
+        assert open_data(path, use_cache=True).labels.tolist() == numbers
 
 
 @pytest.mark.parametrize("text", [b'{"images": [], "labels": {"a": 1}}', b"[1, 2]", b'{"info": {}}'])

@@ -3,6 +3,7 @@
 Case n of a kind is a function of n alone. `make test-reliability` tries 100,000, `make test` one in a hundred of them.
 """
 
+import gzip
 import hashlib
 import io
 import mmap
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 
 from tests.data.format.test_cifar import NAMES, PIXELS, binary, modern_pickle
+from tests.data.format.test_parquet import written
 from undiffuse.data.pack import pack
 from undiffuse.data.source import open_source
 from undiffuse.errors import Error
@@ -105,6 +107,13 @@ def in_folder(name: str, data: bytes) -> Callable[[Path], Victim]:
     return make
 
 
+def labels(folder: Path, name: str, data: bytes) -> Victim:
+    for i in (1, 2):
+        (folder / f"{i}.png").write_bytes(picture("png", "RGB"))
+    (folder / name).write_bytes(data)
+    return Victim(folder / name, lambda: open_source(folder))
+
+
 def archives() -> tuple[bytes, bytes]:
     zipped, tarred = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(zipped, "w") as archive, tarfile.open(fileobj=tarred, mode="w") as other:
@@ -144,6 +153,12 @@ KINDS: dict[str, Callable[[Path], Victim]] = {
     **{kind: in_folder(f"a.{kind}", picture(kind, mode)) for kind, mode in PICTURES},
     "zip": one_file("a.zip", archives()[0]),
     "tar": one_file("a.tar", archives()[1]),
+    "tar.gz": one_file("a.tar.gz", gzip.compress(archives()[1], mtime=0)),
+    "parquet": lambda folder: Victim(
+        written(folder / "a.parquet", [1, 2, 3], [0, 1, 2]), lambda: open_source(folder / "a.parquet")
+    ),  # fmt: skip
+    "labels": lambda folder: labels(folder, "dataset.json", b'{"labels": [["1.png", 3], ["2.png", 0]]}'),
+    "table": lambda folder: labels(folder, "metadata.csv", b"file_name,label\n1.png,dog\n2.png,cat\n"),
     "npy": one_file("a.npy", arrays()[0]),
     "npz": one_file("a.npz", arrays()[1]),
     "idx": one_file("train-images-idx3-ubyte", arrays()[2]),

@@ -238,7 +238,8 @@ def test_langevin_has_the_moments_that_its_recursion_predicts():
 def test_images_are_written_as_files_a_grid_and_an_array(tmp_path):
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     written = explore.write_images(images, tmp_path / "out", tmp_path / "a" / "x.npz")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*(f"{i:04d}.png" for i in range(5)), "grid.png"]
+    names = [".undiffuse", *(f"{i:04d}.png" for i in range(5)), "grid.png"]  # the first says that they are no data
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     for i, image in enumerate(images):
         with Image.open(tmp_path / "out" / f"{i:04d}.png") as saved:
             np.testing.assert_array_equal(np.asarray(saved), image.permute(1, 2, 0))

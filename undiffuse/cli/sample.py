@@ -286,10 +286,13 @@ def neighbours(
     """
     import torch
 
+    from undiffuse.data.format.several import join
+    from undiffuse.data.listing import refuse_inside
     from undiffuse.model.classes import drawn
     from undiffuse.view import explore
 
     writable(out, overwrite)
+    refuse_inside(out, join(data), "--out")
     loaded = open_model(model, device, clip, variance, weights)
     chosen = choose_steps(loaded, steps, times, grid)
     source, box = open_like(loaded, data, "train", skip_bad), None if crop is None else parse_crop(crop)

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,9 @@ class Job:
     def key(self, raw: Source) -> str:
         """sha256 of all that decides the result. `skip_bad` does not: which images are bad follows from the source."""
         shape = [self.wanted.pair, self.wanted.channels, plain(self.reading)]
-        content = [self.source, raw.classes, raw.skipped]
+        content: list[Any] = [self.source, raw.classes, raw.skipped]
+        if raw.classes is not None and (labels := raw.every_label()) is not None:  # a file of labels may say others
+            content.append(hashlib.sha256(labels.numpy().tobytes()).hexdigest())
         return hashlib.sha256(json.dumps([packed.FORMAT, content, shape]).encode()).hexdigest()
 
 

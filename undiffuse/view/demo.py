@@ -97,6 +97,7 @@ def run_demo(out: Path, quick: bool = False, model: Model | None = None, say: Sa
         f"Made in {took} on {torch.get_num_threads()} threads of a CPU, from data inside the package. First a model is "
         "trained from nothing on tiny digits; then a trained one draws clothes and is measured."
     )
+    explore.mark_samples(out)
     write_report(out / "report.html", sections, "undiffuse demo", f"{lead}\n\n{_warning(quick)}")
     say(f"done in {took}; the report is {out / 'report.html'}")
     return out / "report.html"

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from undiffuse.data.pack import pack
+from undiffuse.data.passed import counts
 from undiffuse.data.source import open_raw, open_source
 from undiffuse.errors import DataError, UsageError
 
@@ -52,6 +53,15 @@ def test_the_held_out_split_is_the_other_database(rooms):
 
 def test_it_can_be_packed(rooms, tmp_path):
     assert pack(rooms, tmp_path / "out").fingerprint() == open_source(rooms).fingerprint()
+
+
+def test_keys_that_are_no_pictures(tmp_path):
+    keys = [b"a.png", b"b.png", b"num-samples", b"__len__", b".DS_Store", b"__MACOSX/._a.png", b"x/Thumbs.db"]
+    path = database(tmp_path / "set", {key: webp(1) if key.endswith(b".png") else b"2" for key in keys})
+    (path / "notes.txt").touch()
+    source = open_raw(path)
+    assert source.names == ("a.png", "b.png")
+    assert counts(source.passed) == {"keys that hold numbers": 2, ".txt": 1}
 
 
 def test_an_empty_one(tmp_path):

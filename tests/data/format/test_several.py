@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from undiffuse.data.format.several import join
+from undiffuse.data.passed import counts
 from undiffuse.data.source import ArraySource, open_raw, open_source
 from undiffuse.data.subset import Subset, divide
 from undiffuse.errors import DataError
@@ -58,7 +59,9 @@ def test_classes_are_joined_by_name(here):
     both = open_raw(join(["a.npz", "b.npz"]))
     assert both.classes is not None and [both[i].label for i in range(4)] == [0, 1, 1, 0]
     mixed = open_raw(join(["a.npz", "dogs"]))
-    assert mixed.classes is None and mixed[0].label is None
+    assert mixed.classes is None and mixed[0].label is None and mixed.every_label() is None
+    assert both.every_label().tolist() == [0, 1, 1, 0] and both.passed == ()
+    assert counts(mixed.passed) == {"classes because another part of the data has none": 2}
 
 
 def test_a_test_split_of_one_part_is_enough(here):

@@ -121,7 +121,7 @@ def _table(path: Path, columns: list[str]) -> Any:
 
 def checked_labels(path: Path | str, labels: list[int | None]) -> tuple[int, ...] | None:
     """The column as it is, or None where nothing has a label."""
-    known = [label for label in labels if label is not None and label >= 0]  # -1 is how `datasets` writes none
+    known = [label for label in labels if isinstance(label, int) and label >= 0]  # -1 is how `datasets` writes none
     if not known:
         return None
     if len(known) < len(labels):
@@ -133,5 +133,6 @@ def checked_labels(path: Path | str, labels: list[int | None]) -> tuple[int, ...
 
 def class_names(feature: dict[str, Any], labels: tuple[int, ...]) -> tuple[str, ...]:
     """The names that the data gives its classes, else their numbers."""
-    names = tuple(str(name) for name in feature.get("names") or ())
+    given = feature.get("names")
+    names = tuple(str(name) for name in given) if isinstance(given, list) else ()
     return names if len(names) > max(labels) else tuple(str(label) for label in range(max(labels) + 1))

@@ -70,7 +70,7 @@ class Rows:
         group = bisect_right(self.ends, row)
         with self.lock:
             cells = self.cells(group)
-        return bytes_of(cells[row - (self.ends[group] - len(cells))].as_py())
+        return bytes_of(_reading(lambda: cells[row - (self.ends[group - 1] if group else 0)].as_py()))
 
     def _cells(self, group: int) -> Any:
         table, k = self.groups[group]
@@ -86,8 +86,8 @@ def _reading(read: Callable[[], Any]) -> Any:
     pa = extra("pyarrow", "arrow")
     try:
         return read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"it cannot be read as parquet: {error}") from error
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+        raise DataError(f"it cannot be read as parquet: {' '.join(str(error).split())}") from error
 
 
 def _open(path: Path) -> Any:
@@ -96,9 +96,13 @@ def _open(path: Path) -> Any:
         if file.read(len(POINTER)) == POINTER:
             raise DataError(f"{path} is a pointer of Git LFS and not the data; fetch it with: git lfs pull")
     try:
-        return _reading(lambda: parquet.ParquetFile(path))
+        table = _reading(lambda: parquet.ParquetFile(path))
+        rows = [_reading(lambda k=k: table.metadata.row_group(k).num_rows) for k in range(table.num_row_groups)]
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    if min(rows, default=0) < 0 or sum(rows) != table.metadata.num_rows or sum(rows) > path.stat().st_size:
+        raise DataError(f"{path} is damaged: it is said to have {table.metadata.num_rows} rows")
+    return table
 
 
 def _features(table: Any) -> dict[str, Any]:
@@ -109,8 +113,8 @@ def _features(table: Any) -> dict[str, Any]:
         features = info.get("info", {}).get("features", {})
     except (ValueError, AttributeError, RecursionError):  # it is for a program, and another one may have written it
         features = {}
-    if features:
-        return features
+    if isinstance(features, dict) and set(features) & set(schema.names):
+        return {name: kind for name, kind in features.items() if name in schema.names}
     found: dict[str, Any] = {}
     for column in schema:
         kind = str(column.type)

@@ -9,6 +9,10 @@ from io import BufferedIOBase
 from itertools import accumulate
 from pathlib import Path
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from undiffuse.data.format.folder import Files, pictures
 from undiffuse.data.listing import is_hidden, is_picture
 from undiffuse.data.passed import Passed, kinds, line, merged
@@ -37,7 +41,9 @@ class Joined(Source):
 
     @property
     def passed(self) -> tuple[Passed, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return merged(*(part.passed for part in self.parts), self.unmatched)
+        lost = sum(len(part.classes or ()) for part in self.parts) if self.classes is None else 0
+        because = (Passed(lost, "because another part of the data has none", "class"),) if lost else ()
+        return merged(*(part.passed for part in self.parts), self.unmatched, because)
 
     def _place(self, index: int) -> tuple[Source, int]:
         for part, end in zip(self.parts, accumulate(map(len, self.parts)), strict=True):
@@ -54,6 +60,17 @@ class Joined(Source):
         if classes is None or part.classes is None or item.label is None:
             return replace(item, label=None)
         return replace(item, label=classes.index(part.classes[item.label]))
+
+    def every_label(self) -> Int[Tensor, "n"] | None:
+        if (classes := self.classes) is None:
+            return None
+        parts = []
+        for part in self.parts:
+            labels, names = part.every_label(), part.classes or ()
+            if labels is None:
+                return None
+            parts.append(torch.tensor([classes.index(name) for name in names], dtype=torch.int64)[labels])
+        return torch.cat(parts)
 
     def name(self, index: int) -> str:
         part, inside = self._place(index)
