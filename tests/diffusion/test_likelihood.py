@@ -1,6 +1,7 @@
 """The bound against closed forms: its terms on Gaussian data, its total on data of known entropy."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -125,6 +126,30 @@ def test_a_perfect_network_reaches_the_entropy_of_the_levels(process):
     assert summary["standard_error"] < 0.01
     assert summary["bits_per_dim"] == pytest.approx(law.entropy_bits_per_dim(), abs=3 * summary["standard_error"])
     assert summary["prior"] + summary["rate"] + summary["decoder"] == pytest.approx(summary["bits_per_dim"])
+
+
+class Black(nn.Module):
+    """x̂_0 = 0 at every time."""
+
+    def forward(self, x, time, cond=None):
+        return x * 0
+
+
+def test_each_stratum_is_drawn_from_evenly_and_by_each_image_for_itself():
+    """The step is uniform in 0 | 1–4 | 5–11 | … | 421–999, and stands for as many as there are."""
+    count, counted = 400, []
+    denoiser = Denoiser(Black(), Linear(), X0(), FixedSmall())
+    terms = bound(denoiser, torch.zeros(count, 1, 1, 1), Key(3).rows(count), draws=8, tick=counted.append)
+    assert counted == [count] * 8 and terms.mse.max() == 0
+    edges = [0, 1, 5, 12, 31, 74, 177, 421, 1000]
+    assert terms.weights.tolist() == [b - a for a, b in pairwise(edges)] == [1, 4, 7, 19, 43, 103, 244, 579]
+    for k, (a, b) in enumerate(pairwise(edges)):
+        drawn, width = terms.index[:, k], b - a
+        assert drawn.min() >= a and drawn.max() < b
+        assert set(drawn.tolist()) == set(range(a, b)) or width > 40
+        deviation = ((width**2 - 1) / 12 / count) ** 0.5
+        assert abs(drawn.mean() - (a + b - 1) / 2) <= 4.5 * deviation
+    assert abs(np.corrcoef(terms.index[:, 6], terms.index[:, 7])[0, 1]) < 4.5 / count**0.5
 
 
 @pytest.mark.slow

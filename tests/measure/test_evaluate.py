@@ -1,6 +1,7 @@
 """Measuring with a folder: what is kept is what was asked for, however often and in whichever order it is asked."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,50 @@ def test_every_file_carries_the_format_and_a_newer_one_is_refused_as_such(toy, s
     (tmp_path / "query.json").write_text(json.dumps(query | {"format": 7}))
     with pytest.raises(UsageError, match=r"query\.json has format 7, and this undiffuse reads up to 1"):
         nll(toy, source, Nll(2), tmp_path)
+
+
+@pytest.mark.parametrize("name, other", [("draws", 2), ("draws", None), ("steps", 6), ("seed", 1), ("batch", 7)])
+def test_another_query_is_another_measurement(toy, source, tmp_path, name, other):
+    query = Nll(2, draws=3)
+    nll(toy, source, query, tmp_path)
+    with pytest.raises(
+        UsageError, match=rf"holds another measurement \(other {name}\); give the same settings or anot"
+    ):
+        nll(toy, source, replace(query, **{name: other}), tmp_path)
+    nll(toy, source, replace(query, images=3), tmp_path)  # how many of the first images is no other question
+
+
+def test_other_data_and_other_weights_are_another_measurement(toy, source, tmp_path):
+    nll(toy, source, Nll(2, draws=2), tmp_path)
+    with pytest.raises(UsageError, match=r"other data\)"):
+        nll(toy, ArraySource(255 - source.images), Nll(2, draws=2), tmp_path)
+    turned = model()
+    next(turned.denoiser.network.parameters()).mul_(-1)
+    with pytest.raises(UsageError, match=r"other model\)"):
+        nll(turned, source, Nll(2, draws=2), tmp_path)
+
+
+def test_evaluate_asks_what_it_is_asked(toy, source):
+    expected = nll(toy, source, Nll(3, draws=2, steps=5, seed=4)).summary()
+    found = evaluate.evaluate(toy, source, images=3, draws=2, steps=5, seed=4)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["bits_per_dim"] != evaluate.evaluate(toy, source, images=3, draws=2, steps=5)["bits_per_dim"]
+    assert evaluate.evaluate(toy, source, images=3)["bits_per_dim"] == pytest.approx(
+        nll(toy, source, Nll(3, draws=8)).summary()["bits_per_dim"]
+    )
+
+
+def test_the_files_of_a_whole_chain_hold_its_terms(toy, source, tmp_path):
+    terms = nll(replace(toy, meta={"step": 77, "images": 5}), source, Nll(3), tmp_path)
+    rows = [line.split("\t") for line in (tmp_path / "terms.tsv").read_text().splitlines()]
+    assert rows[0] == ["step", "t", "bits_per_dim", "mse"] and len(rows) == 13
+    assert [float(row[3]) for row in rows[1:]] == pytest.approx(terms.mse.mean(0), abs=1e-7)
+    rows = [line.split("\t") for line in (tmp_path / "rate-distortion.tsv").read_text().splitlines()]
+    assert rows[0] == ["step", "rate", "rmse"]
+    for row, point in zip(rows[1:], terms.rate_distortion(), strict=True):
+        assert [float(each) for each in row] == pytest.approx([point["step"], point["rate"], point["rmse"]], abs=1e-4)
+    kept = json.loads((tmp_path / "summary.json").read_text())
+    assert kept["model"] == 77 and kept["bits_per_dim"] == pytest.approx(terms.totals().mean())
 
 
 @pytest.mark.parametrize(

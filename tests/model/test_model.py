@@ -14,6 +14,7 @@ from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.process import F64, ContinuousCosine, Linear, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.sampler.heun import Heun
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.model.load import from_weights, load, save
@@ -200,3 +201,27 @@ def test_bytes_become_numbers_and_come_back():
         assert torch.equal(to_uint8(x + nudge / 127.5), every)
     outside = torch.tensor([-1e9, -1.01, 1.01, 300.0]).reshape(1, 1, 2, 2)
     assert to_uint8(outside).flatten().tolist() == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_sample_is_what_its_own_noise_becomes(seed, batch):
+    """One step of DDIM from t = 1 to 0 ends at x̂_0, here half of the noise that is keyed by the seed and the number."""
+    noise = Key(seed).fold("sample").rows(5).fold("x_T").normal(1, 4, 6)
+    found = model(half).sample(5, steps=1, solver=DDIM(), seed=seed, batch=batch)
+    assert torch.equal(found, to_uint8((noise / 2).clamp(-1, 1)))
+    assert torch.equal(model(half).sample(5, steps=1, solver=Heun(), seed=seed, batch=batch), found)
+
+
+def test_progress_counts_each_step_of_each_batch_once():
+    toy, counted = model(half), []
+    toy.sample(5, steps=7, batch=2, progress=counted.append)
+    assert counted == [1] * 21 and toy.sampling_steps(5, 7, 2) == 21
+
+
+def test_a_variant_changes_what_it_is_told_to_and_nothing_else():
+    bare = model(half).variant(clip=False)
+    assert not bare.denoiser.clip and model(half).denoiser.clip and bare.variant().denoiser.clip is False
+    large = bare.variant(variance="fixed-large")
+    assert not large.denoiser.clip and large.config.variance == large.denoiser.variance == FixedLarge()
+    assert large.variant(clip=True).denoiser.clip and large.variant(clip=True).config.variance == FixedLarge()
