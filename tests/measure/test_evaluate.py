@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from undiffuse.config import plain
-from undiffuse.data.source import ArraySource
+from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.denoiser import X0, Eps, FixedLarge, Learned
 from undiffuse.diffusion.likelihood import Terms, chain
 from undiffuse.diffusion.process import Jsd, Linear
@@ -148,6 +148,13 @@ def test_evaluate_asks_what_it_is_asked(toy, source):
     assert evaluate.evaluate(toy, source, images=3)["bits_per_dim"] == pytest.approx(
         nll(toy, source, Nll(3, draws=8)).summary()["bits_per_dim"]
     )
+
+
+@pytest.mark.parametrize("given, split", [({}, "test"), ({"split": "train"}, "train")])
+def test_data_that_is_named_is_measured_on_the_split_asked_for(toy, given, split):
+    found = evaluate.evaluate(toy, "digits", images=2, draws=2, **given)
+    expected = nll(toy, open_source("digits", split=split), Nll(2, draws=2)).summary()
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def test_the_files_of_a_whole_chain_hold_its_terms(toy, source, tmp_path):
