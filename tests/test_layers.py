@@ -18,20 +18,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "undiffuse"
 
-NAMES = ("picture", "listing", "passed", "arrange", "labelfile")  # of `data`: what is known from names and bytes alone
 # A folder imports from rows above its own; within a folder a module imports from its left. `name/` is a folder inside.
-ROWS = (
-    ("", ("errors", "strict", "key", "config", "figure")),
-    ("machine", ("disk", "log", "lock", "tensorfile", "store", "sink", "dist", "watch", "device")),
-    ("network", ("base", "block", "unet")),
-    ("diffusion", ("process", "grid", "density", "gaussian", "denoiser", "objective", "likelihood", "sampler/")),
-    ("data", (*NAMES, "source", "order", "subset", "loader", "format/", "workers", "pack", "inspect")),
-    ("interop", ("torchfile", "diffusers", "original")),
-    ("model", ("recipe", "average", "classes", "model", "load")),
-    ("training", ("plan", "trainer", "memory", "look", "health", "auto", "resume", "profile", "loop", "start")),
-    ("measure", ("evaluate",)),
-    ("view", ("report", "explore", "demo")),
-    ("cli", ("options", "tools", "train", "sample", "measure", "data", "main")),
+ROWS = tuple(
+    (place, tuple(names.split()))
+    for place, names in (
+        ("", "errors strict key config figure"),
+        ("machine", "disk log lock tensorfile store sink dist watch device"),
+        ("network", "base block attention resample unet"),
+        ("diffusion", "process grid density gaussian denoiser objective likelihood sampler/"),
+        ("data", "picture listing passed arrange labelfile source order subset loader format/ workers pack inspect"),
+        ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
+        ("model", "recipe average classes model load"),
+        ("training", "plan trainer memory look health auto resume profile loop start"),
+        ("measure", "evaluate"),
+        ("view", "report explore demo"),
+        ("cli", "options tools train sample measure data main"),
+    )
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.
 TABLES = ("diffusion.sampler", "data.format")

@@ -15,6 +15,7 @@ from undiffuse.diffusion.denoiser import X0, Eps, FixedLarge, FixedSmall, Learne
 from undiffuse.diffusion.process import Const, Cosine, Linear, Quad
 from undiffuse.errors import Corrupt, StorageError, UsageError
 from undiffuse.interop import diffusers as interop
+from undiffuse.interop.diffusers_files import is_folder
 from undiffuse.machine import disk
 from undiffuse.model import load as models
 from undiffuse.model.recipe import ModelConfig
@@ -104,9 +105,9 @@ def export(path, config: ModelConfig, tensors=None):
 def test_a_pipeline_in_either_layout(tmp_path, weights, layout):
     path = write(tmp_path, weights, layout=layout)
     tensors, meta = interop.read_folder(path)
-    assert interop.is_folder(path)
+    assert is_folder(path)
     assert parse(ModelConfig, meta["model"], "test") == CONFIG
-    assert meta["imported"] == {"from": "diffusers", "schedule": "given"}
+    assert meta["imported"] == {"from": "diffusers", "schedule": "given", "assumed": []}
     assert torch.equal(tensors["up.0.block.1.conv1.weight"], weights["up_blocks.1.resnets.1.conv1.weight"])
     assert torch.equal(tensors["up.1.attn.0.q.weight"][:, :, 0, 0], weights["up_blocks.0.attentions.0.to_q.weight"])
 
@@ -114,7 +115,7 @@ def test_a_pipeline_in_either_layout(tmp_path, weights, layout):
 def test_a_bare_network_is_given_the_schedule_that_diffusers_would_give_it(tmp_path, weights):
     path = write(tmp_path, weights, layout="bare")
     _, meta = interop.read_folder(path)
-    assert interop.is_folder(path)
+    assert is_folder(path)
     assert meta["imported"]["schedule"] == "assumed"
     assert parse(ModelConfig, meta["model"], "test") == ModelConfig(
         (3, 8, 8), Linear(), Eps(), FixedSmall(), CONFIG.network
@@ -128,7 +129,7 @@ def test_load_takes_the_folder(tmp_path, weights):
 
 
 def test_a_folder_of_something_else_is_not_ours(tmp_path):
-    assert not interop.is_folder(tmp_path)
+    assert not is_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["UNet2DModel", "DDPMScheduler"])
@@ -164,39 +165,33 @@ def test_one_head_may_be_named_by_its_width(tmp_path, weights, head):
     "field, value, message",
     [
         ("_class_name", "UNet2DConditionModel", '"_class_name" is "UNet2DConditionModel"; supported: "UNet2DModel"'),
-        ("act_fn", "gelu", '"act_fn" is "gelu"; supported: "silu", "swish"'),
-        ("add_attention", False, '"add_attention" is false; supported: true'),
-        ("attention_head_dim", 8, '"attention_head_dim" is 8; supported: null, 64'),
-        ("attention_head_dim", LEFT_OUT, '"attention_head_dim" is 8; supported: null, 64'),
-        ("attn_norm_num_groups", 16, '"attn_norm_num_groups" is 16; supported: null, 32'),
-        ("block_out_channels", [32, 48], r'"block_out_channels" is \[32, 48\]; supported: multiples'),
-        ("block_out_channels", [16, 32], r'"block_out_channels" is \[16, 32\]; .* multiple of "norm_num_groups", 32'),
+        ("act_fn", "tanh", '"act_fn" is "tanh"; supported: "silu", "swish", "gelu", "relu", "mish"'),
+        ("attention_head_dim", 65, "network unet: head is 65, and attention has only 64 channels"),
+        ("attn_norm_num_groups", 24, '"attn_norm_num_groups" is 24; supported: what divides 64'),
+        ("block_out_channels", [32, 48], r'"block_out_channels" is \[32, 48\]; supported: multiples of .*, 32'),
+        ("block_out_channels", [16, 32], r'"block_out_channels" is \[16, 32\]; supported: multiples of .*, 32'),
         ("block_out_channels", [], r'"block_out_channels" is \[\]; supported'),
         ("block_out_channels", "32", '"block_out_channels" input should be a valid'),
-        ("center_input_sample", True, '"center_input_sample" is true; supported: false'),
-        ("class_embed_type", "timestep", '"class_embed_type" is "timestep"; supported: null'),
+        ("class_embed_type", "identity", '"class_embed_type" is "identity"; supported: null, "timestep"'),
+        ("class_embed_type", "timestep", 'does not say how many classes there are; write .* as "num_class_embeds"'),
         ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"], '"down_block_types" is .*SkipDownBlock2D.*supported'),
-        ("down_block_types", ["DownBlock2D", "DownBlock2D"], '"down_block_types" is .*supported'),
-        ("down_block_types", ["DownBlock2D"], '"down_block_types" is .*supported: for each of the 2 levels'),
-        ("up_block_types", ["UpBlock2D", "AttnUpBlock2D"], '"up_block_types" .*supported'),
-        ("downsample_padding", 1, '"downsample_padding" is 1; supported: 0'),
-        ("downsample_padding", LEFT_OUT, '"downsample_padding" is 1, as diffusers takes it where it is left out'),
-        ("downsample_type", "resnet", '"downsample_type" is "resnet"; supported: "conv"'),
-        ("upsample_type", "resnet", '"upsample_type" is "resnet"; supported: "conv"'),
-        ("flip_sin_to_cos", True, '"flip_sin_to_cos" is true; supported: false'),
-        ("freq_shift", 0, '"freq_shift" is 0; supported: 1'),
-        ("mid_block_scale_factor", 1.414, '"mid_block_scale_factor" is 1.414; supported: 1.0'),
-        ("mid_block_type", None, '"mid_block_type" is null; supported: "UNetMidBlock2D"'),
-        ("norm_eps", 1e-5, '"norm_eps" is 1e-05; supported: 1e-06'),
-        ("norm_num_groups", 20, '"block_out_channels" is .* multiple of "norm_num_groups", 20'),
-        ("num_class_embeds", 10, '"num_class_embeds" is 10; supported: null'),
+        ("down_block_types", ["DownBlock2D"], '"down_block_types" is .*supported: .*, 2 of them, as many as'),
+        ("up_block_types", ["KUpBlock2D", "AttnUpBlock2D"], '"up_block_types" .*supported'),
+        ("downsample_padding", 2, '"downsample_padding" is 2; supported: 0, 1'),
+        ("freq_shift", 16, '"freq_shift" is 16; supported: 0 to 15'),
+        ("mid_block_scale_factor", 0.0, '"mid_block_scale_factor" is 0.0; supported: more than 0'),
+        ("mid_block_type", "UNetMidBlock2DCrossAttn", '"mid_block_type" is .*; supported: "UNetMidBlock2D", null'),
+        ("norm_eps", -1e-5, '"norm_eps" is -1e-05; supported: more than 0'),
+        ("norm_num_groups", 20, '"block_out_channels" is .*; supported: multiples of "norm_num_groups", 20'),
+        ("norm_num_groups", None, '"norm_num_groups" input should be a valid integer, given None'),
         ("out_channels", 6, '"out_channels" is 6; supported: 3'),
-        ("resnet_time_scale_shift", "scale_shift", '"resnet_time_scale_shift" is "scale_shift"; supported: "default"'),
-        ("sample_size", None, '"sample_size" is null; give the side'),
-        ("time_embedding_dim", 64, '"time_embedding_dim" is 64; supported: null, 128'),
+        ("in_channels", 6, '"out_channels" is 3; supported: 6'),
+        ("resnet_time_scale_shift", "spatial", '"resnet_time_scale_shift" is "spatial"; supported: "default", "scale_'),
+        ("sample_size", None, '"sample_size" is null; write the side'),
+        ("sample_size", 9, '"sample_size" is 9; supported: multiples of 2'),
         ("time_embedding_type", "fourier", '"time_embedding_type" is "fourier"; supported: "positional"'),
+        ("time_embedding_type", "learned", '"time_embedding_type" is "learned"; supported: "positional"'),
         ("dropout", 2.0, '"dropout" input should be less than or equal to 1, given 2.0'),
-        ("layers", 2, 'has no field "layers"'),
     ],
 )
 def test_a_network_that_is_not_ours_is_refused_by_its_field(tmp_path, weights, field, value, message):
@@ -207,15 +202,15 @@ def test_a_network_that_is_not_ours_is_refused_by_its_field(tmp_path, weights, f
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("_class_name", "DDIMScheduler", '"_class_name" is "DDIMScheduler"; supported: "DDPMScheduler"'),
+        (
+            "_class_name",
+            "ScoreSdeVeScheduler",
+            '"_class_name" is "ScoreSdeVeScheduler"; supported: "DDPMScheduler", "D',
+        ),
         ("beta_schedule", "sigmoid", '"beta_schedule" is "sigmoid"; supported: "linear", "scaled_linear", "squared'),
         ("trained_betas", [0.1, 0.2], r'"trained_betas" is \[0.1, 0.2\]; supported: null'),
         ("variance_type", "learned", '"variance_type" is "learned"; supported: "fixed_small", "fixed_large"'),
-        ("variance_type", "fixed_large_log", '"variance_type" is "fixed_large_log"; supported'),
-        ("clip_sample", False, '"clip_sample" is false; supported: true'),
-        ("clip_sample_range", 2.0, '"clip_sample_range" is 2.0; supported: 1.0'),
         ("prediction_type", "flow", '"prediction_type" is "flow"; supported: "epsilon", "sample", "v_prediction"'),
-        ("thresholding", True, '"thresholding" is true; supported: false'),
         ("rescale_betas_zero_snr", True, '"rescale_betas_zero_snr" is true; supported: false'),
         ("num_train_timesteps", 0, '"num_train_timesteps" input should be greater than or equal to 1'),
         ("variance_type", "learned_range", '"out_channels" is 3; supported: 6'),
@@ -345,8 +340,12 @@ def test_diffusers_loads_and_runs_what_is_exported(tmp_path, image):
         ({"network": UNet(32, (1, 1), 1, (), patch=2)}, "cannot be this network: patch = 2 and not 1"),
         ({"network": UNet(32, (1, 1), 1, (), time="logsnr")}, 'network: time = "logsnr" and not "index"'),
         ({"network": UNet(32, (2, 1), 1, ())}, r"network: multipliers \[2, 1\] do not begin with 1"),
-        ({"network": UNet(9, (1, 2), 1, ())}, "network: channels = 9 is no multiple of 2 groups"),
-        ({"classes": 10}, "network: it was trained with classes"),
+        ({"network": UNet(9, (1, 2), 1, ())}, r"network: widths \[9, 18\] are no multiples of 2 groups"),
+        ({"network": UNet(32, (1, 1), 1, (), middle_groups=0)}, "middle_groups = 0 needs modulation scale-shift"),
+        (
+            {"network": UNet(32, (1, 1, 1), 1, (0, 1), residual_down=(0,))},
+            "some levels with attention are left through a residual block and others are not",
+        ),
         ({"process": Const()}, 'diffusers has no process "const"; supported: linear, quad, cosine'),
         ({"process": Cosine(offset=0.01)}, "cosine schedule has offset 0.008 and beta_max 0.999; this model"),
         ({"parameterisation": Mu()}, 'diffusers has no parameterisation "mu"; supported: eps, x0, v'),

@@ -21,7 +21,7 @@ from undiffuse.diffusion.sampler.base import sample
 from undiffuse.interop.diffusers import read_folder, write_folder
 from undiffuse.key import Key, Keys
 from undiffuse.model.recipe import ModelConfig
-from undiffuse.network.block import Attention
+from undiffuse.network.attention import Attention
 from undiffuse.network.unet import UNet
 
 CIFAR10 = {"down": "Down AttnDown Down Down", "up": "Up Up AttnUp Up", "widths": [128, 256, 256, 256]}

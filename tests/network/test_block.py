@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from undiffuse.network.block import Dropout, attend
+from undiffuse.network.attention import attend
+from undiffuse.network.block import Dropout
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

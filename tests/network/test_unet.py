@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from undiffuse.errors import UsageError
+from undiffuse.network.attention import Attention
 from undiffuse.network.base import Conditioning
-from undiffuse.network.block import Attention, Downsample, ResBlock, Upsample, norm, sinusoid
+from undiffuse.network.block import ResBlock, Style, norm, sinusoid
+from undiffuse.network.resample import Downsample, Upsample
 from undiffuse.network.unet import UNet
 
 LARGE = {"multipliers": (1, 1, 2, 2, 4, 4), "attention": (4,)}
@@ -212,7 +214,7 @@ def test_attention_is_the_explicit_softmax():
 
 @pytest.mark.parametrize("inputs, outputs", [(6, 6), (6, 9)])
 def test_the_residual_block_by_its_formula(inputs, outputs):
-    block, x, embedding = redrawn(ResBlock(inputs, outputs, 8, 0.3)), normal(4, 2, inputs, 4, 5), normal(5, 2, 8)
+    block, x, embedding = redrawn(ResBlock(inputs, outputs, Style(8, 0.3))), normal(4, 2, inputs, 4, 5), normal(5, 2, 8)
     h = block.conv1(F.silu(block.norm1(x))) + block.temb_proj(F.silu(embedding)).reshape(2, outputs, 1, 1)
     h = block.conv2(F.silu(block.norm2(h)))
     shortcut = x if inputs == outputs else F.conv2d(x, block.nin_shortcut.weight, block.nin_shortcut.bias)
@@ -220,7 +222,7 @@ def test_the_residual_block_by_its_formula(inputs, outputs):
 
 
 def test_dropout_is_of_single_values_just_before_the_second_convolution_and_in_training_only():
-    block, x, embedding = redrawn(ResBlock(6, 6, 8, 0.4)), normal(6, 2, 6, 8, 8), normal(7, 2, 8)
+    block, x, embedding = redrawn(ResBlock(6, 6, Style(8, 0.4))), normal(6, 2, 6, 8, 8), normal(7, 2, 8)
     seen = []
     block.conv2.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     still = block(x, embedding)

@@ -140,41 +140,52 @@ def average(
 
 
 def import_model(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A diffusers folder, or a pytorch_diffusion file")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A diffusers folder, or a pytorch_diffusion file")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder to make")],
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read .bin and .ckpt files; no code in them is run")
     ] = False,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="Of several kinds of weights in a diffusers folder, such as fp16")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Import a model from diffusers or pytorch_diffusion.
 
-    The result is a run folder, to sample from, measure or fine-tune.
+    The result is a run folder, to sample from, measure or fine-tune. A diffusers folder is a pipeline, its `unet`, or a
+    checkpoint of a training. What is assumed about the model is printed.
 
-    Example:
+    Examples:
 
     \b
     - `undiffuse import ddpm-cifar10-32 runs/ddpm`
+    - `undiffuse import ddpm-out/checkpoint-500 runs/ddpm`
     """
     from undiffuse.errors import UsageError
     from undiffuse.interop import diffusers, original
+    from undiffuse.interop.diffusers_files import absent
     from undiffuse.machine import store
-    from undiffuse.model.load import parse_model
+    from undiffuse.model.load import parse_model, tell_assumed
 
     if store.Run(run).steps():
         raise UsageError(f"{run} holds checkpoints already; give the name of a new folder")
-    tensors, meta = (diffusers.read_folder if source.is_dir() else original.read_file)(source, allow_pickle)
-    model = parse_model(tensors, meta, str(source))
+    path = Path(source)
+    if not path.exists():
+        raise UsageError(
+            f"{source} is not there; {absent(source) or 'give a diffusers folder, or a .safetensors file'}"
+        )
+    if path.is_dir():
+        tensors, meta = diffusers.read_folder(path, allow_pickle, variant)
+    elif variant is not None:
+        raise UsageError(f"{source} is one file; --variant chooses among those of a diffusers folder")
+    else:
+        tensors, meta = original.read_file(path, allow_pickle)
+    model = parse_model(tensors, meta, source)
+    tell_assumed(meta, source)
     with store.Run(run).lock() as folder:
-        folder.save(0, {"ema": tensors}, {"step": 0, "images": 0, "source": source.name, **meta})
-    show(
-        {
-            "run": run,
-            "parameters": model.parameters(),
-            "next": sampling(run, model),
-        },
-        as_json,
-    )
+        folder.save(0, {"ema": tensors}, {"step": 0, "images": 0, "source": path.name, **meta})
+    assumed = {"assumed": meta["imported"]["assumed"]}
+    show({"run": run, "parameters": model.parameters(), **assumed, "next": sampling(run, model)}, as_json)
 
 
 def export_model(
@@ -189,7 +200,7 @@ def export_model(
     to: Annotated[
         str, typer.Option("--to", help="diffusers, or file (one .safetensors file for undiffuse)")
     ] = "diffusers",
-    half: Annotated[bool, typer.Option("--half", help="Write float16 weights (with --to file)")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Write float16 weights")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Export a model to diffusers, or to one file.
@@ -208,19 +219,19 @@ def export_model(
     from undiffuse.config import plain
     from undiffuse.errors import UsageError, unknown
     from undiffuse.interop import diffusers
-    from undiffuse.model.load import load, save
+    from undiffuse.model.load import as_written, load, save
 
     if to not in ("diffusers", "file"):
         raise unknown("export format", to, ["diffusers", "file"])
     if out.exists():
         raise UsageError(f"{out} exists; give the name of a new {'folder' if to == 'diffusers' else 'file'}")
-    loaded = load(model)
+    loaded, dtype, notes = load(model), torch.float16 if half else torch.float32, []
     if to == "file":
-        save(loaded, out, torch.float16 if half else torch.float32)
+        save(loaded, out, dtype)
     else:
         meta = {**loaded.meta, "model": plain(loaded.config)}
-        diffusers.write_folder(out, loaded.denoiser.network.state_dict(), meta)
-    show({"written": out, "format": to}, as_json)
+        notes = diffusers.write_folder(out, as_written(loaded, dtype), meta)
+    show({"written": out, "format": to, **({"note": "; ".join(notes)} if notes else {})}, as_json)
 
 
 def doctor(as_json: JsonOpt = False) -> None:

@@ -39,7 +39,10 @@ def read_file(path: Path, allow_pickle: bool = False) -> tuple[dict[str, Tensor]
                 "variance": {"name": variance},
                 "network": {"name": "unet", **plain(network)},
             }
-            return tensors, {"model": model, "imported": {"from": "pytorch_diffusion", "schedule": "assumed"}}
+            assumed = f"the file has weights alone, so they are assumed to be the paper's for {side}×{side} images"
+            assumed += f": the linear schedule of 1,000 steps, eps, {variance}"
+            imported = {"from": "pytorch_diffusion", "schedule": "assumed", "assumed": [assumed]}
+            return tensors, {"model": model, "imported": imported}
     raise UsageError(
         f"{path} holds {len(shapes)} tensors that are not those of the paper's networks for CIFAR-10 (328 tensors) "
         "or 256×256 images (450); give a diffusers folder, whose config describes the network"

@@ -35,8 +35,8 @@ def read_tensors(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
 def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not allow_pickle:
         raise Corrupt(
-            f"{path} is a pickle, which can run code when it is read; give a safetensors file, or use --allow-pickle "
-            "(in Python allow_pickle=True) to read the tensors in it and nothing else"
+            f"{path} is a pickle, which can run code when it is read; give a safetensors file, or import it with "
+            "`undiffuse import SRC RUN --allow-pickle`, which reads the tensors in it and nothing else"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -22,7 +22,7 @@ from undiffuse.key import Key
 from undiffuse.machine import disk, dist
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.model.classes import Told, told_of
-from undiffuse.model.load import load
+from undiffuse.model.load import load, weights_of
 from undiffuse.model.model import Model, to_float
 from undiffuse.strict import whole
 
@@ -163,7 +163,7 @@ def _claim(out: Path, model: Model, source: Source, query: Nll, labels: Told) ->
         raise UsageError(f"{out} is a file; give the name of a folder")
     config = {name: value for name, value in plain(model.config).items() if name != "variance"}
     weights = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(model.denoiser.network.state_dict().items()):
+    for name, tensor in sorted(weights_of(model.denoiser.network).items()):
         weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     claim = {
         "format": FORMAT,

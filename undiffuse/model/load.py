@@ -1,16 +1,19 @@
 """Models from and to files: run folders, checkpoints, exported folders, single files, and those in the package."""
 
+import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from undiffuse.config import parse, plain
 from undiffuse.errors import Corrupt, UsageError, unknown
-from undiffuse.interop import diffusers
-from undiffuse.machine import store
+from undiffuse.interop.diffusers import read_folder
+from undiffuse.interop.diffusers_files import absent, is_folder
+from undiffuse.machine import dist, log, store
 from undiffuse.machine.device import choose
 from undiffuse.machine.tensorfile import read_weights, write_weights
 from undiffuse.model import average
@@ -21,10 +24,29 @@ BEST = "best.safetensors"  # in a run folder: the average at the lowest held-out
 PARTS = {"average": "ema", "raw": "model", "best": "ema"}  # what `weights` may be, and the file that has it
 
 
+def clean(name: str) -> str:
+    """The name of a weight without what `torch.compile` and the wrappers for several processes put into it."""
+    return re.sub(r"^(?:module\.)+", "", re.sub(r"(?:^|(?<=\.))_orig_mod\.", "", name))
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network by their own names, whatever it is wrapped in."""
+    return {clean(name): tensor for name, tensor in network.state_dict().items()}
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises Corrupt that names the first tensor that holds NaN or infinity."""
+    bad = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise Corrupt(f"{what}: {bad[0]}{more} {'hold' if more else 'holds'} NaN or infinity")
+
+
 def from_weights(
     config: ModelConfig, tensors: dict[str, Tensor], meta: dict[str, Any], device: str | torch.device = "cpu"
 ) -> Model:
     """A model from named tensors; every name and shape must fit."""
+    tensors = {clean(name): tensor for name, tensor in tensors.items()}
     with torch.device("meta"):
         denoiser = config.build(clip=True)
     expected = {name: tuple(p.shape) for name, p in denoiser.network.named_parameters()}
@@ -62,16 +84,18 @@ def load(
     if not path.exists():
         if str(source) not in shipped():
             raise UsageError(
-                f'model "{source}" is not known: there is no such file or folder. Give a run folder, a checkpoint in '
-                f"it, an exported model, or one that is shipped: {', '.join(shipped())}"
+                f'model "{source}" is not known: there is no such file or folder; '
+                + (absent(str(source)) or "give a run folder, a checkpoint in it, an exported model, or one that is ")
+                + ("" if absent(str(source)) else f"shipped: {', '.join(shipped())}")
             )
         path = shipped()[str(source)]
-    if path.is_dir() and not diffusers.is_folder(path):
+    if path.is_dir() and not is_folder(path):
         tensors, meta = _from_run(path, weights)
     elif weights in ("raw", "best"):
         raise UsageError(f"{path} holds one set of weights; --weights {weights} needs a training run or its checkpoint")
     else:
-        tensors, meta = diffusers.read_folder(path) if path.is_dir() else read_weights(path)
+        tensors, meta = read_folder(path) if path.is_dir() else read_weights(path)
+        tell_assumed(meta, str(path))
     return parse_model(tensors, meta, str(path), device, trusted)
 
 
@@ -119,10 +143,28 @@ def parse_model(
     """A model from weights and from the metadata beside them; names in it resolve to built-ins unless `trusted`."""
     if "model" not in meta:
         raise Corrupt(f"{where} holds no undiffuse model: its metadata has no model section")
-    return from_weights(parse(ModelConfig, meta["model"], where, trusted), tensors, meta, device)
+    model = from_weights(parse(ModelConfig, meta["model"], where, trusted), tensors, meta, device)
+    refuse_not_finite(weights_of(model.denoiser.network), f"{where} cannot be used")
+    return model
+
+
+def tell_assumed(meta: dict[str, Any], where: str) -> None:
+    """Warns of what was assumed of a model of another project."""
+    assumed = meta.get("imported", {}).get("assumed", [])
+    if assumed and dist.is_first():
+        log.warn(f"{where}: {'; '.join(assumed)}")
+
+
+def as_written(model: Model, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The weights in that type, on the CPU. Raises Corrupt for one that is not finite, or is not so in that type."""
+    weights = weights_of(model.denoiser.network)
+    refuse_not_finite(weights, "this model cannot be written")
+    tensors = {name: tensor.to("cpu", dtype) for name, tensor in weights.items()}
+    refuse_not_finite(tensors, f"this model cannot be written in {str(dtype).removeprefix('torch.')}")
+    return tensors
 
 
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """One safetensors file that `load` reads: weights, config and history."""
-    tensors = {name: tensor.to("cpu", dtype) for name, tensor in model.denoiser.network.state_dict().items()}
+    """One safetensors file that `load` reads: weights, config and history. Raises Corrupt for what is not finite."""
+    tensors = as_written(model, dtype)
     write_weights(path, tensors, {**model.meta, "model": plain(model.config)})

@@ -1,7 +1,8 @@
 """What a network is: a frozen configuration that builds a module `(x, time, cond) -> output`."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -43,6 +44,11 @@ class Network(ABC):
     @abstractmethod
     def stride(self) -> int:
         """Height and width must be multiples of this."""
+
+    def meaning(self) -> dict[str, Any]:
+        """The fields that its output depends on besides its weights, each made definite; so not those of training."""
+        assert is_dataclass(self)
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "dropout"}
 
 
 NETWORKS: Table[Network] = Table("network", Network, "undiffuse.network")

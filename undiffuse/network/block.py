@@ -5,7 +5,8 @@ a gain of 1e-5. GroupNorm has eps 1e-6 and 32 groups, which is not torch's defau
 """
 
 import math
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,13 +15,14 @@ from torch.nn import functional as F
 
 GROUPS, EPS = 32, 1e-6
 NEAR_ZERO = 1e-5
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "mish": F.mish}
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-def norm(channels: int, groups: int = GROUPS) -> nn.GroupNorm:
+def norm(channels: int, groups: int = GROUPS, eps: float | int = EPS) -> nn.GroupNorm:
     """That many groups, or as many as divide both it and the channels."""
-    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=EPS)
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=eps)
 
 
 def initialised(layer: Layer, gain: float = 1.0) -> Layer:
@@ -38,12 +40,18 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return initialised(nn.Linear(inputs, outputs))
 
 
-def sinusoid(time: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b c"]:
-    """All sines, then all cosines, of frequencies from exactly 1 down to exactly 1e-4; an odd channel is zero."""
+def sinusoid(
+    time: Float[Tensor, "b"], channels: int, shift: int = 1, cosine_first: bool = False
+) -> Float[Tensor, "b c"]:
+    """All sines, then all cosines, of frequencies from exactly 1 down to exactly 1e-4; an odd channel is zero.
+
+    Frequency i of n is 10000^(−i/(n − shift)): with shift 0 the last one is not 1e-4, but one before it.
+    """
     half = channels // 2
-    frequency = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000) / max(1, half - 1)))
+    frequency = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000) / max(1, half - shift)))
     angle = time.float()[:, None] * frequency  # (b, half)
-    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, channels % 2))
+    parts = [angle.cos(), angle.sin()] if cosine_first else [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
 
 
 class Dropout(nn.Dropout):
@@ -58,66 +66,62 @@ class Dropout(nn.Dropout):
         return input.masked_fill(dropped, 0) * (1 / (1 - below / 2**16))
 
 
-class ResBlock(nn.Module):
-    """norm, swish, conv, + time, norm, swish, dropout, conv; the shortcut is 1×1 where the width changes."""
+@dataclass(frozen=True)
+class Style:
+    """What all blocks of a network have in common; `embedding` is the width of what they are told."""
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, groups: int = GROUPS):
+    embedding: int
+    dropout: float | int = 0.0
+    groups: int = GROUPS
+    eps: float | int = EPS
+    activation: str = "silu"
+    modulation: Literal["shift", "scale-shift"] = "shift"
+
+
+class ResBlock(nn.Module):
+    """norm, swish, conv, + time, norm, swish, dropout, conv; the shortcut is 1×1 where the width changes.
+
+    With "scale-shift" the time gives a scale and a shift behind the second norm. `resample` halves or doubles the sides
+    before the first convolution and in the shortcut; the sum is divided by `scale`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        style: Style,
+        resample: Literal["down", "up"] | None = None,
+        scale: float | int = 1.0,
+    ):
         super().__init__()
-        self.norm1 = norm(inputs, groups)
+        self.style, self.resample, self.scale = style, resample, scale
+        self.norm1 = norm(inputs, style.groups, style.eps)
         self.conv1 = conv(inputs, outputs)
-        self.temb_proj = linear(embedding, outputs)
-        self.norm2 = norm(outputs, groups)
-        self.dropout = Dropout(dropout)
+        self.temb_proj = linear(style.embedding, outputs * (1 if style.modulation == "shift" else 2))
+        self.norm2 = norm(outputs, style.groups, style.eps)
+        self.dropout = Dropout(style.dropout)
         self.conv2 = conv(outputs, outputs, gain=NEAR_ZERO)
         self.nin_shortcut = conv(inputs, outputs, size=1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b d h w"]:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+    def forward(self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b d h2 w2"]:
+        activate = ACTIVATIONS[self.style.activation]
+        h = self.conv1(self._resampled(activate(self.norm1(x))))
+        told = self.temb_proj(activate(embedding))[:, :, None, None]
+        if self.style.modulation == "shift":
+            h = self.norm2(h + told)
+        else:
+            scale, shift = told.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(activate(h)))
+        h = self.nin_shortcut(self._resampled(x)) + h
+        return h if self.scale == 1 else h / self.scale
+
+    def _resampled(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        if self.resample is None:
+            return x
+        return F.avg_pool2d(x, 2) if self.resample == "down" else doubled(x)
 
 
-def attend(q: Float[Tensor, "b n c"], k: Float[Tensor, "b n c"], v: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-    """softmax(q kᵀ c^(−1/2)) v. On a CPU two products beat torch's kernel as long as the scores fit its cache."""
-    if q.device.type == "cpu" and q.shape[1] <= 1024:
-        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)  # (b, n, n)
-        return torch.bmm(scores.softmax(-1), v)
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-
-
-class Attention(nn.Module):
-    """One head over all positions, with a residual connection."""
-
-    def __init__(self, channels: int, groups: int = GROUPS):
-        super().__init__()
-        self.norm = norm(channels, groups)
-        self.q, self.k, self.v = (conv(channels, channels, size=1) for _ in range(3))
-        self.proj_out = conv(channels, channels, size=1, gain=NEAR_ZERO)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (b, hw, c)
-        return x + self.proj_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """Stride 2 with TF's SAME padding: one row at the bottom, one column at the right."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = initialised(nn.Conv2d(channels, channels, 3, stride=2))
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Each pixel repeated 2×2, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv(channels, channels)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def doubled(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    """Each pixel repeated 2×2."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
