@@ -29,7 +29,7 @@ ROWS = tuple(
         ("data", "picture listing passed arrange labelfile source order subset loader format/ workers pack inspect"),
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("model", "recipe average classes model load"),
-        ("training", "plan trainer memory look health auto resume profile loop start"),
+        ("training", "plan tune trainer memory look health auto resume profile loop start"),
         ("measure", "evaluate"),
         ("view", "report explore demo"),
         ("cli", "options tools train sample measure data main"),

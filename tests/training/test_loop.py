@@ -262,7 +262,7 @@ def test_fine_tuning_begins_with_the_other_weights(tmp_path, data):
     tuned = state(tmp_path / "second", 1)  # the first update has rate 0
     assert all(torch.equal(tuned[f"model/{n}"], w) for n, w in first.denoiser.network.state_dict().items())
     wide = recipe(network={"channels": 16})
-    with pytest.raises(UsageError, match="these weights are of another architecture: conv_in.bias is"):
+    with pytest.raises(UsageError, match="another function: network.channels is 8 there and 16 here"):
         run(wide, data, tmp_path / "third", init=first)
 
 

@@ -59,7 +59,7 @@ def train(
         run, saved, held, failure = store.Run(out), None, None, None
         last = budget.last_step(recipe.train)
         _agree(recipe, data, last)  # before anything that differs with them could break a sum
-        trainer = _build(recipe, data, machine.choose(str(device)), init, saved_recipe(run))
+        trainer = _build(recipe, data, machine.choose(str(device)), init, saved_recipe(run), say)
         if first:
             try:
                 held = look.held_out_images(trainer, held_out)
@@ -139,15 +139,15 @@ def _agree(recipe: Recipe, data: Source, last: int) -> None:
 
 
 def _build(
-    recipe: Recipe, data: Source, device: torch.device, init: Model | None, then: dict[str, Any] | None
+    recipe: Recipe, data: Source, device: torch.device, init: Model | None, then: dict[str, Any] | None, say: Say
 ) -> Trainer:
     """Everything that can be refused is, before anything is written."""
     image = data[0].image
     classes = classes_of(recipe, data)
     config = recipe.model((image.shape[0], image.shape[1], image.shape[2]), classes and len(classes.names))
     trainer = Trainer(resolved(recipe, None if then is None else then.get("train", {}), device), config, data, device)
-    if init is not None and then is None:
-        trainer.start_from(init)
+    for text in trainer.start_from(init) if init is not None and then is None else []:
+        say(text)
     return trainer
 
 

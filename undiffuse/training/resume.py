@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from undiffuse.data.source import LISTED, Source
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.machine import disk, store
 from undiffuse.model.recipe import FORMAT, FREE, DataConfig, TrainConfig
+from undiffuse.network.base import NETWORKS
 from undiffuse.training.trainer import Trainer
 
 DATA = "data.json"  # in a run: what it is trained on
@@ -101,6 +103,16 @@ def claim_data(path: Path, data: Source, accept: bool = False) -> None:
     disk.write_json(path, now)
 
 
+def _with_younger(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of the fields that this network has got since."""
+    before, after = saved.get("network", {}), now.get("network", {})
+    if "name" not in after or before.get("name") != after["name"]:
+        return saved
+    known = fields(NETWORKS.find(after["name"], trusted=True))  # pyright: ignore[reportArgumentType]
+    defaults = plain({each.name: each.default for each in known if each.default is not MISSING})
+    return {**saved, "network": {**defaults, **before}}
+
+
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """What decides the numbers must be what it was; how often to save or look may change."""
 
@@ -113,6 +125,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
     # A setting that is younger than the run had its default.
     defaults = flat({"train": plain(TrainConfig()), "data": plain(DataConfig())})
+    saved = {**saved, **{part: _with_younger(saved[part], now[part]) for part in ("recipe", "model")}}
     before, after = defaults | flat(saved["recipe"]), flat(now["recipe"])
     free = {f"train.{name}" for name in FREE}
     changed = [

@@ -36,6 +36,7 @@ from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
 from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.training.plan import shares
+from undiffuse.training.tune import begin_with
 
 
 class Trainer:
@@ -212,13 +213,13 @@ class Trainer:
             dist.share([*self.weights, *self.ema.shadow, *self.profiles.tensors(self.names).values()])
 
     @torch.no_grad()
-    def start_from(self, model: Model) -> None:
-        """Fine-tuning: the weights of another model of this architecture."""
-        given = model.denoiser.network.state_dict()
-        fitted = from_weights(self.config, given, {}).denoiser.network.state_dict()
+    def start_from(self, model: Model) -> list[str]:
+        """Fine-tuning: the weights of another model; returns what is to be said of it. Raises UsageError, Corrupt."""
+        fitted, said = begin_with(model, self.config, self.meta(), dict(zip(self.names, self.weights, strict=True)))
         for name, weight, shadow in zip(self.names, self.weights, self.ema.shadow, strict=True):
             weight.copy_(fitted[name])
             shadow.copy_(fitted[name])
+        return said
 
     def model(self, averaged: bool = True) -> Model:
         """The averaged weights as a model, copied; or the weights themselves."""
