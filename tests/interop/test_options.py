@@ -3,7 +3,9 @@
 All parameters are redrawn, because at initialisation both networks return almost nothing and any two would agree.
 """
 
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -222,3 +224,15 @@ def test_the_defaults_of_the_options_are_the_papers_network():
         "cosine_first": False,
         "centre_input": False,
     }
+
+
+def test_every_option_is_explained():
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text("utf-8")
+    table = text[text.index("### Options of the U-Net") :]
+    named = {
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert named == asdict(UNet()).keys()

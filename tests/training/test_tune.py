@@ -82,7 +82,12 @@ def answer(chosen: ModelConfig, tensors, label=None):
             "network.channels is 8 there and 16 here; give --set network.channels=8, or",
         ),
         ({"network": {"attention": [0]}}, {}, r"network.attention is \[0\] there and \[1\] here"),
-        ({"process": {"name": "cosine", "steps": 20}}, {}, "process.name is cosine there and linear here"),
+        (
+            {"process": {"name": "cosine", "steps": 20}},
+            {},
+            "process.name is cosine there and linear here; give --set process.name=cosine --set process.offset=0.008 "
+            "--set process.beta_max=0.999, or",
+        ),
         ({"process": {"steps": 1000}}, {}, "process.steps is 1000 there and 20 here; give --set process.steps=1000"),
         ({"process": {"beta_end": 0.3}}, {}, "process.beta_end is 0.3 there and 0.02 here"),
         ({"parameterisation": {"name": "v"}}, {}, "parameterisation.name is v there and eps here"),

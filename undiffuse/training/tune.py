@@ -52,7 +52,9 @@ def refuse_another(given: ModelConfig, asked: ModelConfig) -> None:
         if before.get(name) != now.get(name) and (name in said[0] or name in said[1] or name == WHOLE)
     ]
     if names:
-        sides = "; ".join(f"{name} is {_shown(before, name)} there and {_shown(now, name)} here" for name in names)
+        other = [name.removesuffix("name") for name in names if name.endswith(".name")]
+        whole = [name for name in names if name.endswith(".name") or not name.startswith(tuple(other))]
+        sides = "; ".join(f"{name} is {_shown(before, name)} there and {_shown(now, name)} here" for name in whole)
         known = [name for name in names if before.get(name) is not None and name != WHOLE]
         how = " ".join(f"--set {name}={_shown(before, name)}" for name in known)
         raise UsageError(
