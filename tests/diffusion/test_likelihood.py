@@ -135,6 +135,18 @@ class Black(nn.Module):
         return x * 0
 
 
+class White(nn.Module):
+    """Far beyond 1."""
+
+    def forward(self, x, time, cond=None):
+        return torch.full_like(x, 3.0)
+
+
+def test_the_squared_error_is_that_of_what_is_clipped():
+    denoiser = Denoiser(White(), Linear(steps=10), X0(), FixedSmall(), clip=True)
+    assert bound(denoiser, torch.zeros(2, 1, 1, 1), Key(0).rows(2)).mse.tolist() == [[1.0] * 10] * 2
+
+
 def test_each_stratum_is_drawn_from_evenly_and_by_each_image_for_itself():
     """The step is uniform in 0 | 1–4 | 5–11 | … | 421–999, and stands for as many as there are."""
     count, counted = 400, []

@@ -5,6 +5,7 @@ import os
 import pty
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,6 +109,24 @@ def test_a_full_disk_is_a_storage_error(tmp_path):
         lines._file = open("/dev/full", "ab", buffering=0)
         with pytest.raises(StorageError, match=r"log\.jsonl cannot be written: No space left on device"):
             lines.write({"step": 1})
+
+
+def test_a_row_that_is_written_in_part_is_a_storage_error(tmp_path):
+    with JsonLines(tmp_path / "log.jsonl", 0) as lines:
+        lines._file.close()
+        lines._file = SimpleNamespace(write=lambda line: len(line) - 1, close=lambda: None)
+        with pytest.raises(StorageError, match=r"log\.jsonl cannot be written: the disk is full; free space and run"):
+            lines.write({"step": 1})
+
+
+@pytest.mark.parametrize("seconds, left", [(None, "80 s"), (1000.0, "80 s"), (50.0, "30 s"), (10.0, "0 s")])
+def test_what_is_left_is_the_less_of_the_count_and_of_the_time(clock, capsys, seconds, left):
+    """20 of 100 in 20 s: 80 s more, unless the time is over before."""
+    with progress(100, "training", True, seconds=seconds) as bar:
+        clock.now += 20
+        bar.advance(20)
+        expected = "1 min 20 s" if left == "80 s" else left
+        assert capsys.readouterr().err == f"training 20/100 (20 %), 1/s, {expected} left\n"
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,15 @@ def test_a_renamed_or_damaged_snapshot_is_named(run, tmp_path):
     assert 0.1 < reconstruct(snapshots(tmp_path / "run"), 0.1, 400)[1]["average"]["error"] < 0.3
 
 
+def test_a_snapshot_of_another_model_is_named(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    last = snapshots(tmp_path / "run")[-1]
+    tensors, meta = last.read()
+    tensorfile.write_weights(last.path, tensors, {**meta, "model": {"image": [1, 2, 3]}})
+    with pytest.raises(Corrupt, match=r"000400-0.1.safetensors is of another model than those before it; move it away"):
+        rebuilt(tmp_path / "run", 0.08)
+
+
 def test_what_cannot_be_rebuilt_is_refused(run, tmp_path):
     with pytest.raises(UsageError, match=r"no EMA snapshots; train with --set train.ema_profiles=\[0.05,0.1\]"):
         reconstruct(snapshots(tmp_path), 0.1)

@@ -1,6 +1,7 @@
 """The presets: each builds the network that it says, and the rows of Table 2 are the rows of Table 2."""
 
 import tomllib
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -77,3 +78,13 @@ def test_settings_reach_every_section(tmp_path):
         load_recipe("cifar10", ["trian.lr=1"])
     with pytest.raises(UsageError, match=r'preset "cifar" is not known. Did you mean "cifar10"\? Known: celebahq-256'):
         load_recipe("cifar")
+
+
+@pytest.mark.parametrize(
+    "setting, taken",
+    [("betas=[0.9, 1.0]", False), ("betas=[0, 0]", True), ("ema=1", True), ("ema=1.1", False), ("drop_label=0", True),
+     ("drop_label=-0.1", False), ("batch=0", False), ("warmup=0", True), ("lr=0", False), ("keep=1", False)],
+)  # fmt: skip
+def test_the_ends_of_what_a_setting_may_be(setting, taken):
+    with nullcontext() if taken else pytest.raises(UsageError, match=r'"train\..*" input should be '):
+        load_recipe("digits", [f"train.{setting}"])

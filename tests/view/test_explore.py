@@ -69,6 +69,12 @@ def test_progressive_ends_at_the_sample_of_the_same_seed(steps):
     assert (times.diff() < 0).all()
 
 
+def test_slots_that_do_not_divide_the_steps_are_spread_over_all_of_them():
+    """The last of 30 steps and those after 0, 4, 8, 12, 17, 21 and 25 more: ⌊30 k/7⌋."""
+    times = explore.progressive(gaussian(30), 1, slots=7)[1]
+    assert (30 * times).round().tolist() == [26, 22, 18, 13, 9, 5, 1]
+
+
 def test_progressive_refuses_more_slots_than_steps():
     with pytest.raises(UsageError, match="11 slots along a chain of 10 steps are not possible; give 1 to 10"):
         explore.progressive(gaussian(), 1, steps=10, slots=11)
@@ -185,7 +191,7 @@ def test_interpolation_refuses_what_has_no_meaning():
         explore.interpolate(toy, a, a, ())
 
 
-@pytest.mark.parametrize("crop", [None, (1, 0, 2, 3)])
+@pytest.mark.parametrize("crop", [None, (1, 0, 2, 3), (1, 0, 3, 5), (2, 3)])
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 20])
 def test_neighbours_are_those_of_integer_arithmetic(monkeypatch, crop, chunk):
     monkeypatch.setattr(explore, "CHUNK", chunk)
@@ -194,7 +200,7 @@ def test_neighbours_are_those_of_integer_arithmetic(monkeypatch, crop, chunk):
     train[31] = train[7]  # a tie
     samples = torch.cat([train[[31]], torch.randint(0, 256, (6, 2, 4, 5), dtype=torch.uint8, generator=generator)])
     index, distance = explore.neighbours(samples, ArraySource(train), 5, crop)
-    top, left, h, w = crop or (0, 0, 4, 5)
+    top, left, h, w = {None: (0, 0, 4, 5), (2, 3): (1, 1, 2, 3)}.get(crop, crop)  # (2, 3) is in the middle
     cut = (slice(None), slice(None), slice(top, top + h), slice(left, left + w))
     squared = (samples[cut][:, None].long() - train[cut].long()).square().flatten(2).sum(2)
     for row in range(len(samples)):
