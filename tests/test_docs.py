@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import undiffuse
+from undiffuse.config import plain
 from undiffuse.data.format.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
 from undiffuse.diffusion.denoiser import (
@@ -35,7 +36,7 @@ from undiffuse.key import Key
 from undiffuse.machine import store
 from undiffuse.machine.sink import SINKS
 from undiffuse.model.load import load as load_model
-from undiffuse.model.recipe import load_recipe
+from undiffuse.model.recipe import Recipe, load_recipe
 from undiffuse.network.base import NETWORKS, NOTHING
 from undiffuse.training import loop
 
@@ -222,14 +223,15 @@ SMALL = ["train.steps=2", "train.batch=4", "train.warmup=1", "train.save_every=2
 
 @pytest.mark.slow
 def test_all_of_them_train_a_model_together(mine, tmp_path):
-    names = [f"{kind}.name={name}" for kind, (_, name) in CLASSES.items() if kind != "sampler"]
+    names = [f"{kind}.name={name}" for kind, (_, name) in CLASSES.items() if kind in plain(Recipe())]
     fields = ["process.steps=6", "process.beta_end=0.5", "network.channels=4", "data.size=8", "data.channels=1"]
     recipe = load_recipe("cifar10", [*names, *fields, *SMALL])
     loop.train(recipe, open_source("digits"), tmp_path / "run", say=lambda text: None, show_progress=False)
     with pytest.raises(UsageError, match="is code outside undiffuse, which a checkpoint may not name"):
         load_model(tmp_path / "run")
     mine_too = load_model(tmp_path / "run", trusted=True)
-    assert mine_too.sample(2, solver=mine("sampler")).shape == (2, 1, 8, 8)
+    times = mine_too.times(3, mine("grid"))
+    assert mine_too.sample(2, steps=times, solver=mine("sampler")).shape == (2, 1, 8, 8)
     assert store.Run(tmp_path / "run").load(2)[1]["model"]["network"]["name"] == "my_network:Plain"
 
 

@@ -71,11 +71,14 @@ def look_up(line: str) -> None:
     assert set(filter(None, (extra[1] or "").split(","))) <= known.keys(), f"no extra for: {line}"
 
 
+PETS = [f"pets/{name}/{i}.png" for name in ("cat", "dog") for i in range(8)]
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where the reader stands: photos/ and more/ with pictures of several sizes and formats."""
+    """Where the reader stands: photos/, more/ and pets/ with pictures of several sizes and formats."""
     names = ("a.jpg", "b.jpg", "c.png", "d.png", "e.webp", "f.bmp", "inner/g.png", "inner/h.jpg")
-    for i, name in enumerate([*(f"photos/{name}" for name in names), "more/i.png", "more/j.jpg"]):
+    for i, name in enumerate([*(f"photos/{name}" for name in names), "more/i.png", "more/j.jpg", *PETS]):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 255, (4, 5, 3), np.uint8)

@@ -37,7 +37,7 @@ def test_the_demo_ends_with_a_report_and_the_pictures_in_it(quick):
     out, report, said = quick
     assert report == out / "report.html"
     assert said[-1].endswith(f"the report is {report}")
-    assert {path.name for path in out.iterdir()} == PICTURES | PLOTS | {"report.html", "digits"}
+    assert {path.name for path in out.iterdir()} == PICTURES | PLOTS | {"report.html", "digits", ".undiffuse"}
     for name in PICTURES:
         with Image.open(out / name) as picture:
             assert picture.width >= 56
