@@ -35,12 +35,24 @@ def test_a_grid_is_as_near_to_square_as_can_be_and_enlarges_without_blur():
     assert (large == small.repeat(3, 0).repeat(3, 1)).all()
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGB")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
 def test_channels_become_colours(channels, mode):
     image = numbered(1, channels)[0]
     drawn = picture(image)
     assert (drawn.mode, drawn.size) == (mode, (3, 2))
-    assert (np.asarray(drawn).reshape(2, 3, -1).transpose(2, 0, 1) == image[: len(mode)].numpy()).all()
+    assert (np.asarray(Image.open(io.BytesIO(png(drawn)))).reshape(2, 3, -1).transpose(2, 0, 1) == image.numpy()).all()
+
+
+@pytest.mark.parametrize("channels", [5, 6, 9])
+def test_more_channels_stand_side_by_side(channels):
+    images = numbered(4, channels)
+    drawn = picture(images[0])
+    assert (drawn.mode, drawn.size) == ("L", (3 * channels, 2))
+    assert (np.asarray(drawn) == np.concatenate(list(images[0].numpy()), axis=1)).all()
+    sheet = np.asarray(grid(images))
+    assert sheet.shape == (2 * 3 + 1, 2 * (3 * channels + 1) + 1)
+    assert (sheet[1:3, 1 : 1 + 3 * channels] == np.asarray(drawn)).all()
+    assert (sheet[4:6, 2 + 3 * channels : -1] == np.concatenate(list(images[3].numpy()), axis=1)).all()
 
 
 def test_png_bytes_read_back():

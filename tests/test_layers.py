@@ -26,7 +26,11 @@ ROWS = tuple(
         ("machine", "disk log lock tensorfile store sink dist watch device"),
         ("network", "base block attention resample unet"),
         ("diffusion", "process grid density gaussian denoiser objective likelihood sampler/"),
-        ("data", "picture listing passed arrange labelfile source order subset loader format/ workers pack inspect"),
+        (
+            "data",
+            "levels colour picture made listing passed arrange labelfile source remark order subset loader format/ "
+            "workers pack inspect",
+        ),
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("model", "recipe average classes model load"),
         ("training", "plan tune trainer memory look health auto resume profile loop start"),

@@ -15,6 +15,7 @@ from undiffuse.errors import UsageError
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 72, 16, 34, 50  # margins around the axes
+MOST = 4  # channels in a PNG
 COLOURS = ("#3b6fd8", "#d9622b", "#2f9468", "#8a54c4")
 
 Number = float | int  # said in full, because the tests' type checker does not take an int for a float
@@ -22,13 +23,21 @@ Numbers = Sequence[Number]
 Series = tuple[str, Numbers, Numbers]  # name ("" leaves it out of the legend), x, y
 
 
+def beside(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c2 h w2"]:
+    """Of more channels than PNG has, grey pictures with all of them side by side, the first at the left."""
+    n, c, h, w = images.shape
+    return images if c <= MOST else images.transpose(1, 2).reshape(n, 1, h, c * w)
+
+
 def picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:
-    """Grey for one channel; of more than three the first three, as RGB."""
-    return Image.fromarray(image[0].numpy() if len(image) == 1 else image[:3].permute(1, 2, 0).numpy())
+    """One channel as grey, 2 as grey with opacity, 3 as RGB, 4 as RGB with opacity; more side by side, in grey."""
+    array = beside(image[None])[0].permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def grid(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: int = 1) -> Image.Image:
     """The images row by row with a pixel of white between, as near to square as can be; each pixel `scale` wide."""
+    images = beside(images)
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -43,6 +52,15 @@ def grid(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: in
 def show(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: int | None = None) -> Image.Image:
     """A grid of images, small ones enlarged. As the last line of a notebook's cell it is shown as a picture."""
     return grid(images, columns, enlarged(images.shape[-1]) if scale is None else scale)
+
+
+def written(channels: int) -> str:
+    """How a PNG holds so many, where that is not plain; empty where it is."""
+    if channels > MOST:
+        return f"{channels} channels side by side in each PNG, in grey, the first at the left"
+    return {2: "the second channel is written as opacity", 4: "the fourth channel is written as opacity"}.get(
+        channels, ""
+    )
 
 
 def enlarged(width: int) -> int:
@@ -70,9 +88,12 @@ def encoded(picture: Image.Image, path: Path) -> bytes:
     kind, buffer = kind_of(path), io.BytesIO()
     if kind == "PNG":
         return png(picture)
-    flat = picture if picture.mode in ("L", "RGB") or kind != "JPEG" else picture.convert("RGB")
+    if kind == "JPEG" and picture.mode in ("LA", "RGBA"):  # it knows no opacity
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert(
+            "RGB"
+        )
     try:
-        flat.save(buffer, kind, quality=95)
+        picture.save(buffer, kind, quality=95)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} cannot be written as {kind}: {error}; give the name of a .png") from error
     return buffer.getvalue()

@@ -193,7 +193,7 @@ def test_a_shard_of_bad_pictures_only(pictures, tmp_path):
 
 def test_pictures_of_mixed_sizes(pictures, tmp_path):
     Image.new("RGB", (9, 5)).save(pictures / "b/7.png")
-    with pytest.raises(DataError, match=r"^images differ in size: a/0.png is 4x4, b/7.png is 9x5 .* --size 4$"):
+    with pytest.raises(DataError, match=r"^images differ in size: a/0.png is 4x4, b/7.png is 9x5 .* --size 8$"):
         pack(pictures, tmp_path / "out")
     with pytest.raises(DataError, match="^8 of 8 images cannot be read"):
         for path in pictures.rglob("*.png"):

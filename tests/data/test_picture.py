@@ -3,7 +3,9 @@
 import io
 import re
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,10 +55,99 @@ def test_sixteen_bits_are_rounded_to_eight():
 
 
 def test_wider_values_are_refused():
-    with pytest.raises(DataError, match="pixels from 0 to 70000; expected 8 or 16 bits"):
-        picture.decode(encoded(Image.fromarray(np.array([[0, 70000]], np.int32)), "TIFF"))
-    with pytest.raises(DataError, match="float pixels; expected 8 or 16 bits"):
-        picture.decode(encoded(Image.fromarray(np.array([[0.5]], np.float32)), "TIFF"))
+    say = "say what is black and what is white, for example --set data.range="
+    for values, message in [
+        (np.array([[0, 70000]], np.int32), f"int32 values from 0 to 70000; {say}[0,70000]"),
+        (np.array([[-3, 9]], np.int32), f"int32 values from -3 to 9; {say}[-3,9]"),
+        (np.array([[0.25, 0.5]], np.float32), f"float32 values from 0.25 to 0.5; {say}[0,1]"),
+        (np.array([[-0.25, 0.5]], np.float32), f"float32 values from -0.25 to 0.5; {say}[-1,1]"),
+    ]:
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            picture.decode(encoded(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("dtype, kind, span", [
+    (np.uint16, "PNG", (0, 4095)), (np.uint16, "TIFF", (0, 4095)), (np.uint16, "PNG", (100, 300)),
+    (np.uint8, "PNG", (0, 1)), (np.uint8, "PNG", (20, 200)), (np.int32, "TIFF", (-1000, 70000)),
+    (np.float32, "TIFF", (0, 1)), (np.float32, "TIFF", (-1.0, 1.0)),
+])  # fmt: skip
+def test_a_range_is_mapped_to_all_levels(dtype, kind, span):
+    """255 (v - low) / (high - low), rounded; what lies outside is clipped and noted."""
+    low, high = span
+    values = np.linspace(low, high, 23)
+    values = (values.round() if dtype != np.float32 else values).astype(dtype)[None]
+    found = picture.read(encoded(Image.fromarray(values), kind), picture.Reading(range=span))
+    expected = 255 * (values.astype(float) - low) / (high - low)
+    assert np.abs(found.pixels[..., 0] - expected).max() <= 0.5 + 1e-9
+    assert (found.pixels.min(), found.pixels.max()) == (0, 255)
+    assert found.own[:2] == (low, high) and found.own.mean == pytest.approx(values.mean(dtype=float))
+    assert not [what for what, _ in found.made if "clipped" in what]
+    middle = picture.Reading(range=(low, (low + high) / 2))
+    beyond = picture.read(encoded(Image.fromarray(values), kind), middle)
+    assert (beyond.pixels[0, -1, 0], beyond.pixels[0, 0, 0]) == (255, 0)
+    assert [what.partition("=")[0] for what, _ in beyond.made if "clipped" in what] == ["clipped to data.range"]
+
+
+def test_a_range_maps_colours_and_not_transparency():
+    image = Image.fromarray(np.array([[[0, 1, 1, 255], [1, 0, 0, 255]]], np.uint8))
+    kept = picture.decode(encoded(image), picture.Reading(range=(0, 1), channels=4))
+    assert kept.tolist() == [[[0, 255, 255, 255], [255, 0, 0, 255]]]
+    bits = encoded(Image.fromarray(np.array([[0, 1]], bool)))
+    assert picture.decode(bits, picture.Reading(range=(0, 1))).ravel().tolist() == [0, 255]  # which Pillow calls 255
+
+
+def test_values_that_are_not_finite():
+    values = np.array([[0.5, np.nan, np.inf]], np.float32)
+    with pytest.raises(DataError, match=re.escape("2 of 3 values are not finite (NaN or infinite); replace them")):
+        picture.decode(encoded(Image.fromarray(values), "TIFF"), picture.Reading(range=(0, 1)))
+
+
+@pytest.mark.parametrize("span", [(1, 0), (0, 0), (0, float("nan")), (0, float("inf"))])
+def test_a_range_that_is_none(span):
+    with pytest.raises(UsageError, match="is not possible; give two finite numbers, the lower one first$"):
+        picture.Reading(range=span)
+
+
+def deep_colour(pixels):
+    """A PNG of 16-bit RGB, which Pillow does not write."""
+    h, w, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = [(b"IHDR", struct.pack(">II5B", w, h, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_colour_of_16_bits_has_no_range():
+    data = deep_colour(np.array([[[0, 256, 65535]]]))
+    assert picture.decode(data).tolist() == [[[0, 1, 255]]]
+    with pytest.raises(DataError, match="^16-bit colour, of which only the upper 8 bits can be read here; for data.ra"):
+        picture.decode(data, picture.Reading(range=(0, 4095)))
+
+
+ALPHA = [  # mode, value, channels, pixel
+    ("RGBA", (10, 20, 30, 40), 4, [10, 20, 30, 40]), ("RGBA", (9, 9, 9, 0), 4, [9, 9, 9, 0]),
+    ("RGB", (10, 20, 30), 4, [10, 20, 30, 255]), ("LA", (7, 8), 4, [7, 7, 7, 8]), ("L", 7, 4, [7, 7, 7, 255]),
+    ("LA", (7, 8), 2, [7, 8]), ("LA", (7, 0), 2, [7, 0]), ("L", 7, 2, [7, 255]), ("RGBA", (7, 7, 7, 9), 2, [7, 9]),
+    ("1", 1, 2, [255, 255]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode, value, channels, pixel", ALPHA)
+def test_transparency_is_kept_where_it_is_wanted(mode, value, channels, pixel):
+    data = encoded(Image.new(mode, (2, 1), value))
+    found = picture.read(data, picture.Reading(channels=channels))
+    assert found.pixels.tolist() == [[pixel, pixel]]
+    assert found.made == (() if mode.endswith("A") else (("taken as opaque", ""),))
+
+
+def test_a_transparent_colour_is_kept_too():
+    image = Image.new("RGB", (2, 1), RED)
+    image.putpixel((1, 0), BLUE)
+    data = encoded(image, transparency=BLUE)
+    assert picture.decode(data, picture.Reading(channels=4)).tolist() == [[[*RED, 255], [*BLUE, 0]]]
+    assert picture.read(data).made == (("with transparency laid on white", ""),)
+    assert picture.decode(data).tolist() == [[list(RED), [255] * 3]]
+    assert picture.read(encoded(Image.new("RGBA", (2, 1), (*RED, 255)))).made == ()  # nothing was seen through
 
 
 def test_cmyk_becomes_rgb():
@@ -99,10 +190,46 @@ def test_an_animation_gives_its_first_frame():
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked():
-    with pytest.raises(DataError, match="^8193x8192 is more than 67108864 pixels$"):
-        picture.decode(claiming(8193, 8192))
-    with pytest.raises(DataError, match=r"^Image size \(400000000 pixels\) exceeds limit"):  # Pillow's own limit
-        picture.decode(claiming(20000, 20000))
+    for width, height in ((8193, 8192), (20000, 20000)):  # the second is over twice Pillow's own limit
+        message = f"{width}x{height} is more than 67108864 pixels; allow it with --set data.max_pixels={width * height}"
+        with pytest.raises(DataError, match=f"^{message}$"):
+            picture.decode(claiming(width, height))
+
+
+def large_jpeg(width, height):
+    """One level of grey at the left, another at the right."""
+    image = Image.new("L", (width, height), 40)
+    image.paste(200, (width // 2, 0, width, height))
+    return encoded(image, "JPEG")
+
+
+def test_a_large_jpeg_is_decoded_smaller():
+    """At the largest of a half, a quarter and an eighth that is not too large; Python's warnings are errors here."""
+    data, limit = large_jpeg(640, 320), Image.MAX_IMAGE_PIXELS
+    for most, least, shape in [
+        (640 * 320, (8, 8), (320, 640)), (640 * 320 - 1, (8, 8), (160, 320)), (160 * 80, (8, 8), (80, 160)),
+        (160 * 80 - 1, (8, 8), (40, 80)), (160 * 80 - 1, (40, 40), (40, 80)),
+    ]:  # fmt: skip
+        found = picture.read(data, picture.Reading(max_pixels=most, least=least))
+        assert found.pixels.shape == (*shape, 1)
+        assert np.abs(found.pixels[:, [0, -1], 0].astype(int) - [40, 200]).max() <= 1
+        assert found.made == (() if shape == (320, 640) else (("decoded at a lower resolution", "640×320"),))
+    message = "640x320 is more than 12799 pixels; allow it with --set data.max_pixels=204800, or give a --size"
+    for least in (None, (41, 41)):
+        with pytest.raises(DataError, match=f"^{message}$"):
+            picture.decode(data, picture.Reading(max_pixels=160 * 80 - 1, least=least))
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_no_warning_leaks_from_threads(monkeypatch):
+    """Pillow's limit is met by every picture here, in many threads at once."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    data = encoded(Image.fromarray(noise(16, 16)))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(lambda _: picture.decode(data), range(200)))) == 200
+    assert warnings.filters == before
+    assert Image.MAX_IMAGE_PIXELS == 10
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
@@ -141,6 +268,19 @@ def test_the_crop_is_the_centred_square(shape):
     assert np.array_equal(picture.fit(pixels, (5, 5), None), expected)
 
 
+@pytest.mark.parametrize("shape, size, channels, expected", [
+    ((48, 64, 3), (28, 28), 1, ["made grey", "cropped", "reduced"]), ((1, 1, 1), (64, 64), 1, ["enlarged"]),
+    ((48, 64, 1), (48, 48), 3, ["made RGB", "cropped"]), ((40, 20, 3), (80, 40), None, ["enlarged"]),
+    ((8, 8, 3), (8, 8), 3, []), ((8, 8, 3), None, None, []), ((100, 10, 3), (20, 20), 3, ["cropped", "enlarged"]),
+])  # fmt: skip
+def test_what_is_done_is_said(shape, size, channels, expected):
+    assert [what for what, _ in picture.changes(shape, size, channels)] == expected
+    whole = f"{shape[1]}×{shape[0]}"
+    assert all(of in ("", whole) for _, of in picture.changes(shape, size, channels))
+    fitted = picture.fit(noise(*shape), size, channels).shape
+    assert fitted == (*(size or shape[:2]), channels or shape[2])
+
+
 def test_other_aspects_are_cropped_to():
     pixels = noise(40, 40)
     assert np.array_equal(picture.fit(pixels, (20, 40), None), pixels[10:30])
@@ -163,5 +303,6 @@ def test_channels():
     luma = rgb @ np.array([0.299, 0.587, 0.114])
     assert np.abs(picture.fit(rgb, None, 1)[..., 0] - luma).max() <= 1
     assert picture.fit(rgb, None, 3) is rgb
-    with pytest.raises(DataError, match=re.escape("4 channels cannot be turned into 3; only grey and RGB")):
+    message = "4 channels cannot be turned into 3, only grey and RGB into each other; keep them with "
+    with pytest.raises(DataError, match=f"^{re.escape(message)}--set data.channels=4$"):
         picture.fit(noise(4, 4, 4), None, 3)

@@ -54,6 +54,17 @@ def test_mixed_sizes_name_two_files_and_what_to_do(tmp_path):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("sides, stride, side", [
+    ((75, 48, 33), 8, 32), ((75, 100), 4, 72), ((75, 100), 32, 64), ((5, 6), 8, 8), ((20, 24), 32, 32),
+])  # fmt: skip
+def test_the_size_that_is_proposed_suits_the_network(tmp_path, sides, stride, side):
+    """The largest multiple of the stride that no picture of the two has to be enlarged for, if there is one."""
+    for i, given in enumerate(sorted(sides)[:2]):
+        save(tmp_path / f"{i}.png", given, given + 3)
+    with pytest.raises(DataError, match=rf"^images differ in size: .* for example --size {side}$"):
+        unify(open_raw(tmp_path), stride=stride)
+
+
 def test_mixed_channels_name_two_files_and_what_to_do(tmp_path):
     save(tmp_path / "a.png", channels=3)
     save(tmp_path / "b.png", channels=1)
@@ -143,8 +154,8 @@ def test_bad_options(tmp_path):
         open_source(tmp_path, size=0)
     with pytest.raises(UsageError, match="size 9000x9000 is not possible"):
         open_source(tmp_path, size=9000)
-    with pytest.raises(UsageError, match=r"channels 2 is not possible; give 1 \(grey\) or 3 \(RGB\)"):
-        open_source(tmp_path, channels=2)
+    with pytest.raises(UsageError, match=r"channels 0 is not possible; give 1 \(grey\), 3 \(RGB\) or another count"):
+        open_source(tmp_path, channels=0)
     with pytest.raises(UsageError, match='split "tests" is not known; expected train or test'):
         open_source(tmp_path, split="tests")
     with pytest.raises(UsageError, match='background "wite" is not a colour'):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from undiffuse.cli.options import ReadOpt, reading_of
 from undiffuse.strict import to_json
 
 app = typer.Typer(help="Inspect, check, pack or build a data set.", no_args_is_help=True, rich_markup_mode=None)
@@ -30,30 +31,36 @@ def inspect(
         Path | None, typer.Option("--sheet", help="Write a PNG of 64 of the pictures to this file")
     ] = None,
     split: SplitOpt = "train",
+    settings: ReadOpt = None,
     picture: PictureOpt = "",
     as_json: JsonOpt = False,
 ) -> None:
-    """Count pictures by size, channels and class.
+    """Count pictures by size, channels and class, and show their values.
 
-    Pictures that cannot be read are listed, and what was passed over is counted. `--sheet` also writes a contact sheet.
+    Pictures that cannot be read are listed, what was passed over is counted, and values that look wrong are said.
+    `--sheet` also writes a contact sheet.
 
     Example:
 
     \b
     - `undiffuse data inspect photos/ --sheet sheet.png`
     """
+    from dataclasses import replace
+
+    from undiffuse.data import made
     from undiffuse.data.format.several import join
     from undiffuse.data.inspect import inspect
     from undiffuse.data.listing import refuse_inside
     from undiffuse.data.passed import counts, line
-    from undiffuse.data.picture import Reading
     from undiffuse.data.source import open_raw
     from undiffuse.figure import png
     from undiffuse.machine import disk
+    from undiffuse.model.recipe import DataConfig
 
     if sheet is not None:
         refuse_inside(sheet, join(path), "--sheet")
-    summary = inspect(open_raw(join(path), split, Reading(picture=picture)))
+    reading = replace(reading_of(settings, DataConfig(picture=picture)), guess=True, least=(1, 1))
+    summary = inspect(open_raw(join(path), split, reading), reading)
     if sheet is not None:
         disk.write_atomic(sheet, png(summary.sheet))
     result = {
@@ -65,9 +72,15 @@ def inspect(
         "std": round(summary.std, 4),
         "bad": {bad.path: bad.reason for bad in summary.bad},
     }
+    found = summary.values
     if as_json:
-        typer.echo(to_json(result | {"passed_over": counts(summary.passed)}))
+        values = {"least": found.least, "most": found.most, "mean": found.mean, "type": found.kind}
+        done = {what: many for what, many, _ in summary.made}
+        more = {"values": values, "made": done, "wrong": summary.wrong, "passed_over": counts(summary.passed)}
+        typer.echo(to_json(result | more))
         return
+    result |= {"values": f"{found.span}, mean {found.mean:.4g}", "made": made.listed(summary.made) or "nothing"}
+    result |= {"wrong": summary.wrong} if summary.wrong else {}
     for name, value in result.items():
         typer.echo(f"{name:>10}  {_brief(value) if isinstance(value, dict) else value}")
     if summary.passed:
@@ -81,11 +94,17 @@ def _brief(counts: dict[str, int] | dict[str, str]) -> str:
 
 
 @app.command()
-def check(path: PathArg, split: SplitOpt = "train", picture: PictureOpt = "", as_json: JsonOpt = False) -> None:
+def check(
+    path: PathArg,
+    split: SplitOpt = "train",
+    picture: PictureOpt = "",
+    settings: ReadOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
     """Decode every picture, list the unreadable ones, and count what was passed over.
 
-    The exit code is 2 if there are any. In a packed folder every byte is compared with the checksums instead; the exit
-    code is 5 if one differs.
+    The exit code is 2 if there are any, or if the values look so wrong that `train` would refuse them. In a packed
+    folder every byte is compared with the checksums instead; the exit code is 5 if one differs.
 
     Examples:
 
@@ -96,19 +115,21 @@ def check(path: PathArg, split: SplitOpt = "train", picture: PictureOpt = "", as
     from undiffuse.data.format.several import join
     from undiffuse.data.inspect import check
     from undiffuse.data.passed import counts, line
-    from undiffuse.data.picture import Reading
+    from undiffuse.model.recipe import DataConfig
 
-    found = check(join(path), split, not as_json, Reading(picture=picture))
+    found = check(join(path), split, not as_json, reading_of(settings, DataConfig(picture=picture)))
     if as_json:
         bad = {item.path: item.reason for item in found.bad}
-        typer.echo(to_json({"bad": bad, "passed_over": counts(found.passed)}))
+        typer.echo(to_json({"bad": bad, "passed_over": counts(found.passed), "wrong": found.wrong}))
     else:
         for item in found.bad:
             typer.echo(f"{item.path}: {item.reason}")
         if found.passed:
             typer.echo(line(found.passed))
-        typer.echo(f"{len(found.bad)} bad" if found.bad else "all good")
-    if found.bad:
+        if found.wrong:
+            typer.echo(found.wrong)
+        typer.echo(f"{len(found.bad)} bad" if found.bad or found.wrong else "all good")
+    if found.bad or found.wrong:
         raise typer.Exit(2)
 
 
@@ -119,8 +140,11 @@ def pack(
     size: Annotated[
         int | None, typer.Option("--size", help="Crop to a square and resize to this side, in pixels")
     ] = None,
-    channels: Annotated[int | None, typer.Option("--channels", help="1 for grey, 3 for RGB")] = None,
+    channels: Annotated[
+        int | None, typer.Option("--channels", help="1 for grey, 3 for RGB, 2 or 4 with transparency")
+    ] = None,
     background: Annotated[str, typer.Option("--background", help="Colour behind transparent pixels")] = "white",
+    settings: ReadOpt = None,
     picture: PictureOpt = "",
     split: SplitOpt = "train",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")] = False,
@@ -145,10 +169,10 @@ def pack(
     from undiffuse.data.format.several import join
     from undiffuse.data.pack import WORKERS, pack
     from undiffuse.data.passed import counts, line
-    from undiffuse.data.picture import Reading
+    from undiffuse.model.recipe import DataConfig
 
+    reading = reading_of(settings, DataConfig(background=background, picture=picture))
     count = WORKERS if workers is None else workers
-    reading = Reading(background, picture)
     done = pack(join(data), out, size, channels, reading, split, skip_bad, count, not as_json)
     c, h, w = done.image_shape
     result = {"images": len(done), "size": f"{w}x{h}", "channels": c, "labels": len(done.classes or ())}

@@ -11,6 +11,7 @@ from undiffuse.cli.options import (
     DataArg,
     DeviceOpt,
     ModelArg,
+    ReadOpt,
     SeedOpt,
     SkipBadOpt,
     SplitOpt,
@@ -46,6 +47,7 @@ def nll(
         str | None,
         typer.Option("--label", help="Class of all images, by name or number, or none; those of the data unless given"),
     ] = None,
+    settings: ReadOpt = None,
     skip_bad: SkipBadOpt = False,
     batch: BatchOpt = 50,
     seed: SeedOpt = 0,
@@ -70,7 +72,7 @@ def nll(
     if rate_distortion and draws is not None:
         raise UsageError(f"--rate-distortion needs every term of the chain; leave out --draws {draws}")
     loaded = open_model(model, device, clip, variance, weights)
-    source = open_like(loaded, data, split, skip_bad)
+    source = open_like(loaded, data, split, skip_bad, settings)
     query = evaluate.Nll(n, draws, steps, seed, batch, label)
     with dist.joined(dist.LONG), ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
         terms = evaluate.nll(loaded, source, query, out, tick)

@@ -11,10 +11,14 @@ import typer
 from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from undiffuse.data.format.packed import PackedSource
+    from undiffuse.data.picture import Reading
     from undiffuse.data.source import ArraySource
     from undiffuse.model.classes import Told
     from undiffuse.model.model import Model, Steps
+    from undiffuse.model.recipe import DataConfig
 
 ModelArg = Annotated[
     str,
@@ -74,6 +78,10 @@ LabelOpt = Annotated[
 SizeOpt = Annotated[
     str | None, typer.Option("--size", help="Crop and resize to this many pixels: a side, or HEIGHTxWIDTH")
 ]
+ReadOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="How DATA is read, such as data.range=[0,4095] or data.axes=nchw; may be repeated"),
+]
 SplitOpt = Annotated[str, typer.Option("--split", help="train or test, if the data has both")]
 BatchOpt = Annotated[int, typer.Option("--batch", help="Images computed at a time; the results hardly depend on it")]
 SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")]
@@ -110,12 +118,38 @@ def open_model(
     return load(source, device, weights=weights).variant(clip, variance)
 
 
-def open_like(model: "Model", data: list[str], split: str, skip_bad: bool) -> "ArraySource | PackedSource":
-    """A data set in the shape that the model was trained on; what is left out of it is told."""
-    from undiffuse.data.format.several import join
-    from undiffuse.machine import log
+def reading_of(settings: list[str] | None, base: "DataConfig | None" = None, fixed: tuple[str, ...] = ()) -> "Reading":
+    """How DATA is read, as --set says; `base` where it does not. Raises UsageError for any other setting."""
+    from dataclasses import fields
 
-    source = model.source(join(data), split, skip_bad)
+    from undiffuse.config import override, parse, plain
+    from undiffuse.data.picture import Reading
+    from undiffuse.model.recipe import DataConfig
+
+    known = {f"data.{each.name}" for each in fields(Reading)} & {f"data.{each.name}" for each in fields(DataConfig)}
+    known -= {f"data.{name}" for name in fixed}
+    for setting in settings or ():
+        if setting.partition("=")[0].strip() not in known:
+            raise UsageError(f"--set {setting} is not possible here; give one of {', '.join(sorted(known))}")
+    found = override({"data": plain(base or DataConfig())}, settings or ())
+    return parse(DataConfig, found["data"], "--set").reading
+
+
+def open_like(
+    model: "Model", data: list[str], split: str, skip_bad: bool, settings: list[str] | None = None
+) -> "ArraySource | PackedSource":
+    """A data set in the shape that the model was trained on; what is left out of it and made of it is told."""
+    from undiffuse.data import made, remark
+    from undiffuse.data.format.several import join
+    from undiffuse.machine import dist, log
+
+    reading = reading_of(settings, model.data, fixed=("channels",))
+    source = model.source(join(data), split, skip_bad, reading)
+    remark.refuse(source, join(data), split, reading)
+    if not any(setting.startswith("data.range=") for setting in settings or ()):
+        remark.refuse_clipped(source, reading)
+    if dist.is_first() and (told := made.line(source.made, len(source), model.image_shape)):
+        log.say(told)
     if source.skipped:
         log.warn(f"{len(source.skipped)} unreadable pictures are left out: {', '.join(source.skipped)}")
     return source
@@ -124,6 +158,18 @@ def open_like(model: "Model", data: list[str], split: str, skip_bad: bool) -> "A
 def said(told: "Told", model: "Model") -> dict[str, str]:
     """What the images were told to be, for models that were trained with labels."""
     return {} if model.classes is None else {"labels": told.words}
+
+
+def open_pair(model: "Model", first: Path, second: Path, settings: list[str] | None) -> "tuple[Tensor, Tensor]":
+    """Two picture files in the shape that the model was trained on; what is made of them is told."""
+    from undiffuse.data import made
+    from undiffuse.machine import log
+
+    reading = reading_of(settings, model.data, fixed=("channels",))
+    (one, notes), (other, more) = model.read_picture(first, reading), model.read_picture(second, reading)
+    if told := made.line(made.summed(notes, more), 2, model.image_shape):
+        log.say(told)
+    return one, other
 
 
 def choose_steps(model: "Model", steps: int | None, times: str | None, grid: str | None) -> "Steps":

@@ -16,6 +16,7 @@ from undiffuse.cli.options import (
     ModelArg,
     OutOpt,
     OverwriteOpt,
+    ReadOpt,
     SeedOpt,
     SkipBadOpt,
     SolverOpt,
@@ -26,6 +27,7 @@ from undiffuse.cli.options import (
     choose_steps,
     open_like,
     open_model,
+    open_pair,
     parse_sides,
     said,
     ticking,
@@ -36,6 +38,11 @@ from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
     from undiffuse.view.explore import Crop
+
+CropOpt = Annotated[
+    str | None,
+    typer.Option("--crop", help="Compare only a part, in pixels: the middle HEIGHTxWIDTH, or TOP,LEFT,HEIGHT,WIDTH"),
+]
 
 
 def sample(
@@ -81,8 +88,6 @@ def sample(
 
     if out is None and npz is None:
         raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give the name of a folder")
     if out is not None:
         explore.refuse_drawn(out)
     writable(npz, overwrite, picture=False)
@@ -97,7 +102,15 @@ def sample(
         return
     written = explore.write_images(images, out, npz, columns=n if rows else None)
     taken: dict[str, Any] = {"steps": len(loaded.times(chosen)) - 1, "solver": solver, "seed": seed}
-    show({"images": total, **taken, **said(loaded.told(label, total, seed), loaded), **written}, as_json)
+    taken |= said(loaded.told(label, total, seed), loaded)
+    show({"images": total, **taken, **written, **(_channels(images.shape[1]) if out is not None else {})}, as_json)
+
+
+def _channels(count: int) -> dict[str, str]:
+    """How the PNGs hold the channels, where that has to be said."""
+    from undiffuse.figure import written
+
+    return {"channels": written(count)} if written(count) else {}
 
 
 def progressive(
@@ -201,6 +214,7 @@ def interpolate(
         list[float] | None,
         typer.Option("--lambda", help="Share of B, 0 to 1, instead of --count; may be repeated, a column each"),
     ] = None,
+    settings: ReadOpt = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
     grid: GridOpt = None,
@@ -231,17 +245,16 @@ def interpolate(
     writable(out, overwrite)
     loaded = open_model(model, device, clip, variance, weights)
     chosen = choose_steps(loaded, steps, times, grid)
-    pictures = loaded.picture(first), loaded.picture(second)
+    pictures = open_pair(loaded, first, second, settings)
     if mix and count is not None:
         raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
     if count is not None and count < 2:
         raise UsageError(f"--count {count} is not possible; give 2 or more, the pictures themselves included")
     count, at = 11 if count is None else count, t or [0.5]
     lambdas = mix or [i / (count - 1) for i in range(count)]
+    sampler = loaded.sampler(solver, eta)
     with ticking(explore.interpolation_steps(loaded, at, chosen), "interpolation", as_json) as tick:
-        images = explore.interpolate(
-            loaded, *pictures, at, lambdas, seed, chosen, tick, loaded.sampler(solver, eta), label
-        )
+        images = explore.interpolate(loaded, *pictures, at, lambdas, seed, chosen, tick, sampler, label)
     explore.write_grid(images, out)
     show({"picture": out, "t": at, "lambda": lambdas, **said(loaded.told(label, 1, seed), loaded)}, as_json)
 
@@ -252,12 +265,8 @@ def neighbours(
     out: OutOpt,
     n: Annotated[int, typer.Option("-n", help="Number of samples")] = 8,
     k: Annotated[int, typer.Option("-k", help="Number of neighbours of each sample")] = 8,
-    crop: Annotated[
-        str | None,
-        typer.Option(
-            "--crop", help="Compare only a part, in pixels: the middle HEIGHTxWIDTH, or TOP,LEFT,HEIGHT,WIDTH"
-        ),
-    ] = None,
+    crop: CropOpt = None,
+    settings: ReadOpt = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
     grid: GridOpt = None,
@@ -295,7 +304,7 @@ def neighbours(
     refuse_inside(out, join(data), "--out")
     loaded = open_model(model, device, clip, variance, weights)
     chosen = choose_steps(loaded, steps, times, grid)
-    source, box = open_like(loaded, data, "train", skip_bad), None if crop is None else parse_crop(crop)
+    source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
     total = loaded.count(n, label)
     told = drawn(loaded.classes, n, seed) if label is None else loaded.told(label, total, seed)

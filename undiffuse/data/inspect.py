@@ -2,8 +2,9 @@
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +12,15 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from undiffuse import figure
+from undiffuse.data import made as making
+from undiffuse.data import remark
 from undiffuse.data.format.packed import PackedSource
+from undiffuse.data.levels import UNKNOWN, Note, Own, combined, unsaid
+from undiffuse.data.made import Made, summed, tally
 from undiffuse.data.pack import WORKERS
 from undiffuse.data.passed import Passed, frames, merged
-from undiffuse.data.picture import PLAIN, Reading
+from undiffuse.data.picture import PLAIN, WIDE, Reading
 from undiffuse.data.source import Source, open_raw
 from undiffuse.errors import DataError
 from undiffuse.machine import log
@@ -34,7 +40,11 @@ class Bad:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """Counts of the readable images, the most frequent first; mean and std are of all values, in [0, 1]."""
+    """Counts of the readable images, the most frequent first; mean and std are of all values, in [0, 1].
+
+    `values` are those of the files, in their own units; `made` is what became of them on the way to 0 … 255, and
+    `wrong` one line about what looks wrong with that, empty if nothing does.
+    """
 
     count: int
     sizes: dict[tuple[int, int], int]  # (height, width)
@@ -42,17 +52,21 @@ class Summary:
     labels: dict[str, int]
     mean: float
     std: float
+    values: Own
+    made: Made
+    wrong: str
     bad: tuple[Bad, ...]
     passed: tuple[Passed, ...]
     sheet: Image.Image
 
 
-def inspect(source: Source) -> Summary:
-    """Decodes everything once. DataError if nothing can be decoded."""
+def inspect(source: Source, reading: Reading = PLAIN) -> Summary:
+    """Decodes everything once. DataError if nothing can be decoded. `reading` is what the source was opened with."""
     sizes, channels, labels = Counter[tuple[int, int]](), Counter[int](), Counter[str]()
     values = torch.zeros(256, dtype=torch.int64)
     chosen = set(np.linspace(0, len(source) - 1, CELLS**2).round().astype(int).tolist())
     cells: list[Tensor] = []
+    owns, notes = list[tuple[Own, int]](), list[Note]()
     bad, more = [], 0
     for index in range(len(source)):
         try:
@@ -67,45 +81,76 @@ def inspect(source: Source) -> Summary:
         if item.label is not None:
             labels[source.classes[item.label] if source.classes else str(item.label)] += 1
         values += item.image.flatten().bincount(minlength=256)
+        notes += item.made
+        if item.own is not None:
+            owns.append((item.own, item.image.numel()))
         if index in chosen:
             cells.append(item.image)
     if not sizes:
         raise DataError(f"none of {len(source)} images can be read; the first is {bad[0].path} ({bad[0].reason})")
     mean, std = _moments(values)
+    count = len(source) - len(bad)
+    own = source.own or _own(values, owns, count, mean)
+    made = summed(source.made, tally(notes))
     return Summary(
-        count=len(source) - len(bad),
+        count=count,
         sizes=dict(sizes.most_common()),
         channels=dict(channels.most_common()),
         labels=dict(labels.most_common()),
         mean=mean,
         std=std,
+        values=own,
+        made=tuple(each for each in made if each[0] != UNKNOWN),
+        wrong=_wrong(values, own, made, count, reading),
         bad=tuple(bad),
         passed=merged(source.passed, frames(more)),
         sheet=contact_sheet(cells),
     )
 
 
+def _own(values: Int[Tensor, "256"], owns: list[tuple[Own, int]], count: int, mean: float) -> Own:
+    """Of the files where all are known, else of the levels that they became."""
+    found = combined(owns)
+    if found is not None and len(owns) == count:
+        return found
+    levels = values.nonzero().flatten()
+    return Own(int(levels[0]), int(levels[-1]), 255 * mean, "uint8")
+
+
+def _wrong(values: Int[Tensor, "256"], own: Own, made: Made, count: int, reading: Reading) -> str:
+    """What `train` would say, if it would refuse them."""
+    if reading.range is not None or remark.laid(made, count):
+        return ""
+    if making.count(made, UNKNOWN):
+        return unsaid(own)
+    levels = values.nonzero().flatten()
+    is_wide = making.count(made, WIDE) == count
+    return remark.wrong(int(levels[0]), int(levels[-1]), is_wide, own) or ""
+
+
 @dataclass(frozen=True)
 class Checked:
-    """How many images there are, those that cannot be decoded, and what was not taken for one."""
+    """How many images there are, those that cannot be decoded, what was not taken for one, and what looks wrong."""
 
     count: int
     bad: tuple[Bad, ...]
     passed: tuple[Passed, ...]
+    wrong: str = ""
 
 
 def check(spec: str | Path, split: str = "train", show_progress: bool = False, reading: Reading = PLAIN) -> Checked:
     """Decodes every image of a path or a named set, and lists those that fail. Corrupt for a damaged packed folder."""
-    source, bad, more = open_raw(spec, split, reading), list[Bad](), 0
+    source, bad, seen = open_raw(spec, split, replace(reading, least=(1, 1))), list[Bad](), list[Seen]()
     if isinstance(source, PackedSource):  # each of its bytes is a good pixel, so only the checksums can tell
         source.verify()
-        return Checked(len(source), (), source.passed)
+        return Checked(len(source), (), source.passed, "" if reading.range else remark.narrow(source) or "")
 
-    def one(index: int) -> Bad | int:
+    def one(index: int) -> Bad | Seen:
         try:
-            return source[index].frames - 1
+            item = source[index]
         except DataError as error:
             return _bad(source, index, error)
+        return Seen(item.frames - 1, int(item.image.min()), int(item.image.max()), item.own, item.image.numel())
 
     with ThreadPoolExecutor(WORKERS) as pool, log.progress(len(source), "checking", show_progress) as bar:
         for first in range(0, len(source), PART):
@@ -114,9 +159,30 @@ def check(spec: str | Path, split: str = "train", show_progress: bool = False, r
                 if isinstance(found, Bad):
                     bad.append(found)
                 else:
-                    more += found
+                    seen.append(found)
             bar.advance(len(part))
-    return Checked(len(source), tuple(bad), merged(source.passed, frames(more)))
+    more, wrong = sum(each.more for each in seen), "" if reading.range else _narrow(seen)
+    return Checked(len(source), tuple(bad), merged(source.passed, frames(more)), wrong)
+
+
+class Seen(NamedTuple):
+    """Of an image that was decoded: how many more its file has, its levels, its own values, and their number."""
+
+    more: int
+    least: int
+    most: int
+    own: Own | None
+    size: int
+
+
+def _narrow(seen: list[Seen]) -> str:
+    """What looks wrong with the values of all."""
+    if not seen:
+        return ""
+    owns = [(each.own, each.size) for each in seen if each.own is not None]
+    least, most = min(each.least for each in seen), max(each.most for each in seen)
+    own = combined(owns) if len(owns) == len(seen) else None
+    return remark.wrong(least, most, own is not None, own or Own(least, most, 0.0, "uint8")) or ""
 
 
 def contact_sheet(images: list[UInt8[Tensor, "_ _ _"]]) -> Image.Image:
@@ -124,10 +190,10 @@ def contact_sheet(images: list[UInt8[Tensor, "_ _ _"]]) -> Image.Image:
     rows = -(-len(images) // CELLS)
     sheet = Image.new("RGB", (CELLS * CELL, rows * CELL), "white")
     for index, image in enumerate(images):
-        array = image.permute(1, 2, 0).numpy()
-        picture = _into_cell(Image.fromarray(array[..., 0] if array.shape[2] < 3 else array[..., :3]))
+        picture = _into_cell(figure.picture(image)).convert("RGBA")
         row, column = divmod(index, CELLS)
-        sheet.paste(picture, (column * CELL + (CELL - picture.width) // 2, row * CELL + (CELL - picture.height) // 2))
+        place = (column * CELL + (CELL - picture.width) // 2, row * CELL + (CELL - picture.height) // 2)
+        sheet.paste(picture, place, picture)
     return sheet
 
 

@@ -24,6 +24,7 @@ from undiffuse.config import plain
 from undiffuse.data.format import packed
 from undiffuse.data.format.packed import MANIFEST, PLAN, Manifest, PackedSource, Shard, open_packed, shard_path
 from undiffuse.data.listing import refuse_inside
+from undiffuse.data.made import summed
 from undiffuse.data.passed import frames, merged
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import (
@@ -112,8 +113,10 @@ def pack(
     if workers < 1:
         raise UsageError(f"{workers} workers are not possible; give at least 1")
     refuse_inside(out, str(spec), "--out")
+    wanted = Wanted.of(size, channels)
+    reading = wanted.reading(reading)
     raw = open_raw(spec, split, reading)
-    job = Job(str(spec), split, reading, Wanted.of(size, channels), raw.fingerprint())
+    job = Job(str(spec), split, reading, wanted, raw.fingerprint())
     return _pack(raw, job, out, skip_bad, workers, show_progress)
 
 
@@ -127,13 +130,17 @@ def open_data(
     workers: int = 1,
     show_progress: bool = False,
     split: str = "train",
+    stride: int = 8,
 ) -> ArraySource | PackedSource:
     """A split of a data set in one shape: in memory, or packed in the cache if it is large or `use_cache` says so.
 
     Large is over 1 GB, or over 20,000 pictures to decode. What is packed already, or an array already, and fits, is
-    given as it is. Of several processes that ask for the same, one packs it and the others wait.
+    given as it is. Where sizes differ and none is given, the error proposes a multiple of `stride`. Of several
+    processes that ask for the same, one packs it and the others wait.
     """
-    raw, wanted = open_raw(spec, split, reading), Wanted.of(size, channels)
+    wanted = Wanted.of(size, channels, stride)
+    reading = wanted.reading(reading)
+    raw = open_raw(spec, split, reading)
     if isinstance(raw, PackedSource) and wanted.accepts(raw.image_shape):
         return raw
     if use_cache is None:
@@ -141,7 +148,7 @@ def open_data(
             len(raw) > MANY or len(raw) * math.prod(first_of(raw, wanted).shape) > LARGE
         )
     if not use_cache:
-        return unify(raw, size, channels, skip_bad)
+        return unify(raw, size, channels, skip_bad, stride=stride)
     job = Job(str(spec), split, reading, wanted, _remembered(raw, spec))
     return _pack(raw, job, cache_folder() / "packed" / job.key(raw), skip_bad, workers, show_progress, wait=True)
 
@@ -243,9 +250,10 @@ def _build(raw: Source, job: Job, key: str, out: Path, skip_bad: bool, workers: 
     refuse_bad(bad, plan.total, skip_bad)
     shards = tuple(Shard(mark["images"], mark["sha256"]) for mark in marks)
     skipped = (*((name, "left out before") for name in raw.skipped), *bad)
-    more = sum(mark.get("frames", 0) for mark in marks)
-    said = (shards, skipped, raw.classes, raw.passed, more)
-    _finish(out, Manifest(key, job.source, "", first.shape, first.labelled, *said))
+    made = summed(raw.made, *(tuple(map(tuple, mark["made"])) for mark in marks))
+    said = {"passed": raw.passed, "frames": sum(mark["frames"] for mark in marks), "made": made}
+    draft = Manifest(key, job.source, "", first.shape, first.labelled, shards, skipped, raw.classes)
+    _finish(out, dataclasses.replace(draft, range=job.reading.range, **said))
 
 
 def _finish(out: Path, manifest: Manifest) -> None:
@@ -304,6 +312,6 @@ def _write(source: Source, plan: Plan, out: Path, k: int) -> None:
     labels = np.array(part.labels, "<i8").tobytes() if plan.first.labelled else b""
     data = labels + part.images.tobytes()
     disk.write_atomic(shard_path(out, k), data)
-    mark = {"images": len(part.labels), "sha256": hashlib.sha256(data).hexdigest(), "skipped": part.bad}
-    mark["frames"] = part.frames
+    told = {"skipped": part.bad, "frames": part.frames, "made": part.made}
+    mark = {"images": len(part.labels), "sha256": hashlib.sha256(data).hexdigest(), **told}
     disk.write_json(_mark(out, k), mark)

@@ -1,21 +1,27 @@
 """One picture file to one uint8 array, and the crop and resize that LSUN was prepared with.
 
-Whatever the file holds (palette, CMYK, 16 bits, alpha, an orientation tag, an animation), what comes out is grey or
-RGB, upright, eight bits, the first frame.
+Whatever the file holds (palette, CMYK, 16 bits, alpha, a colour profile, an orientation tag, an animation), what comes
+out is grey or RGB, with transparency only if it is wanted, upright, eight bits, the first frame.
 """
 
 import importlib
 import io
+import math
+import threading
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from io import BufferedIOBase
-from typing import IO, cast
+from typing import IO, Literal, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, JpegImagePlugin
 
+from undiffuse.data import levels
+from undiffuse.data.colour import to_srgb
+from undiffuse.data.levels import Note, Own, Range
 from undiffuse.errors import DataError, UsageError
 
 MAX_PIXELS = 2**26
@@ -34,7 +40,13 @@ SIGNATURES = (
     (4, b"JXL \x0d\x0a\x87\x0a", ".jxl"),
 )
 
+SCALES = (2, 4, 8)  # by which a JPEG can be decoded smaller
+KEEP_ALPHA = {2: "LA", 4: "RGBA"}
+LAID = "with transparency laid on"
+WIDE = "read from more than 8 bits"
+
 Colour = tuple[int, int, int]
+Axes = Literal["nhw", "nhwc", "nchw", "hwc", "chw"]
 
 
 @lru_cache(maxsize=1)
@@ -68,18 +80,46 @@ def colour(name: str) -> Colour:
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become pixels, where they do not say it themselves: every reader of data is given one."""
+    """How files become pixels, where they do not say it themselves: every reader of data is given one.
+
+    `range` are the values that become 0 and 255. Of pictures `channels` 2 and 4 keep transparency. A JPEG of more than
+    `max_pixels` is decoded at a half, a quarter or an eighth if that is at least `least` (height, width), to which it
+    is reduced later. With `guess`, values of an unknown range are shown rather than refused.
+    """
 
     background: str = "white"  # the colour behind transparent pixels
     picture: str = ""  # which, where an example has several
+    range: Range | None = None
+    axes: Axes | None = None
+    channels: int | None = None
+    max_pixels: int = MAX_PIXELS
+    least: tuple[int, int] | None = None
+    guess: bool = False
 
     def __post_init__(self) -> None:
         colour(self.background)
+        if self.range is not None and not (all(map(math.isfinite, self.range)) and self.range[0] < self.range[1]):
+            raise UsageError(
+                f"data.range={levels.said(self.range)} is not possible; give two finite numbers, the lower one first"
+            )
 
     @cached_property
     def colour(self) -> Colour:
         """The background as red, green and blue."""
         return colour(self.background)
+
+    def to_levels(self, values: np.ndarray, whole: Range | None) -> tuple[UInt8[np.ndarray, "..."], Own, list[Note]]:
+        """Values as levels of 0 to 255, what they were, and what was done to them.
+
+        `whole` is the range of their type, None where it has none. Raises DataError.
+        """
+        found, notes = levels.own(values), list[Note]()
+        span = self.range or whole
+        if span is None:
+            if not self.guess:
+                raise DataError(levels.unsaid(found))
+            span, notes = (found.least, max(found.most, found.least + 1)), [(levels.UNKNOWN, found.span)]
+        return levels.stretch(values, *span), found, [*notes, *levels.clipped(found, *span)]
 
 
 PLAIN = Reading()
@@ -93,8 +133,7 @@ def recognised(file: BufferedIOBase) -> str:
     # A format that knows no signature takes other files for its own.
     readable = [kind for kind, (_, accepts) in Image.OPEN.items() if kind not in UNREADABLE and accepts]
     try:
-        with warnings.catch_warnings(), Image.open(cast(IO[bytes], file), formats=readable) as image:
-            warnings.simplefilter("ignore")
+        with QUIET, _opened(file, readable) as image:
             endings = [ext for ext, kind in Image.registered_extensions().items() if kind == image.format]
     except Exception:  # whatever it is, it is no picture
         endings = [ending for at, mark, ending in SIGNATURES if start[at : at + len(mark)] == mark]
@@ -108,23 +147,35 @@ def frames(data: bytes) -> int:
     if several and data.find(several, 0, HEAD) < 0:
         return 1  # nearly all files; to open each once more would cost a tenth of the time
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
+        with QUIET, _opened(io.BytesIO(data)) as image:
             return 1 if image.format in VARIANTS else getattr(image, "n_frames", 1)
     except Exception:  # damage after the first, which is all that is used
         return 1
 
 
+class Picture(NamedTuple):
+    """Pixels, what was done to get them, and the values that they were if those were not of 8 bits."""
+
+    pixels: UInt8[np.ndarray, "h w c"]
+    made: tuple[Note, ...] = ()
+    own: Own | None = None
+
+
 def decode(data: bytes, reading: Reading = PLAIN) -> UInt8[np.ndarray, "h w c"]:
-    """Pixels [h, w, 1 or 3] of a picture file's bytes; DataError with the bare reason if it cannot be decoded."""
+    """Pixels [h, w, c] of a picture file's bytes; DataError with the bare reason if it cannot be decoded."""
+    return read(data, reading).pixels
+
+
+def read(data: bytes, reading: Reading = PLAIN) -> Picture:
+    """As `decode`, with what was done. Grey or RGB, or with transparency as well if `reading.channels` is 2 or 4."""
     add_plugins()
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")  # remarks on metadata; what is wrong with the pixels raises
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+        with QUIET, _opened(io.BytesIO(data)) as image:
+            made = _scaled(image, reading)
+            deep = image.mode in ("LA", "RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))
             image.load()
-            return _pixels(ImageOps.exif_transpose(image), reading.colour)
+            found = _pixels(ImageOps.exif_transpose(image), reading, deep)
+            return found._replace(made=(*made, *found.made))
     except DataError:
         raise
     except Exception as error:  # on damaged bytes Pillow's plugins raise nearly every type
@@ -132,24 +183,120 @@ def decode(data: bytes, reading: Reading = PLAIN) -> UInt8[np.ndarray, "h w c"]:
         raise DataError(" ".join(str(reason).split()) or type(error).__name__) from error
 
 
-def _pixels(image: Image.Image, background: Colour) -> UInt8[np.ndarray, "h w c"]:
-    if image.mode.startswith("I"):
-        return _sixteen_bits(np.asarray(image))
-    if image.mode == "F":
-        raise DataError("float pixels; expected 8 or 16 bits")
-    grey = image.mode in ("1", "L", "LA")
-    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
-        plain = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(plain, image.convert("RGBA"))
-        grey = grey and len(set(background)) == 1
-    array = np.asarray(image.convert("L" if grey else "RGB"))
-    return array[..., None] if grey else array
+class _Quiet:
+    """No remarks on metadata while any thread is inside; what is wrong with the pixels raises.
+
+    Where several threads use Python's own `catch_warnings`, one of them restores what another had set.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.stack = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.stack.close()
 
 
-def _sixteen_bits(values: np.ndarray) -> UInt8[np.ndarray, "h w 1"]:
-    if values.min() < 0 or values.max() > 65535:
-        raise DataError(f"pixels from {values.min()} to {values.max()}; expected 8 or 16 bits")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None]
+QUIET, OPENING = _Quiet(), threading.Lock()
+
+
+def _opened(file: BufferedIOBase, formats: list[str] | None = None) -> Image.Image:
+    """The header alone, for which Pillow's limit is set aside: `max_pixels` is ours, and its message names it."""
+    with OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(cast(IO[bytes], file), formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _scaled(image: Image.Image, reading: Reading) -> tuple[Note, ...]:
+    """Prepares a JPEG of too many pixels to be decoded at a lower resolution. DataError for what is too large."""
+    width, height = image.size
+    if width * height <= reading.max_pixels:
+        return ()
+    is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+    for scale in SCALES if is_jpeg and reading.least else ():
+        small = (width // scale, height // scale)
+        if math.prod(small) <= reading.max_pixels and min(small) >= max(reading.least or small):
+            image.draft(None, small)
+            return (("decoded at a lower resolution", f"{width}×{height}"),)
+    smaller = ", or give a --size" if is_jpeg else ""
+    raise DataError(
+        f"{width}x{height} is more than {reading.max_pixels} pixels; "
+        f"allow it with --set data.max_pixels={width * height}{smaller}"
+    )
+
+
+def _pixels(image: Image.Image, reading: Reading, deep: bool) -> Picture:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image, made, own = _wide(image, reading)
+    elif deep and reading.range is not None:
+        raise DataError("16-bit colour, of which only the upper 8 bits can be read here; for data.range give an array")
+    else:
+        ranged, made, own = image.mode != "1" and reading.range is not None, (), None
+        image = _plain(image)
+        if ranged and image.mode != "CMYK":
+            image, made, own = _ranged(image, reading)
+    image, converted = to_srgb(image)
+    image = image.convert("RGB") if image.mode == "CMYK" else image
+    image, flat = _with_channels(image, reading)
+    array = np.asarray(image)
+    return Picture(array if array.ndim == 3 else array[..., None], (*made, *converted, *flat), own)
+
+
+def _wide(image: Image.Image, reading: Reading) -> tuple[Image.Image, tuple[Note, ...], Own]:
+    """Integers of more than 8 bits, and float pixels, as grey."""
+    values = np.asarray(image)
+    is_short = image.mode != "F" and values.min() >= 0 and values.max() <= 65535
+    pixels, found, made = reading.to_levels(values, (0, 65535) if is_short else None)
+    grey = Image.fromarray(pixels)
+    grey.info = image.info
+    wide = (WIDE, f"{levels.shown(found.least)} to {levels.shown(found.most)}")
+    return grey, (wide, *made), found
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Palettes, bits, rarer modes and transparent colours as L, LA, RGB, RGBA or CMYK."""
+    clear = image.mode.endswith(("A", "a")) or "transparency" in image.info
+    if image.mode in ("1", "L", "LA", "La"):
+        return image.convert("LA" if clear else "L")
+    return image if image.mode == "CMYK" else image.convert("RGBA" if clear else "RGB")
+
+
+def _ranged(image: Image.Image, reading: Reading) -> tuple[Image.Image, tuple[Note, ...], Own]:
+    """Bytes of another range than 0 to 255; transparency stays as it is."""
+    assert reading.range is not None
+    low, high = reading.range
+    colours = [image.getchannel(band) for band in image.getbands() if band != "A"]
+    found = levels.own(np.stack([np.asarray(band) for band in colours]))
+    table = levels.stretch(np.arange(256), low, high).tolist()
+    alpha = list(range(256)) if len(colours) < len(image.getbands()) else []
+    return image.point(table * len(colours) + alpha), levels.clipped(found, low, high), found
+
+
+def _with_channels(image: Image.Image, reading: Reading) -> tuple[Image.Image, tuple[Note, ...]]:
+    """With transparency if it is wanted, else laid on the background."""
+    clear, grey = image.mode in ("LA", "RGBA"), image.mode in ("L", "LA")
+    if reading.channels in KEEP_ALPHA:
+        return image.convert(KEEP_ALPHA[reading.channels]), () if clear else (("taken as opaque", ""),)
+    if not clear:
+        return image, ()
+    seen_through = image.getchannel("A").getextrema()[0] != 255
+    plain = Image.new("RGBA", image.size, (*reading.colour, 255))
+    flat = Image.alpha_composite(plain, image.convert("RGBA"))
+    grey = grey and len(set(reading.colour)) == 1
+    made = ((f"{LAID} {reading.background}", ""),) if seen_through else ()
+    return flat.convert("L" if grey else "RGB"), made
 
 
 def fit(
@@ -159,24 +306,42 @@ def fit(
     given = image.shape[2]
     if channels is not None and channels != given:
         if {channels, given} != {1, 3}:
-            raise DataError(f"{given} channels cannot be turned into {channels}; only grey and RGB are converted")
+            raise DataError(
+                f"{given} channels cannot be turned into {channels}, only grey and RGB into each other; "
+                f"keep them with --set data.channels={given}"
+            )
         image = np.asarray(Image.fromarray(image).convert("L"))[..., None] if given == 3 else image.repeat(3, axis=2)
     if size is None or size == image.shape[:2]:
         return image
-    image = _crop(image, *size)
+    height, width = part = _part(image.shape[0], image.shape[1], *size)
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    image = image[top : top + height, left : left + width]
+    if part == size:
+        return image
     resized = [_resize(image[..., c], size) for c in range(image.shape[2])]
     return np.stack(resized, axis=-1)
 
 
-def _crop(image: UInt8[np.ndarray, "h w c"], height: int, width: int) -> UInt8[np.ndarray, "h2 w2 c"]:
-    """The largest centred part of that aspect; for a square, StyleGAN's crop to min(h, w)."""
-    h, w = image.shape[:2]
+def changes(shape: tuple[int, ...], size: tuple[int, int] | None, channels: int | None) -> tuple[Note, ...]:
+    """What `fit` does to an image of shape (height, width, channels)."""
+    height, width, given = shape
+    made = []
+    if channels not in (None, given):
+        made.append(("made grey" if channels == 1 else "made RGB", ""))
+    if size not in (None, (height, width)):
+        part, whole = _part(height, width, *size), f"{width}×{height}"
+        if part != (height, width):
+            made.append(("cropped", whole))
+        if part != size:
+            made.append(("enlarged" if part[0] < size[0] or part[1] < size[1] else "reduced", whole))
+    return tuple(made)
+
+
+def _part(h: int, w: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the largest part of that aspect; for a square, StyleGAN's crop to min(h, w)."""
     if h * width <= w * height:
-        part = h, max(1, round(h * width / height))
-    else:
-        part = max(1, round(w * height / width)), w
-    top, left = (h - part[0]) // 2, (w - part[1]) // 2
-    return image[top : top + part[0], left : left + part[1]]
+        return h, max(1, round(h * width / height))
+    return max(1, round(w * height / width)), w
 
 
 def _resize(plane: UInt8[np.ndarray, "h w"], size: tuple[int, int]) -> UInt8[np.ndarray, "h2 w2"]:

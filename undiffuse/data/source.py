@@ -11,7 +11,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from undiffuse.config import Table
 from undiffuse.data import passed, picture
+from undiffuse.data.levels import Note, Own
 from undiffuse.data.listing import Split
+from undiffuse.data.made import Made, summed, tally
 from undiffuse.data.passed import Passed
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
@@ -38,11 +40,13 @@ Shape = tuple[int, int, int]  # channels, height, width
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image and its class, if it has one."""
+    """One image and its class, if it has one; what reading made of it, and its values if they were not of 8 bits."""
 
     image: UInt8[Tensor, "c h w"]
     label: int | None = None
     frames: int = 1  # how many pictures its file holds, of which this is the first
+    made: tuple[Note, ...] = ()
+    own: Own | None = None
 
 
 class Source(ABC):
@@ -50,6 +54,8 @@ class Source(ABC):
 
     classes: tuple[str, ...] | None
     skipped: tuple[str, ...] = ()  # what was left out because it could not be read
+    made: Made = ()  # what was made of the images to bring them into one shape
+    own: Own | None = None  # the values of an array that was not of uint8
     passed: tuple[Passed, ...] = ()  # what is there and was not taken for an image
 
     @abstractmethod
@@ -104,6 +110,8 @@ class ArraySource(Source):
     classes: tuple[str, ...] | None = None
     skipped: tuple[str, ...] = ()
     passed: tuple[Passed, ...] = ()
+    made: Made = ()
+    own: Own | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -130,7 +138,7 @@ class ArraySource(Source):
     def subset(self, index: slice | Int[Tensor, "m"]) -> "ArraySource":
         """The examples chosen, in that order."""
         labels = None if self.labels is None else self.labels[index]
-        return ArraySource(self.images[index], labels, self.classes, self.skipped, self.passed)
+        return replace(self, images=self.images[index], labels=labels)
 
 
 class Format(ABC):
@@ -202,10 +210,10 @@ def open_source(
 ) -> ArraySource:
     """The images of a path or of a named set, all of one shape, in memory.
 
-    `size` is a side or (height, width), None to keep the images' own; `channels` is 1, 3 or None likewise. With
-    `skip_bad` unreadable files are left out and listed in `.skipped`.
+    `size` is a side or (height, width), None to keep the images' own; `channels` likewise. With `skip_bad` unreadable
+    files are left out and listed in `.skipped`.
     """
-    return unify(open_raw(spec, split, reading), size, channels, skip_bad)
+    return unify(open_raw(spec, split, Wanted.of(size, channels).reading(reading)), size, channels, skip_bad)
 
 
 def unify(
@@ -214,12 +222,13 @@ def unify(
     channels: int | None = None,
     skip_bad: bool = False,
     count: int | None = None,
+    stride: int = 8,
 ) -> ArraySource:
     """Every image cropped, resized and converted to one shape; DataError if they differ and no shape was asked for.
 
-    With `count` only that many are read, spread evenly over the source.
+    With `count` only that many are read, spread evenly over the source. The error proposes a multiple of `stride`.
     """
-    wanted, chosen = Wanted.of(size, channels), spread(len(source), count)
+    wanted, chosen = Wanted.of(size, channels, stride), spread(len(source), count)
     if isinstance(source, ArraySource) and wanted.accepts(source.image_shape):
         return source if len(chosen) == len(source) else source.subset(torch.tensor(chosen))
     first = first_of(source, wanted)
@@ -228,7 +237,8 @@ def unify(
     labels = torch.tensor(good.labels) if first.labelled else None
     skipped = (*source.skipped, *(name for name, _ in good.bad))
     over = passed.merged(source.passed, passed.frames(good.frames))
-    return ArraySource(torch.from_numpy(good.images), labels, source.classes, skipped, over)
+    made = summed(source.made, good.made)
+    return ArraySource(torch.from_numpy(good.images), labels, source.classes, skipped, over, made, source.own)
 
 
 def spread(total: int, count: int | None) -> Sequence[int]:
@@ -242,22 +252,32 @@ class Wanted:
 
     pair: tuple[int, int] | None
     channels: int | None
+    stride: int = 8  # what a size must be a multiple of, where one is proposed
 
     @staticmethod
-    def of(size: int | tuple[int, int] | None, channels: int | None) -> "Wanted":
+    def of(size: int | tuple[int, int] | None, channels: int | None, stride: int = 8) -> "Wanted":
         """`size` may be the side of a square. Raises UsageError."""
         pair = (size, size) if isinstance(size, int) else size
         if pair is not None and (min(pair) < 1 or math.prod(pair) > picture.MAX_PIXELS):
             raise UsageError(f"size {pair[0]}x{pair[1]} is not possible; give 1 to {picture.MAX_PIXELS} pixels")
-        if channels not in (None, 1, 3):
-            raise UsageError(f"channels {channels} is not possible; give 1 (grey) or 3 (RGB)")
-        return Wanted(pair, channels)
+        if channels is not None and channels < 1:
+            raise UsageError(f"channels {channels} is not possible; give 1 (grey), 3 (RGB) or another count")
+        return Wanted(pair, channels, stride)
+
+    def reading(self, reading: Reading) -> Reading:
+        """The same for pictures that will be given this shape."""
+        return replace(reading, least=self.pair or reading.least, channels=self.channels or reading.channels)
 
     def accepts(self, shape: Shape) -> bool:
         return self.pair in (None, shape[1:]) and self.channels in (None, shape[0])
 
     def fit(self, image: UInt8[Tensor, "c h w"]) -> UInt8[np.ndarray, "c2 h2 w2"]:
         return picture.fit(image.permute(1, 2, 0).numpy(), self.pair, self.channels).transpose(2, 0, 1)
+
+    def made(self, item: Item) -> tuple[Note, ...]:
+        """What reading and `fit` do to an image."""
+        c, h, w = item.image.shape
+        return (*item.made, *picture.changes((h, w, c), self.pair, self.channels))
 
 
 @dataclass(frozen=True)
@@ -271,12 +291,16 @@ class First:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """The images that can be read, their labels, (name, reason) of those that cannot, and how many more frames."""
+    """The images that can be read, their labels, (name, reason) of those that cannot, and what was done with the rest.
+
+    `frames` are those after the first of each file.
+    """
 
     images: UInt8[np.ndarray, "n c h w"]
     labels: tuple[int | None, ...]
     bad: tuple[tuple[str, str], ...]
     frames: int = 0
+    made: Made = ()
 
 
 def first_of(source: Source, wanted: Wanted) -> First:
@@ -296,7 +320,7 @@ def first_of(source: Source, wanted: Wanted) -> First:
 def decode(source: Source, indices: Sequence[int], wanted: Wanted, first: First) -> Decoded:
     """Some images of a source as one array. DataError for one of another shape than the first."""
     images = _room(len(indices), first.shape)
-    labels, bad, frames = [], [], 0
+    labels, bad, notes, frames = [], [], list[Note](), 0
     for index in indices:
         try:
             item = source[index]
@@ -305,11 +329,12 @@ def decode(source: Source, indices: Sequence[int], wanted: Wanted, first: First)
             continue
         image = wanted.fit(item.image)
         if image.shape != first.shape:
-            raise _mixed(first.name, first.shape, source.name(index), image.shape)
+            raise _mixed(first.name, first.shape, source.name(index), image.shape, wanted.stride)
         images[len(labels)] = image
         labels.append(item.label)
+        notes += wanted.made(item)
         frames += item.frames - 1
-    return Decoded(images[: len(labels)], tuple(labels), tuple(bad), frames)
+    return Decoded(images[: len(labels)], tuple(labels), tuple(bad), frames, tally(notes))
 
 
 def _bad(source: Source, index: int, error: DataError) -> tuple[str, str]:
@@ -345,16 +370,15 @@ def _room(count: int, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n c h w"]:
         ) from error
 
 
-def _mixed(first: str, one: tuple[int, ...], second: str, two: tuple[int, ...]) -> DataError:
+def _mixed(first: str, one: tuple[int, ...], second: str, two: tuple[int, ...], stride: int) -> DataError:
     if one[1:] != two[1:]:
         sizes = f"{first} is {one[2]}x{one[1]}, {second} is {two[2]}x{two[1]}"
-        return DataError(
-            f"images differ in size: {sizes} (width x height). Give one, for example --size {min(one[1:])}"
-        )
-    return DataError(
-        f"images differ in channels: {first} has {one[0]}, {second} has {two[0]}. Give "
-        "--set data.channels=1 for grey or --set data.channels=3 for RGB"
-    )
+        side = max(stride, min(*one[1:], *two[1:]) // stride * stride)
+        return DataError(f"images differ in size: {sizes} (width x height). Give one, for example --size {side}")
+    found = f"images differ in channels: {first} has {one[0]}, {second} has {two[0]}"
+    if {one[0], two[0]} != {1, 3}:
+        return DataError(f"{found}. Only grey and RGB are made one; give data of one kind")
+    return DataError(f"{found}. Give --set data.channels=1 for grey or --set data.channels=3 for RGB")
 
 
 def extra(module: str, name: str) -> ModuleType:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from undiffuse.data.made import Made
 from undiffuse.data.passed import Passed
 from undiffuse.data.source import Item, Shape, Source
 from undiffuse.errors import DataError
@@ -26,6 +27,10 @@ class Subset(Source):
     @property
     def skipped(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.whole.skipped
+
+    @property
+    def made(self) -> Made:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.whole.made
 
     @property
     def passed(self) -> tuple[Passed, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -55,7 +55,7 @@ class Tensorboard(Sink):
         self.writer.flush()  # else a kill takes the last two minutes with it, and nothing logs them again
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        pixels = np.asarray(picture)
+        pixels = np.asarray(picture.convert("RGBA") if picture.mode == "LA" else picture)
         self.writer.add_image(name, pixels, step, dataformats="HWC"[: pixels.ndim])
         self.writer.flush()
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from undiffuse.config import parse, plain
 from undiffuse.data import picture
 from undiffuse.data.format.packed import PackedSource
-from undiffuse.data.source import ArraySource, open_raw, unify
+from undiffuse.data.made import Made, channels, tally
+from undiffuse.data.picture import Reading
+from undiffuse.data.source import ArraySource, Wanted, open_raw, unify
 from undiffuse.diffusion.denoiser import VARIANCES, Denoiser, Prediction, Variance
 from undiffuse.diffusion.grid import GRIDS, Grid, suited
 from undiffuse.diffusion.process import F64, Process
@@ -55,7 +57,7 @@ class Model:
         c, h, w = self.image_shape
         process, network = plain(self.config)["process"], type(self.config.network).__name__
         found = {
-            "images": f"{w}×{h}, {'grey' if c == 1 else 'RGB' if c == 3 else f'{c} channels'}",
+            "images": f"{w}×{h}, {channels(c)}",
             "network": f"{network}, {self.parameters():,} weights",
             "process": f"{process['name']}, {self.process.steps:,} steps" if self.process.steps else process["name"],
         }
@@ -125,27 +127,34 @@ class Model:
         denoiser = Denoiser(it.network, it.process, it.parameterisation, new, it.time, clip).eval()
         return replace(self, config=replace(self.config, variance=new), denoiser=denoiser)
 
-    def source(self, data: str | Path, split: str = "train", skip_bad: bool = False) -> ArraySource | PackedSource:
-        """A data set made into images as those of the training were: of this shape, on the same background.
+    def source(
+        self, data: str | Path, split: str = "train", skip_bad: bool = False, reading: Reading | None = None
+    ) -> ArraySource | PackedSource:
+        """A data set made into images as those of the training were: of this shape, and read in the same way.
 
-        In memory, or as it is if it is packed in this shape.
+        In memory, or as it is if it is packed in this shape. `reading` says it in another way.
         """
         c, h, w = self.image_shape
-        raw = open_raw(data, split, self.data.reading)
+        raw = open_raw(data, split, Wanted.of((h, w), c).reading(reading or self.data.reading))
         if isinstance(raw, PackedSource) and raw.image_shape == (c, h, w):
             return raw
         return unify(raw, (h, w), c, skip_bad)
 
     def picture(self, path: Path) -> UInt8[Tensor, "c h w"]:
         """One picture file made into such an image. Raises DataError."""
+        return self.read_picture(path)[0]
+
+    def read_picture(self, path: Path, reading: Reading | None = None) -> tuple[UInt8[Tensor, "c h w"], Made]:
+        """One picture file made into such an image, and what that took; `reading` as in `source`. Raises DataError."""
         c, h, w = self.image_shape
         try:
-            pixels = picture.decode(path.read_bytes(), self.data.reading)
+            found = picture.read(path.read_bytes(), Wanted.of((h, w), c).reading(reading or self.data.reading))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        return torch.from_numpy(picture.fit(pixels, (h, w), c).copy()).permute(2, 0, 1)
+        notes = (*found.made, *picture.changes(found.pixels.shape, (h, w), c))
+        return torch.from_numpy(picture.fit(found.pixels, (h, w), c).copy()).permute(2, 0, 1), tally(notes)
 
     def sampler(self, solver: str | Sampler = "ancestral", eta: float | int | None = None) -> Sampler:
         """A solver by name; the ancestral one takes the model's variance, and `eta` is DDIM's."""

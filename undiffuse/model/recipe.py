@@ -21,7 +21,8 @@ from undiffuse.config import (
     parse,
     read_toml,
 )
-from undiffuse.data.picture import Reading
+from undiffuse.data.levels import Range
+from undiffuse.data.picture import MAX_PIXELS, Axes, Reading
 from undiffuse.diffusion.denoiser import (
     PARAMETERISATIONS,
     VARIANCES,
@@ -74,20 +75,32 @@ class DataConfig:
     `picture` names the one to take where each example has several, such as an input and a mask.
 
     `hold_out` is the share of the training images that is kept for the held-out loss, where the data has no test split.
+    `range` are the values that become black and white, where files do not say it; `axes` those of an array. Of pictures
+    `channels` 2 and 4 keep transparency. A picture of more than `max_pixels` is refused, or decoded smaller if a JPEG.
     """
 
     size: Count | tuple[Count, Count] | None = None
-    channels: Literal[1, 3] | None = None
+    channels: Count | None = None
     flip: bool = False
     labels: bool = False
     background: str = "white"
     picture: str = ""
     hold_out: Half = 0.0
+    range: Range | None = None
+    axes: Axes | None = None
+    max_pixels: Count = MAX_PIXELS
 
     @property
     def reading(self) -> Reading:
         """The part that readers of files are given."""
-        return Reading(self.background, self.picture)
+        return Reading(
+            background=self.background,
+            picture=self.picture,
+            range=self.range,
+            axes=self.axes,
+            channels=self.channels,
+            max_pixels=self.max_pixels,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from undiffuse.config import override, parse, plain
+from undiffuse.data.made import channels
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import Source, open_raw, spread
 from undiffuse.errors import DataError
@@ -49,20 +50,26 @@ class Facts:
         return self.sizes[0] if len(set(self.sizes)) == 1 else None
 
 
+def to_look_at(settings: Sequence[str]) -> Reading:
+    """How the pictures are read that the choice is made from: as the user says, and large ones decoded smaller."""
+    side = max(SIDES)
+    return replace(load_recipe("digits", settings).data.reading, least=(side, side))
+
+
 def look_at(source: Source, spec: str | None, device: torch.device, reading: Reading = PLAIN) -> Facts:
     """Looks at some pictures of a training split. Raises DataError if none of them can be read."""
-    sizes, grey, channels = [], True, set[int]()
+    sizes, grey, counts = [], True, set[int]()
     for index in spread(len(source), LOOKED_AT):
         try:
             image = source[index].image
         except DataError:  # told, with all others, when the whole is decoded
             continue
         sizes.append((image.shape[1], image.shape[2]))
-        channels.add(len(image))
+        counts.add(len(image))
         grey = grey and bool((image == image[:1]).all())
     if not sizes:
         raise DataError(f"none of {min(len(source), LOOKED_AT)} pictures can be read; `undiffuse data check` says why")
-    common = channels.pop() if len(channels) == 1 else None
+    common = counts.pop() if len(counts) == 1 else None
     return Facts(len(source), tuple(sizes), grey, common, spec is not None and _has_test(spec, reading), device.type)
 
 
@@ -130,7 +137,7 @@ def choose(
 def _channels(facts: Facts, init: ModelConfig | None) -> int | None:
     """Grey or RGB; None leaves other numbers of channels, which arrays may have, as they are."""
     if init is not None:
-        return init.image[0] if init.image[0] in (1, 3) else None
+        return init.image[0]
     return None if facts.channels not in (None, 1, 3) else 1 if facts.grey else 3
 
 
@@ -183,7 +190,7 @@ def _why(facts: Facts, recipe: Recipe, base: str, asked: bool, budget: Budget, t
     """What was chosen, in three lines: the pictures, the network, the length."""
     data, train = recipe.data, recipe.train
     height, width = data.size if isinstance(data.size, tuple) else (data.size, data.size)
-    kind = {1: "grey", 3: "RGB"}.get(data.channels or 0, f"{facts.channels} channels")
+    kind = channels(data.channels or facts.channels or 3)
     size = facts.sizes[0]
     seen = (
         f"{size[1]}×{size[0]}" if facts.common else f"of many sizes, half of them with a shorter side over {facts.side}"

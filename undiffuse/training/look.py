@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from undiffuse.data.source import Source, open_raw, spread, unify
+from undiffuse.data.source import Source, Wanted, open_raw, spread, unify
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.figure import grid, png
@@ -32,9 +32,9 @@ def held_out_split(data: str, recipe: Recipe, shape: tuple[int, int, int], skip_
     count = recipe.train.held_out
     if count < 1 or not dist.is_first():
         return None
-    channels = shape[0] if shape[0] in (1, 3) else None  # arrays may have other numbers, which nothing is turned into
+    wanted = Wanted.of(shape[1:], shape[0])
     try:
-        return unify(open_raw(data, "test", recipe.data.reading), shape[1:], channels, skip_bad, count)
+        return unify(open_raw(data, "test", wanted.reading(recipe.data.reading)), shape[1:], shape[0], skip_bad, count)
     except DataError as error:
         log.warn(f"no held-out loss: {error}. --set data.hold_out=0.05 keeps some of the training images for it")
         return None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from undiffuse.data import made, remark
 from undiffuse.data.format.several import join
 from undiffuse.data.listing import refuse_inside
 from undiffuse.data.pack import WORKERS, open_data
@@ -20,7 +21,7 @@ from undiffuse.model.load import load
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import Recipe, load_recipe
 from undiffuse.training import loop
-from undiffuse.training.auto import choose, look_at, recipe_of
+from undiffuse.training.auto import choose, look_at, recipe_of, to_look_at
 from undiffuse.training.look import held_out_split
 from undiffuse.training.plan import Budget
 from undiffuse.training.resume import saved_recipe
@@ -86,8 +87,8 @@ def _saved(run: store.Run) -> dict[str, Any] | None:
 def _chosen(
     named: str | Source, settings: Sequence[str], device: torch.device, budget: Budget, init: Model | None, say: Say
 ) -> Recipe:
-    reading = load_recipe("digits", settings).data.reading  # what the user has set himself
-    raw = named if isinstance(named, Source) else open_raw(named, reading=reading)
+    reading = to_look_at(settings)
+    raw = named if isinstance(named, Source) else open_raw(named, "train", reading)
     facts = look_at(raw, None if isinstance(named, Source) else named, device, reading)
     choice = choose(facts, settings, budget, None if init is None else init.config)
     for why in choice.why:
@@ -105,15 +106,19 @@ def _images(
     say: Say,
 ) -> tuple[Source, Source | None]:
     """What is trained on and what is held out, in the shape that the recipe says."""
-    size, channels = recipe.data.size, recipe.data.channels
-    spec = None if isinstance(named, Source) else named
+    size, channels, stride = recipe.data.size, recipe.data.channels, recipe.network.stride()
+    spec, reading = None if isinstance(named, Source) else named, recipe.data.reading
     if isinstance(named, Source):
-        source = named if Wanted.of(size, channels).accepts(shape_of(named)) else unify(named, size, channels, skip_bad)
+        accepted = Wanted.of(size, channels).accepts(shape_of(named))
+        source = named if accepted else unify(named, size, channels, skip_bad, stride=stride)
     else:
-        source = open_data(named, size, channels, recipe.data.reading, skip_bad, use_cache, WORKERS, show)
+        source = open_data(named, size, channels, reading, skip_bad, use_cache, WORKERS, show, stride=stride)
+        remark.refuse(source, named, "train", reading)
     c, h, w = shape_of(source)
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
     say(f"{len(source):,} images of {c}×{h}×{w} from {_named(spec)}{left_out}; preset {preset}")
+    if told := made.line(source.made, len(source), (c, h, w)):
+        say(told)
     if source.passed:
         say(line(source.passed))
     if recipe.data.hold_out > 0:

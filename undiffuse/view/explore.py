@@ -259,10 +259,11 @@ def write_images(
 ) -> dict[str, Path]:
     """PNG files and a grid in `folder`, one array `arr_0` [n, h, w, c] in `npz`; returns what was written, by kind.
 
-    Each file is whole or not there, and none is written over but that of `npz`. Raises UsageError for one that is
-    there already, and StorageError, which says how many pictures are written.
+    `figure.picture` says how a PNG holds the channels; the array has them as they are. Each file is whole or not there,
+    and none is written over but that of `npz`. Raises UsageError for one that is there already, and StorageError, which
+    says how many pictures are written.
     """
-    written = {}
+    written: dict[str, Path] = {}
     if folder is not None:
         digits = max(4, len(str(len(images) - 1)))
         for i, image in enumerate(images):
@@ -288,10 +289,12 @@ def mark_samples(folder: Path) -> None:
 
 
 def refuse_drawn(folder: Path) -> None:
-    """UsageError for a folder with samples in it: new ones beside them would be taken for those of one model.
+    """UsageError for a file, or a folder with samples: new ones beside them would be taken for those of one model.
 
     Also for one with other pictures, which may be somebody's data.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give the name of a folder")
     drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob("grid.png")]
     if drawn:
         raise UsageError(f"{folder} holds samples already ({min(drawn)}); give a new folder, or remove it")

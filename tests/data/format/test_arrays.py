@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from undiffuse.data.format.arrays import read_idx
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import open_source
 from undiffuse.errors import Corrupt, DataError
 
@@ -66,9 +68,25 @@ def test_a_folder_of_npz_is_split(tmp_path):
 
 
 BAD = {
-    "float": ({"x": IMAGES / 255}, "holds float64 images; expected uint8 from 0 to 255, so convert them first"),
+    "float": (
+        {"x": IMAGES / 255},
+        r": float64 values from 0 to 1; say what is black and what is white, for example --set data.range=\[0,1\]",
+    ),
+    "signed": (
+        {"x": IMAGES.astype(np.int16) - 9},
+        r": int16 values from -9 to 246; say what is black .* data.range=\[-9,246\]$",
+    ),
+    "sixteen": ({"x": IMAGES.astype(np.uint16) * 16}, r": uint16 values from 0 to 4080; .*data.range=\[0,4095\]$"),
+    "whole": ({"x": IMAGES.astype(np.int64)}, r": int64 values from 0 to 255; say .* data.range=\[0,255\]$"),
+    "both signs": ({"x": np.float32(IMAGES / 127.5 - 1)}, r": float32 values from -1 to 1; .*range=\[-1,1\]$"),
+    "not a number": (
+        {"x": np.where(IMAGES > 250, np.nan, IMAGES)},
+        r": [0-9]+ of 450 values are not finite \(NaN or infinite\); replace them",
+    ),
+    "complex": ({"x": IMAGES * 1j}, ": complex128 values; expected integers or real numbers"),
+    "text": ({"x": IMAGES.astype(str)}, ": <U3 values; expected integers or real numbers"),
     "flat": ({"x": IMAGES.reshape(5, -1)}, r"has shape \(5, 90\); expected images as \[n, h, w\]"),
-    "channels": ({"x": np.zeros((2, 5, 6, 7), np.uint8)}, r"has shape \(2, 5, 6, 7\); expected images as"),
+    "channels": ({"x": np.zeros((2, 5, 6, 7), np.uint8)}, r"has shape \(2, 5, 6, 7\), which can be read in two ways"),
     "no pixels": (
         {"x": np.zeros((2, 0, 4), np.uint8)},
         r"has images of shape \(1, 0, 4\); expected at least one pixel",
@@ -86,8 +104,78 @@ BAD = {
 def test_arrays_that_are_no_images(tmp_path, case):
     arrays, message = BAD[case]
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(DataError, match=f"a.npz {message}"):
+    with pytest.raises(DataError, match=f"a.npz ?{message}"):
         open_source(tmp_path / "a.npz")
+
+
+ONE_WAY = {  # shape of the array: (channels, height, width)
+    (8, 16, 16, 2): (2, 16, 16), (3, 32, 32, 3): (3, 32, 32), (3, 3, 32, 32): (3, 32, 32), (5, 28, 28, 1): (1, 28, 28),
+    (5, 1, 28, 28): (1, 28, 28), (4, 8, 8, 6): (6, 8, 8), (4, 6, 8, 8): (6, 8, 8), (4, 2, 8, 8): (2, 8, 8),
+    (4, 4, 48, 64): (4, 48, 64), (2, 48, 64, 10): (10, 48, 64), (2, 4, 4, 3): (3, 4, 4), (2, 1, 1, 1): (1, 1, 1),
+    (7, 8, 9): (1, 8, 9), (3, 64, 64): (1, 64, 64), (9, 28, 1): (1, 28, 1),
+}  # fmt: skip
+TWO_WAYS = [(8, 3, 8, 3), (3, 3, 3, 3), (5, 8, 8, 8), (2, 4, 5, 4), (2, 5, 6, 7), (4, 16, 16, 16), (4, 3, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", ONE_WAY)
+def test_axes_that_can_be_told(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
+    assert open_source(tmp_path / "a.npy").image_shape == ONE_WAY[shape]
+
+
+@pytest.mark.parametrize("shape", TWO_WAYS)
+def test_axes_that_cannot_be_told_are_asked_for(tmp_path, shape):
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    message = "which can be read in two ways; say which, --set data.axes=nhwc or --set data.axes=nchw"
+    with pytest.raises(DataError, match=f"a.npy has shape {re.escape(str(shape))}, {message}$"):
+        open_source(tmp_path / "a.npy")
+    first = open_source(tmp_path / "a.npy", reading=Reading(axes="nchw"))
+    last = open_source(tmp_path / "a.npy", reading=Reading(axes="nhwc"))
+    assert np.array_equal(first.images, array) and np.array_equal(last.images, array.transpose(0, 3, 1, 2))
+
+
+def test_one_image_or_many(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    message = r"\(16, 20, 3\), which can be read in two ways; say which, --set data.axes=hwc or --set data.axes=nhw$"
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / "a.npy")
+    for axes, expected in (("hwc", array.transpose(2, 0, 1)[None]), ("chw", array[None]), ("nhw", array[:, None])):
+        assert np.array_equal(open_source(tmp_path / "a.npy", reading=Reading(axes=axes)).images, expected)
+    with pytest.raises(DataError, match=r"has shape \(16, 20, 3\), of 3 axes; data.axes=nhwc names 4$"):
+        open_source(tmp_path / "a.npy", reading=Reading(axes="nhwc"))
+
+
+@pytest.mark.parametrize("dtype, span", [
+    (np.float16, (0, 1)), (np.float32, (-1, 1)), (np.float64, (0.0, 1.0)), (np.uint16, (0, 4095)), (np.int32, (-5, 90)),
+    (np.int64, (0, 255)), (np.uint8, (0, 1)), (np.float32, (0, 1e6)),
+])  # fmt: skip
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_values_of_a_range(tmp_path, dtype, span, ending):
+    """255 (v - low) / (high - low), rounded."""
+    low, high = span
+    values = np.linspace(low, high, 4 * 5 * 6).reshape(4, 5, 6)
+    values = (values.round() if np.dtype(dtype).kind in "iu" else values).astype(dtype)
+    path = tmp_path / f"a.{ending}"
+    np.save(path, values) if ending == "npy" else np.savez(path, images=values)
+    source = open_source(path, reading=Reading(range=span))
+    expected = 255 * (values.astype(float) - low) / (high - low)
+    assert np.abs(source.images[:, 0].numpy() - expected).max() <= 0.5 + 1e-9
+    assert source.own[:2] == (low, high) and source.own.kind == np.dtype(dtype).name and source.made == ()
+
+
+def test_values_beyond_the_range_are_clipped_and_counted(tmp_path):
+    values = np.array([0.0, 0.5, 1.0, 2.0, -1.0, 0.25]).reshape(6, 1, 1)
+    np.save(tmp_path / "a.npy", values)
+    source = open_source(tmp_path / "a.npy", reading=Reading(range=(0, 1)))
+    assert source.images.flatten().tolist() == [0, 128, 255, 255, 0, 64]
+    assert source.made == (("clipped to data.range=[0,1]", 2, "-1 to 2"),)
+
+
+def test_bits_need_no_range(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([True, False]).reshape(2, 1, 1))
+    assert open_source(tmp_path / "a.npy").images.flatten().tolist() == [255, 0]
 
 
 class Evil:

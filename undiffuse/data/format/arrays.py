@@ -12,47 +12,97 @@ import numpy as np
 import torch
 
 from undiffuse.data.arrange import no_split
+from undiffuse.data.levels import UNKNOWN, Own
 from undiffuse.data.listing import HELD_OUT, TRAIN, ending, is_hidden, splits
+from undiffuse.data.made import Made
 from undiffuse.data.passed import Passed, beside
-from undiffuse.data.picture import Reading
+from undiffuse.data.picture import PLAIN, Axes, Reading
 from undiffuse.data.source import ArraySource, Format, Source, Split
 from undiffuse.errors import Corrupt, DataError
 
 IMAGE_KEYS = ("images", "x", "arr_0")
 LABEL_KEYS = ("labels", "y", "arr_1")
 ENDINGS = (".npz", ".npy")
-CHANNELS = (1, 3, 4)
+SOME = 4  # channels: of an axis with no more they are likely meant
 MAX_CLASSES = 100_000
 MAX_BYTES = 2**32
 PIECE = 2**24  # bytes of one read
 
 
 def array_source(
-    images: np.ndarray, labels: np.ndarray | None, where: str, classes: tuple[str, ...] | None = None
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    where: str,
+    classes: tuple[str, ...] | None = None,
+    reading: Reading = PLAIN,
 ) -> ArraySource:
-    """A source from uint8 NHW, NHWC or NCHW; DataError says which shape or dtype was found instead."""
-    if images.dtype != np.uint8:
-        raise DataError(f"{where} holds {images.dtype} images; expected uint8 from 0 to 255, so convert them first")
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4 and images.shape[3] in CHANNELS:
-        images = images.transpose(0, 3, 1, 2)
-    elif images.ndim != 4 or images.shape[1] not in CHANNELS:
-        raise DataError(f"{where} has shape {images.shape}; expected images as [n, h, w], [n, h, w, c] or [n, c, h, w]")
+    """A source from NHW, NHWC or NCHW, uint8 or as `reading` says; DataError says which shape or dtype was found."""
+    images = _channels_first(images, where, reading.axes)
     if 0 in images.shape[1:]:
         raise DataError(f"{where} has images of shape {images.shape[1:]}; expected at least one pixel")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise DataError(
             f"{where} has labels {labels.dtype} {list(labels.shape)} for {len(images)} images; expected an integer each"
         )
+    try:
+        images, made, own = _levels(images, reading)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     if labels is None or not len(labels):
-        return ArraySource(pixels, None, None)
+        return ArraySource(pixels, made=made, own=own)
     count = len(classes) if classes else MAX_CLASSES
     if labels.min() < 0 or labels.max() >= count:
         raise DataError(f"{where} has labels from {labels.min()} to {labels.max()}; expected 0 to {count - 1}")
     classes = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
-    return ArraySource(pixels, torch.from_numpy(labels.astype(np.int64)), classes)
+    return ArraySource(pixels, torch.from_numpy(labels.astype(np.int64)), classes, made=made, own=own)
+
+
+def _channels_first(images: np.ndarray, where: str, axes: Axes | None) -> np.ndarray:
+    """[n, c, h, w], by the axes that are given, or the only ones that are likely."""
+    shape = images.shape
+    if axes is not None and len(axes) != len(shape):
+        raise DataError(f"{where} has shape {shape}, of {len(shape)} axes; data.axes={axes} names {len(axes)}")
+    if axes is None and len(shape) not in (3, 4):
+        raise DataError(f"{where} has shape {shape}; expected images as [n, h, w], [n, h, w, c] or [n, c, h, w]")
+    likely = [axes] if axes is not None else _likely(shape)
+    if len(likely) > 1:
+        ways = " or ".join(f"--set data.axes={each}" for each in likely)
+        raise DataError(f"{where} has shape {shape}, which can be read in two ways; say which, {ways}")
+    named = likely[0] if "n" in likely[0] else f"n{likely[0]}"
+    images = images if "n" in likely[0] else images[None]
+    if "c" not in named:
+        return images[:, None]
+    return images.transpose(0, 3, 1, 2) if named == "nhwc" else images
+
+
+def _likely(shape: tuple[int, ...]) -> list[Axes]:
+    """One reading where only one is likely, else both."""
+    if len(shape) == 3:
+        return ["hwc", "nhw"] if 1 < shape[2] <= SOME < min(shape[:2]) else ["nhw"]
+    _, a, b, c = shape
+    last, first = _is_likely(c, a, b), _is_likely(a, b, c)
+    if 0 in shape[1:] or a == b == c == 1:
+        return ["nchw"]
+    return ["nhwc", "nchw"] if last == first else ["nhwc"] if last else ["nchw"]
+
+
+def _is_likely(channels: int, height: int, width: int) -> bool:
+    """Fewer channels than rows and columns: few, or of a square, or of half as many."""
+    least = min(height, width)
+    return channels < least and (channels <= SOME or height == width or 2 * channels <= least)
+
+
+def _levels(images: np.ndarray, reading: Reading) -> tuple[np.ndarray, Made, Own | None]:
+    """Values as levels of 0 to 255, what was done, and what they were if they were no such levels."""
+    if images.dtype == np.uint8 and reading.range is None:
+        return images, (), None
+    whole = {np.dtype(bool): (0, 1), np.dtype(np.uint8): (0, 255)}.get(images.dtype)
+    pixels, found, notes = reading.to_levels(images, whole)
+    low, high = reading.range or (found.least, found.most)
+    outside = sum(bool(((image < low) | (image > high)).any()) for image in images) if notes else 0
+    made = tuple((what, len(images) if what == UNKNOWN else outside, of) for what, of in notes)
+    return pixels, made, found
 
 
 def whole(split: Split, where: str) -> None:
@@ -88,7 +138,7 @@ class Numpy(Format):
             )
         labels = next((key for key in LABEL_KEYS if key in arrays), None)
         classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
-        found = array_source(arrays[images], None if labels is None else arrays[labels], str(path), classes)
+        found = array_source(arrays[images], None if labels is None else arrays[labels], str(path), classes, reading)
         others = sorted(arrays.keys() - {images, labels, "classes"})
         return replace(found, passed=(*near, *(Passed(1, f'"{key}" of {path.name}', "array") for key in others)))
 
@@ -137,7 +187,7 @@ class Idx(Format):
         if not path.is_dir():
             whole(split, spec)
             labels = path.with_name(re.sub(r"(?i)images([-.])idx[34]", r"labels\1idx1", path.name))
-            return _pair(path, labels if labels != path and labels.exists() else None)
+            return _pair(path, labels if labels != path and labels.exists() else None, reading)
         words = {file.name: file.name.lower().partition("-")[0] for file in _listing(path) if _is_idx(file)}
         prefix = next((word for word in (TRAIN if split == "train" else HELD_OUT) if word in words.values()), None)
         images = None if prefix is None else _one(path, prefix, "images")
@@ -145,7 +195,7 @@ class Idx(Format):
             shown = prefix or ("train" if split == "train" else "t10k")
             raise DataError(f"{path} has no file {shown}-images-idx3-ubyte or .gz; expected the four names of MNIST")
         near = beside(path, list(words), split == "train")
-        return replace(_pair(images, _one(path, prefix, "labels")), passed=near)
+        return replace(_pair(images, _one(path, prefix, "labels"), reading), passed=near)
 
 
 def _listing(path: Path) -> list[Path]:
@@ -161,8 +211,9 @@ def _one(folder: Path, prefix: str, kind: str) -> Path | None:
     return found[0] if found else None
 
 
-def _pair(images: Path, labels: Path | None) -> ArraySource:
-    return array_source(read_idx(images), None if labels is None else read_idx(labels), str(images))
+def _pair(images: Path, labels: Path | None, reading: Reading) -> ArraySource:
+    values = None if labels is None else read_idx(labels)
+    return array_source(read_idx(images), values, str(images), reading=reading)
 
 
 def read_idx(path: Path) -> np.ndarray:

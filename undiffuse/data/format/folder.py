@@ -54,11 +54,12 @@ class Pictures(Source):
     def __getitem__(self, index: int) -> Item:
         try:
             data = self._bytes(index)
-            image = picture.decode(data, self.reading)
+            found = picture.read(data, self.reading)
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error}") from error
         label = None if self.labels is None else self.labels[index]
-        return Item(torch.tensor(image).permute(2, 0, 1), label, picture.frames(data))
+        pixels = torch.tensor(found.pixels).permute(2, 0, 1)
+        return Item(pixels, label, picture.frames(data), found.made, found.own)
 
     def every_label(self) -> Int[Tensor, "n"] | None:
         return None if self.labels is None else torch.tensor(self.labels, dtype=torch.int64)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from undiffuse.config import parse, plain
 from undiffuse.data.format.arrays import whole
+from undiffuse.data.levels import Range, said
 from undiffuse.data.listing import splits, walk
+from undiffuse.data.made import Made
 from undiffuse.data.passed import Passed, beside, frames, merged
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Shape, Source, Split
@@ -28,6 +30,7 @@ from undiffuse.machine import disk
 
 FORMAT = 1
 MANIFEST, PLAN = "packed.json", "packing.json"  # the second is there until the first is
+WHOLE = ((0, 255), (0, 65535))  # ranges that files have which say no other
 OURS = re.compile(r"lock|packed\.json|packing\.json|\d{5}\.(bin|json)")  # the files of a packed folder
 AGAIN = "remove the folder and pack the data again"
 
@@ -52,6 +55,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
     classes: tuple[str, ...] | None = None
+    made: Made = ()
+    range: Range | None = None  # the values that became 0 and 255, where they were others
     passed: tuple[Passed, ...] = ()  # what was not packed, because it is no picture of the split
     frames: int = 0  # in its files after the first of each
     format: int = FORMAT
@@ -92,6 +97,10 @@ class PackedSource(Source):
         """(channels, height, width)."""
         return self.manifest.shape
 
+    @property
+    def made(self) -> Made:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.manifest.made
+
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
@@ -126,9 +135,17 @@ class Packed(Format):
             hint = "is not packed to its end; run the same `undiffuse data pack` again"
             raise DataError(f"{path} {hint if (path / PLAN).is_file() else f'is missing; {spec} has no {split} split'}")
         source = open_packed(path)
+        _refuse_range(path, source.manifest.range, reading.range)
         folders = {"."} if path == root else set(parts.values())
         ours = [name for name in walk(root) if str(Path(name).parent) in folders and OURS.fullmatch(Path(name).name)]
         return replace(source, passed=merged(source.passed, beside(root, ours, split == "train")))
+
+
+def _refuse_range(path: Path, packed: Range | None, asked: Range | None) -> None:
+    """DataError for a range that is not the one with which the data was packed."""
+    if asked is not None and asked not in ((packed,) if packed else WHOLE):
+        was = f"data.range={said(packed)}" if packed else "no data.range"
+        raise DataError(f"{path} was packed with {was}; pack the data again with {said(asked)}")
 
 
 def _is_begun(folder: Path) -> bool:

@@ -14,7 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from undiffuse.data.format.folder import Files, pictures
+from undiffuse.data.levels import Own, combined
 from undiffuse.data.listing import is_hidden, is_picture
+from undiffuse.data.made import Made, summed
 from undiffuse.data.passed import Passed, kinds, line, merged
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Source, Split, is_readable, open_raw
@@ -38,6 +40,15 @@ class Joined(Source):
     @property
     def skipped(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return tuple(name for part in self.parts for name in part.skipped)
+
+    @property
+    def made(self) -> Made:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return summed(*(part.made for part in self.parts))
+
+    @property
+    def own(self) -> Own | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        known = [(part.own, len(part)) for part in self.parts if part.own is not None]
+        return combined(known) if len(known) == len(self.parts) else None
 
     @property
     def passed(self) -> tuple[Passed, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
