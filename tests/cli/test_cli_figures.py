@@ -80,6 +80,7 @@ def test_samples_are_those_of_the_seed_however_many_at_a_time(call, model, tmp_p
         (["-n", 3, "--seed", 2], Nll(3, seed=2), "test"),
         (["-n", 3, "--draws", 4], Nll(3, draws=4), "test"),
         (["-n", 3, "--steps", 5, "--batch", 2], Nll(3, steps=5, batch=2), "test"),
+        (["-n", 3, "--steps", 5, "--grid", "karras"], Nll(3, steps=5, grid="karras"), "test"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ import torch
 from undiffuse.config import plain
 from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.denoiser import X0, Eps, FixedLarge, Learned
-from undiffuse.diffusion.likelihood import Terms, chain
+from undiffuse.diffusion.likelihood import Terms
 from undiffuse.diffusion.process import Jsd, Linear
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.measure import evaluate
@@ -119,7 +119,9 @@ def test_every_file_carries_the_format_and_a_newer_one_is_refused_as_such(toy, s
         nll(toy, source, Nll(2), tmp_path)
 
 
-@pytest.mark.parametrize("name, other", [("draws", 2), ("draws", None), ("steps", 6), ("seed", 1), ("batch", 7)])
+@pytest.mark.parametrize(
+    "name, other", [("draws", 2), ("draws", None), ("steps", 6), ("seed", 1), ("batch", 7), ("grid", "karras")]
+)
 def test_another_query_is_another_measurement(toy, source, tmp_path, name, other):
     query = Nll(2, draws=3)
     nll(toy, source, query, tmp_path)
@@ -127,6 +129,9 @@ def test_another_query_is_another_measurement(toy, source, tmp_path, name, other
         UsageError, match=rf"holds another measurement \(other {name}\); give the same settings or anot"
     ):
         nll(toy, source, replace(query, **{name: other}), tmp_path)
+    before = json.loads((tmp_path / "query.json").read_text())
+    del before["grid"]  # a folder of a version that knew no grids
+    (tmp_path / "query.json").write_text(json.dumps(before))
     nll(toy, source, replace(query, images=3), tmp_path)  # how many of the first images is no other question
 
 
@@ -145,6 +150,9 @@ def test_evaluate_asks_what_it_is_asked(toy, source):
     found = evaluate.evaluate(toy, source, images=3, draws=2, steps=5, seed=4)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["bits_per_dim"] != evaluate.evaluate(toy, source, images=3, draws=2, steps=5)["bits_per_dim"]
+    expected = nll(toy, source, Nll(3, steps=5, seed=4, grid="karras")).summary()
+    found = evaluate.evaluate(toy, source, images=3, draws=None, steps=5, seed=4, grid="karras")
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert evaluate.evaluate(toy, source, images=3)["bits_per_dim"] == pytest.approx(
         nll(toy, source, Nll(3, draws=8)).summary()["bits_per_dim"]
     )
@@ -197,6 +205,7 @@ def test_another_clip_or_variance_is_another_measurement(toy, source, tmp_path, 
         ({"steps": 13}, "steps = 13 is not possible; this model takes 1 to 12"),
         ({"draws": 0}, "0 draws an image are not possible; give 1 to 12"),
         ({"draws": 13}, "13 draws an image are not possible; give 1 to 12"),
+        ({"grid": "karas"}, 'grid "karas" is not known. Did you mean "karras"'),
     ],
 )
 def test_what_has_no_meaning_is_refused_and_leaves_nothing(toy, source, tmp_path, fields, message):
@@ -218,12 +227,19 @@ def test_a_file_in_the_place_of_the_folder_is_refused(toy, source, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("steps", [None, 5])
-def test_the_terms_stand_at_the_times_that_were_measured(toy, source, tmp_path, steps):
-    terms = nll(toy, source, Nll(3, steps=steps), tmp_path)
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, range(1, 13)),
+        ({"steps": 5}, [1, 2, 5, 7, 10, 12]),  # the decoder stands at 1/T, whether the grid goes there or not
+        ({"steps": 5, "grid": "even"}, [1, 2, 5, 7, 10, 12]),
+        ({"steps": 5, "grid": "karras"}, [1, 2, 5, 9, 12]),  # the formula: 1, 1.66, 4.69, 8.94, 12
+    ],
+)
+def test_the_terms_stand_at_the_times_that_were_measured(toy, source, tmp_path, fields, expected):
+    terms = nll(toy, source, Nll(3, **fields), tmp_path)
     rows = [line.split("\t") for line in (tmp_path / "terms.tsv").read_text().splitlines()[1:]]
-    times = chain(toy.process, steps)[1:]
-    assert [float(row[1]) for row in rows] == pytest.approx(times.tolist(), abs=1e-6)
+    assert [12 * float(row[1]) for row in rows] == pytest.approx(list(expected), abs=2e-5)
     assert [float(row[2]) for row in rows] == pytest.approx(terms.bits.mean(0), abs=1e-7)
 
 

@@ -10,6 +10,7 @@ from undiffuse.cli.options import (
     ClipOpt,
     DataArg,
     DeviceOpt,
+    GridOpt,
     ModelArg,
     ReadOpt,
     SeedOpt,
@@ -36,6 +37,7 @@ def nll(
     steps: Annotated[
         int | None, typer.Option("--steps", help="Measure the bound of a chain with this many steps")
     ] = None,
+    grid: GridOpt = None,
     rate_distortion: Annotated[bool, typer.Option("--rate-distortion", help="Print the rate-distortion table")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for all terms; a stopped measurement then continues")
@@ -73,7 +75,7 @@ def nll(
         raise UsageError(f"--rate-distortion needs every term of the chain; leave out --draws {draws}")
     loaded = open_model(model, device, clip, variance, weights)
     source = open_like(loaded, data, split, skip_bad, settings)
-    query = evaluate.Nll(n, draws, steps, seed, batch, label)
+    query = evaluate.Nll(n, draws, steps, seed, batch, label, grid)
     with dist.joined(dist.LONG), ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
         terms = evaluate.nll(loaded, source, query, out, tick)
     if not dist.is_first():

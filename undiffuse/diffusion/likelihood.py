@@ -14,7 +14,7 @@ from torch import Tensor
 
 from undiffuse.diffusion.denoiser import Denoiser, bound_term
 from undiffuse.diffusion.gaussian import bits, prior_kl
-from undiffuse.diffusion.grid import suited
+from undiffuse.diffusion.grid import Grid, suited
 from undiffuse.diffusion.process import F64, Process
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
@@ -77,9 +77,9 @@ def concatenate(parts: list[Terms]) -> Terms:
     return Terms(**joined, weights=parts[0].weights)
 
 
-def chain(process: Process, steps: int | None = None) -> Float[Tensor, "times"]:
+def chain(process: Process, steps: int | None = None, grid: Grid | None = None) -> Float[Tensor, "times"]:
     """The times of the bound, ascending from 0; 1/T is always one of them, because the decoder stands there."""
-    times = suited(process).times(process, steps).flip(0)
+    times = (grid or suited(process)).times(process, steps).flip(0)
     if times[1] > process.t_min:
         times = torch.cat([times[:1], torch.tensor([process.t_min], dtype=F64), times[1:]])
     return times
@@ -106,14 +106,16 @@ def bound(
     draws: int | None = None,
     tick: Callable[[int], None] | None = None,
     cond: Conditioning = NOTHING,
+    grid: Grid | None = None,
 ) -> Terms:
     """The terms of each image: all of the chain, or `draws` stratified ones, which cost that many evaluations.
 
-    x_0 lies on the grid k/127.5 − 1. `steps` takes a coarser chain. `tick(b)` is called after each evaluation of the
-    batch. Raises UsageError where the parameterisation has no bound (eps with alpha(1) = 0).
+    x_0 lies on the grid k/127.5 − 1. `steps` takes a coarser chain, and `grid` says where; unless given, what suits the
+    process. `tick(b)` is called after each evaluation of the batch. Raises UsageError where the parameterisation has no
+    bound (eps with alpha(1) = 0).
     """
     denoiser.parameterisation.check(denoiser.process)
-    times = chain(denoiser.process, steps)
+    times = chain(denoiser.process, steps, grid)
     count, total = len(x_0), len(times) - 1
     if draws is None:
         index, weights = torch.arange(total).expand(count, -1), np.ones(total)

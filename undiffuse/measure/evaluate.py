@@ -11,11 +11,15 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from undiffuse.config import plain
 from undiffuse.data.source import Source
 from undiffuse.diffusion.denoiser import VARIANCES
+from undiffuse.diffusion.grid import GRIDS, Grid
 from undiffuse.diffusion.likelihood import Terms, bound, chain, concatenate, strata
+from undiffuse.diffusion.process import Process
 from undiffuse.errors import Corrupt, NotFiniteError, UsageError
 from undiffuse.figure import line_plot
 from undiffuse.key import Key
@@ -40,6 +44,7 @@ class Nll:
     seed: int = 0
     batch: int = 50
     label: str | SupportsIndex | None = None
+    grid: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("images", 1), ("draws", None), ("steps", None), ("seed", None), ("batch", 1)):
@@ -50,6 +55,14 @@ class Nll:
     def count(self, source: Source) -> int:
         """How many images of a source are measured."""
         return min(len(source), self.images or len(source))
+
+    def rule(self) -> Grid | None:
+        """The grid of the chain; None is what suits the process."""
+        return None if self.grid is None else GRIDS.build(self.grid, trusted=True)
+
+    def times(self, process: Process) -> Float[Tensor, "times"]:
+        """The chain whose bound is measured, ascending from 0."""
+        return chain(process, self.steps, self.rule())
 
 
 def evaluate(
@@ -62,18 +75,19 @@ def evaluate(
     steps: SupportsIndex | None = None,
     seed: SupportsIndex = 0,
     label: str | SupportsIndex | None = None,
+    grid: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Bits/dim of a model on a data set, with its terms (Eq. 5 of DDPM): what `undiffuse nll --json` prints.
 
-    On the first `images`, all unless given; with `draws` stratified times an image, or None for the whole chain. A
-    model with classes is told those of the data, unless `label` says another.
+    On the first `images`, all unless given; with `draws` stratified times an image, or None for the whole chain, which
+    `steps` and `grid` make another. A model with classes is told those of the data, unless `label` says another.
     """
     loaded = model if isinstance(model, Model) else load(model)
     source = data if isinstance(data, Source) else loaded.source(data, split)
     counts = {"images": images, "draws": draws, "steps": steps, "seed": seed}
     given = {name: whole(name, value) for name, value in counts.items() if value is not None or name == "seed"}
-    query = Nll(**given, label=label)
+    query = Nll(**given, label=label, grid=grid)
     return summary(nll(loaded, source, query, out), loaded, source, query)
 
 
@@ -100,7 +114,7 @@ def nll(
             x_0 = to_float(source.gather(rows)[0].to(model.device))
             keys = Key(query.seed).fold("nll").rows(rows, model.device)
             cond = labels.conditioning.at(rows).to(model.device)
-            part = bound(model.denoiser, x_0, keys, query.steps, query.draws, tick, cond)
+            part = bound(model.denoiser, x_0, keys, query.steps, query.draws, tick, cond, query.rule())
             _refuse_not_finite(part, first)
             if out is not None and path is not None:
                 if not (out / QUERY).exists():
@@ -150,7 +164,7 @@ def _gathered(parts: list[Terms], firsts: range, count: int) -> Terms:
 def evaluations(model: Model, source: Source, query: Nll) -> int:
     """How many network evaluations of one image `nll` will make in this process. Raises UsageError where it would."""
     model.denoiser.parameterisation.check(model.process)
-    count, total = query.count(source), len(chain(model.process, query.steps)) - 1
+    count, total = query.count(source), len(query.times(model.process)) - 1
     mine = sum(
         min(first + query.batch, count) - first for first in range(0, count, query.batch)[dist.rank() :: dist.size()]
     )
@@ -171,6 +185,7 @@ def _claim(out: Path, model: Model, source: Source, query: Nll, labels: Told) ->
         "data": source.fingerprint(),
         "draws": query.draws,
         "steps": query.steps,
+        "grid": query.grid,
         "seed": query.seed,
         "batch": query.batch,
         "clip": model.denoiser.clip,
@@ -219,7 +234,7 @@ def _finish(out: Path, terms: Terms, model: Model, query: Nll, found: dict[str, 
     disk.write_json(out / "summary.json", {"format": FORMAT} | found | {"model": model.meta.get("step")})
     if query.draws is not None:
         return
-    times = chain(model.process, query.steps)
+    times = query.times(model.process)
     rows = [
         f"{i}\t{float(times[i + 1]):.6f}\t{b:.8f}\t{m:.8f}"
         for i, (b, m) in enumerate(zip(terms.bits.mean(0), terms.mse.mean(0), strict=True))
