@@ -57,6 +57,11 @@ PLATFORM = {"fcntl", "msvcrt", "termios", "resource", "pwd", "grp"}  # inside fu
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {"eval", "exec", "torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "yaml.load"}
 EXEMPT = {"interop.torchfile": {"torch.load"}, "data.format.cifar": {"pickle"}}
+# What torch makes of its default type on its default device, which a user may have set, unless both are said.
+MADE = {"arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones",
+        "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices",
+        "zeros"}  # fmt: skip
+LEGACY = {"torch.Tensor", "torch.FloatTensor", "torch.DoubleTensor", "torch.LongTensor", "torch.set_default_device"}
 
 FILE_LINES, FUNCTION_LINES = 400, 60
 
@@ -186,6 +191,18 @@ def bad_calls(tree: ast.AST, found: list[Import], module: str) -> Found:
             yield node.lineno, "says allow_pickle"
 
 
+def bad_makers(tree: ast.AST, found: list[Import]) -> Found:
+    """Tensors whose type or device would be torch's global default."""
+    made = {f"torch.{name}" for name in MADE}
+    yield from ((each.line, f"imports {each.target}; write it out") for each in found if each.target in made)
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, said = full_name(node.func), {word.arg for word in node.keywords}
+        if name in LEGACY:
+            yield node.lineno, f"calls {name}"
+        elif name in made and not {"dtype", "device"} <= said:
+            yield node.lineno, f"calls {name} without dtype= and device=, so torch's global defaults change it"
+
+
 def bad_devices(tree: ast.AST, module: str) -> Found:
     """The equations run wherever their tensors are; schedules are float64, which lives on the CPU."""
     for node in ast.walk(tree) if module.startswith(("diffusion.", "network.")) else ():
@@ -221,7 +238,8 @@ def violations(package: Path) -> list[str]:
     for path, text in files.items():
         tree, module = ast.parse(text), ".".join(path.with_suffix("").parts)
         found = list(imports(tree, ["undiffuse", *path.parts[:-1]]))
-        checks = [*bad_calls(tree, found, module), *bad_devices(tree, module), *too_long(tree, text)]
+        checks = [*bad_calls(tree, found, module), *bad_makers(tree, found), *bad_devices(tree, module)]
+        checks += too_long(tree, text)
         if path.name == "__init__.py":
             checks += bad_init(found, is_root=len(path.parts) == 1)
         elif module in homeless:
@@ -267,7 +285,7 @@ GOOD = {
     "data/format/emoji.py": "from undiffuse.data.source import Source\ndef draw():\n    import resvg_py\n",
     "data/format/cifar.py": "import pickle\nfrom undiffuse.data.format.emoji import draw\n",
     "interop/torchfile.py": "import torch\ntorch.load(path, weights_only=True)\n",
-    "model/model.py": "from undiffuse import __version__\nfrom undiffuse.network import unet\nnetwork.eval()\n",
+    "model/model.py": "from undiffuse.network import unet\nnetwork.eval()\ntorch.eye(2, dtype=F64, device='cpu')\n",
     "training/loop.py": "from undiffuse.model.model import Model\n",
     "cli/data.py": "from undiffuse.training.loop import train\n",
     "cli/main.py": "import undiffuse.cli.data\n",
@@ -312,6 +330,10 @@ BAD = {
     "exec": (MODEL, "exec('1')", "calls exec"),
     "yaml": (MODEL, "yaml.load(text)", "calls yaml.load"),
     "numpy": (MODEL, "np.load(path, allow_pickle=True)", "says allow_pickle"),
+    "default type": (MODEL, "torch.arange(3, device=x.device)", "calls torch.arange without dtype= and device="),
+    "default device": (PROCESS, "torch.zeros(3, dtype=F64)", "calls torch.zeros without dtype= and device="),
+    "maker by name": (MODEL, "from torch import arange", "imports torch.arange"),
+    "legacy maker": (MODEL, "torch.Tensor([1])", "calls torch.Tensor"),
     "long file": (MODEL, "x = 1\n" * 401, "has 401 lines; 400 are allowed"),
     "long function": (MODEL, LONG, "f has 61 lines; 60 are allowed"),
 }  # fmt: skip

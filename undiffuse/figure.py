@@ -41,7 +41,7 @@ def grid(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: in
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    sheet = torch.full((c, rows * (h + 1) + 1, columns * (w + 1) + 1), 255, dtype=torch.uint8)
+    sheet = torch.full((c, rows * (h + 1) + 1, columns * (w + 1) + 1), 255, dtype=torch.uint8, device="cpu")
     for i, image in enumerate(images):
         top, left = i // columns * (h + 1) + 1, i % columns * (w + 1) + 1
         sheet[:, top : top + h, left : left + w] = image

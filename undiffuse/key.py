@@ -44,7 +44,7 @@ def philox(counter: Sequence[Int[Tensor, "*n"]], key: tuple[int, int], rounds: i
 @cache
 def normal_table(device: torch.device) -> Float[Tensor, "65536"]:
     """The normal quantiles at (u + 1/2) / 65536, rounded to 1/4096, so that every machine holds the same numbers."""
-    u = torch.arange(65536, dtype=torch.float64)
+    u = torch.arange(65536, dtype=torch.float64, device="cpu")
     table = torch.round(4096 * torch.special.ndtri((u + 0.5) / 65536)).to(torch.int16)
     crc = zlib.crc32(table.numpy().astype("<i2").tobytes())
     if crc != NORMAL_TABLE_CRC32:
@@ -74,7 +74,7 @@ class Key:
 
     def rows(self, rows: int | Int[Tensor, "b"], device: torch.device | str = "cpu") -> "Keys":
         """The keys of rows 0 … n − 1, or of the rows given."""
-        index = torch.arange(rows) if isinstance(rows, int) else rows
+        index = torch.arange(rows, dtype=torch.int64, device="cpu") if isinstance(rows, int) else rows
         return Keys(self, index.to(device=device, dtype=torch.int64))
 
     def normal(self, *shape: int) -> Float[Tensor, "*shape"]:
@@ -107,7 +107,7 @@ class Keys:
 
     def bits(self, count: int) -> Int[Tensor, "b n"]:
         """At least `count` random 32-bit words a row, a multiple of four."""
-        blocks = torch.arange((count + 3) // 4, device=self.rows.device)  # (n/4,)
+        blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=self.rows.device)  # (n/4,)
         rows = self.rows[:, None].expand(-1, len(blocks))  # (b, n/4)
         counter = [blocks.expand_as(rows), torch.zeros_like(rows), rows & MASK, (rows >> 32) & MASK]
         return torch.stack(philox(counter, self.key.words), dim=-1).flatten(1)
@@ -120,12 +120,12 @@ class Keys:
             return ((table[words & 0xFFFF] + table[words >> 16]) * SQRT_HALF).reshape(len(self.rows), *shape)
 
     def uniform(self, *shape: int) -> Float[Tensor, "b *shape"]:
-        """Uniform on [0, 1), float64, 53 bits."""
+        """Uniform on [0, 1), float64 with 53 bits, on the CPU: not every device has such numbers."""
         count = int(torch.Size(shape).numel())
-        words = self.bits(2 * count)[:, : 2 * count].reshape(len(self.rows), count, 2)
+        words = self.to("cpu").bits(2 * count)[:, : 2 * count].reshape(len(self.rows), count, 2)
         mantissa = (words[..., 0] >> 5) * 2**26 + (words[..., 1] >> 6)
         return (mantissa.to(torch.float64) / 2**53).reshape(len(self.rows), *shape)
 
     def integers(self, high: int) -> Int[Tensor, "b"]:
-        """Uniform on 0 … high − 1."""
+        """Uniform on 0 … high − 1, on the CPU."""
         return (self.uniform() * high).long().clamp_(max=high - 1)

@@ -97,8 +97,7 @@ class Pair:
 def read(path: Path) -> tuple[torch.nn.Module, ModelConfig]:
     tensors, meta = read_folder(path)
     config = parse(ModelConfig, meta["model"], str(path))
-    with torch.device("meta"):
-        network = config.build(clip=True).network
+    network = config.build(clip=True, device="meta").network
     network.load_state_dict(tensors, assign=True)
     return network.eval(), config
 

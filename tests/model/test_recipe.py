@@ -4,7 +4,6 @@ import tomllib
 from contextlib import nullcontext
 
 import pytest
-import torch
 
 from undiffuse.config import parse, to_toml
 from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall, Learned, Mu
@@ -33,8 +32,7 @@ def test_a_preset_survives_its_file_and_builds_what_it_says(name):
     recipe = load_recipe(name)
     assert parse(Recipe, tomllib.loads(to_toml(recipe)), name) == recipe
     side = recipe.data.size or {"fashion-mnist": 28, "digits": 8}[name]
-    with torch.device("meta"):
-        denoiser = recipe.model((recipe.data.channels, side, side)).build(clip=False)
+    denoiser = recipe.model((recipe.data.channels, side, side)).build(clip=False, device="meta")
     recipe.objective.check(denoiser)
     count = sum(p.numel() for p in denoiser.parameters())
     assert count == recipe.expected["parameters"]

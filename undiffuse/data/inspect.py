@@ -63,7 +63,7 @@ class Summary:
 def inspect(source: Source, reading: Reading = PLAIN) -> Summary:
     """Decodes everything once. DataError if nothing can be decoded. `reading` is what the source was opened with."""
     sizes, channels, labels = Counter[tuple[int, int]](), Counter[int](), Counter[str]()
-    values = torch.zeros(256, dtype=torch.int64)
+    values = torch.zeros(256, dtype=torch.int64, device="cpu")
     chosen = set(np.linspace(0, len(source) - 1, CELLS**2).round().astype(int).tolist())
     cells: list[Tensor] = []
     owns, notes = list[tuple[Own, int]](), list[Note]()
@@ -207,7 +207,7 @@ def _into_cell(picture: Image.Image) -> Image.Image:
 
 
 def _moments(values: Int[Tensor, "256"]) -> tuple[float, float]:
-    level = torch.arange(256, dtype=torch.float64) / 255
+    level = torch.arange(256, dtype=torch.float64, device="cpu") / 255
     p = values.double() / values.sum()
     mean = (p * level).sum()
     return float(mean), float((p * (level - mean) ** 2).sum().sqrt())

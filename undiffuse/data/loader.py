@@ -38,7 +38,7 @@ class Loader:
 
     def batch(self, step: int, rows: Int[Tensor, "b"] | None = None) -> Batch:
         """The batch of that step, or only the given rows of it: each row is what it is in the whole batch."""
-        rows = torch.arange(self.size) if rows is None else rows
+        rows = torch.arange(self.size, dtype=torch.int64, device="cpu") if rows is None else rows
         index = order(self.seed, len(self.source), step * self.size + rows)
         image, label = self.source.gather(index)
         if self.flip:

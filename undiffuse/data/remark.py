@@ -43,7 +43,7 @@ def narrow(source: Source, raw: Source | None = None) -> str | None:
     is_wide = made.count(source.made, WIDE) == len(source)
     least, most, opaque = 255, 0, 255
     for first in range(0, len(source), PART):
-        images = source.gather(torch.arange(first, min(first + PART, len(source))))[0]
+        images = source.gather(torch.arange(first, min(first + PART, len(source)), dtype=torch.int64, device="cpu"))[0]
         if images.shape[1] in (2, 4):
             opaque = min(opaque, int(images[:, -1].min()))
             images = images[:, :-1] if opaque == 255 else images

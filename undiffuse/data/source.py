@@ -76,8 +76,8 @@ class Source(ABC):
     def gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
         """Images of one shape, and their labels; here one at a time."""
         items = [self[i] for i in index.tolist()]
-        labels = None if items[0].label is None else torch.tensor([item.label for item in items])
-        return torch.stack([item.image for item in items]), labels
+        images, known = torch.stack([item.image for item in items]), [item.label for item in items]
+        return images, None if known[0] is None else torch.tensor(known, dtype=torch.int64, device="cpu")
 
     def every_label(self) -> Int[Tensor, "n"] | None:
         """The class of each image, None if they have none; here by looking at them all."""
@@ -85,7 +85,7 @@ class Source(ABC):
         known = [label for label in labels if label is not None]
         if known and len(known) < len(labels):
             raise DataError(f"{len(known)} of {len(labels)} images have a label; give all or none")
-        return torch.tensor(known, dtype=torch.int64) if known else None
+        return torch.tensor(known, dtype=torch.int64, device="cpu") if known else None
 
     def name(self, index: int) -> str:
         return f"image {index}"
@@ -230,11 +230,12 @@ def unify(
     """
     wanted, chosen = Wanted.of(size, channels, stride), spread(len(source), count)
     if isinstance(source, ArraySource) and wanted.accepts(source.image_shape):
-        return source if len(chosen) == len(source) else source.subset(torch.tensor(chosen))
+        every = len(chosen) == len(source)
+        return source if every else source.subset(torch.tensor(chosen, dtype=torch.int64, device="cpu"))
     first = first_of(source, wanted)
     good = decode(source, chosen, wanted, first)
     refuse_bad(good.bad, len(chosen), skip_bad)
-    labels = torch.tensor(good.labels) if first.labelled else None
+    labels = torch.tensor(good.labels, dtype=torch.int64, device="cpu") if first.labelled else None
     skipped = (*source.skipped, *(name for name, _ in good.bad))
     over = passed.merged(source.passed, passed.frames(good.frames))
     made = summed(source.made, good.made)

@@ -71,10 +71,10 @@ def divide(source: Source, share: float) -> tuple[Subset, Subset]:
     total = len(source)
     if total < 2:
         raise DataError(f"{total} image cannot be divided into what is trained on and what is held out; give 2 or more")
-    place = torch.tensor([_place(source.name(i)) for i in range(total)], dtype=torch.float64)
+    place = torch.tensor([_place(source.name(i)) for i in range(total)], dtype=torch.float64, device="cpu")
     held = place < share
     held[place.argmin()], held[place.argmax()] = True, False
-    index = torch.arange(total)
+    index = torch.arange(total, dtype=torch.int64, device="cpu")
     return Subset(source, index[~held]), Subset(source, index[held])
 
 

@@ -44,7 +44,7 @@ class Parameterisation(ABC):
         name, where = PARAMETERISATIONS.name_of(self), PROCESSES.name_of(process)
         if self.needs_table and process.steps is None:
             raise UsageError(f"{name} needs a β-table, and {where} has none; choose x0 or v")
-        if needs_x_0 and not self.coefficients(process, torch.ones(1, dtype=F64)).out.isfinite():
+        if needs_x_0 and not self.coefficients(process, torch.ones(1, dtype=F64, device="cpu")).out.isfinite():
             raise UsageError(
                 f"{name} says nothing about x_0 at t = 1, where the process {where} has alpha = 0; "
                 "sampling and bits/dim need a network trained to predict x0 or v"
@@ -241,9 +241,10 @@ class Denoiser(nn.Module):
         self.clip = clip
 
     def forward(self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning = NOTHING) -> Prediction:
-        """x_t in float32, t in float64 within [t_min, 1]."""
+        """x_t in float32, t in float64 within [t_min, 1]; the two may be on different devices."""
+        t = t.cpu()
         coefficients = self.parameterisation.coefficients(self.process, t)
-        time = network_time(self.time, self.process, t).to(device=x_t.device, dtype=torch.float32)
+        time = network_time(self.time, self.process, t).to(torch.float32).to(x_t.device)
         output = self.network(per_image(coefficients.input, x_t) * x_t, time, cond).to(x_t.dtype)
         raw_variance = None
         if self.variance.learned:
@@ -256,6 +257,7 @@ class Denoiser(nn.Module):
         self, x_0: Float[Tensor, "b *x"], eps: Float[Tensor, "b *x"], t: Float[Tensor, "b"]
     ) -> Float[Tensor, "b *x"]:
         """What the network should have said."""
+        t = t.cpu()
         coefficients = self.parameterisation.coefficients(self.process, t)
         return per_image(coefficients.on_x_0, x_0) * x_0 + per_image(coefficients.on_eps, x_0) * eps
 
@@ -263,6 +265,7 @@ class Denoiser(nn.Module):
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning = NOTHING
     ) -> Float[Tensor, "b c h w"]:
         """∇ log q(x_t) = (alpha x̂_0 − x_t)/sigma², the link to score matching and Langevin dynamics (DDPM, §3.2)."""
+        t = t.cpu()
         x_0 = self(x_t, t, cond).x_0
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         return (per_image(alpha, x_t) * x_0 - x_t) / per_image(sigma, x_t).square()

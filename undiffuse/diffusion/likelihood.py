@@ -81,7 +81,7 @@ def chain(process: Process, steps: int | None = None, grid: Grid | None = None) 
     """The times of the bound, ascending from 0; 1/T is always one of them, because the decoder stands there."""
     times = (grid or suited(process)).times(process, steps).flip(0)
     if times[1] > process.t_min:
-        times = torch.cat([times[:1], torch.tensor([process.t_min], dtype=F64), times[1:]])
+        times = torch.cat([times[:1], torch.tensor([process.t_min], dtype=F64, device="cpu"), times[1:]])
     return times
 
 
@@ -118,7 +118,7 @@ def bound(
     times = chain(denoiser.process, steps, grid)
     count, total = len(x_0), len(times) - 1
     if draws is None:
-        index, weights = torch.arange(total).expand(count, -1), np.ones(total)
+        index, weights = torch.arange(total, dtype=torch.int64, device="cpu").expand(count, -1), np.ones(total)
     else:
         index, weights = _stratified(keys, total, draws)
     columns = []
@@ -131,16 +131,16 @@ def bound(
         columns.append((bound_term(denoiser, prediction, x_0, x_t, t, s), mse))
         if tick is not None:
             tick(count)
-    end = torch.ones((), dtype=F64)
+    end = torch.ones((), dtype=F64, device="cpu")
     process = denoiser.process
     prior = bits(prior_kl(x_0, float(process.alpha(end)), float(process.sigma(end)), process.prior_std))
-    terms, mses = (torch.stack(column, 1).double().cpu().numpy() for column in zip(*columns, strict=True))
-    return Terms(prior.double().cpu().numpy(), terms, mses, index.numpy(), weights)
+    terms, mses = (torch.stack(column, 1).cpu().double().numpy() for column in zip(*columns, strict=True))
+    return Terms(prior.cpu().double().numpy(), terms, mses, index.numpy(), weights)
 
 
 def _stratified(keys: Keys, total: int, draws: int) -> tuple[Int[Tensor, "b k"], Float[np.ndarray, "k"]]:
     """One step a stratum, uniform within it, so that weight · term is an unbiased estimate of the stratum's sum."""
     ranges = strata(total, draws)
     uniform = keys.fold("strata").to("cpu").uniform(draws)  # (b, k)
-    low, width = (torch.tensor(column) for column in zip(*((a, b - a) for a, b in ranges), strict=True))
+    low, width = torch.tensor([(a, b - a) for a, b in ranges], dtype=torch.int64, device="cpu").T
     return low + torch.minimum((uniform * width).long(), width - 1), width.double().numpy()

@@ -14,7 +14,7 @@ from torch import Tensor
 from undiffuse.config import NonNegative, Positive, Table
 from undiffuse.diffusion.denoiser import Denoiser, Prediction, bound_term
 from undiffuse.diffusion.density import DENSITIES, Density, Uniform, suited
-from undiffuse.diffusion.process import PROCESSES, Process
+from undiffuse.diffusion.process import PROCESSES, Process, per_image
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning
@@ -33,7 +33,7 @@ class Loss(NamedTuple):
 def quartile_sums(loss: Float[Tensor, "b"], t: Float[Tensor, "b"]) -> Float[Tensor, "2 4"]:
     """Sums of the loss, and counts, for t in [0, ¼), [¼, ½), [½, ¾) and [¾, 1]; these add up over parts of a batch."""
     quarter = (4 * t).long().clamp(max=3).to(loss.device)
-    inside = quarter == torch.arange(4, device=loss.device)[:, None]  # 4 b
+    inside = quarter == torch.arange(4, dtype=torch.int64, device=loss.device)[:, None]  # 4 b
     # Not a product with 0 and 1, so that a NaN stays in the quarter that it came from.
     return torch.stack([torch.where(inside, loss.detach(), 0).sum(1), inside.sum(1).to(loss)])
 
@@ -121,7 +121,7 @@ class MinSnr(Objective):
         snr = denoiser.process.logsnr(t).exp()
         c_out = denoiser.parameterisation.coefficients(denoiser.process, t).out
         weight = snr.clamp(max=self.gamma) * c_out.square()
-        return Loss(weight.to(error) * error, {"simple": error}, t)
+        return Loss(per_image(weight, error) * error, {"simple": error}, t)
 
 
 @dataclass(frozen=True)

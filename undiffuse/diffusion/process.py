@@ -22,8 +22,11 @@ F64 = torch.float64
 
 
 def per_image(value: Float[Tensor, "b"], like: Float[Tensor, "b *x"]) -> Float[Tensor, "b *ones"]:
-    """One number an image, shaped, cast and moved so that it multiplies a batch of images."""
-    return value.to(device=like.device, dtype=like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
+    """One number an image, shaped, cast and moved so that it multiplies a batch of images.
+
+    Cast first: there are accelerators without float64.
+    """
+    return value.to(like.dtype).to(like.device).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 class Suits(NamedTuple):
@@ -113,7 +116,7 @@ class Process(ABC):
 
     def variance_floor(self) -> Float[Tensor, ""]:
         """The decoder's σ²: β̃ of the step 2/T → 1/T of the training table, whatever the chain."""
-        first = torch.tensor(self.t_min, dtype=F64)
+        first = torch.tensor(self.t_min, dtype=F64, device="cpu")
         return self.small_variance(2 * first, first)
 
 
@@ -138,7 +141,7 @@ class TableProcess(Process):
 
     @cached_property
     def log_alpha_bar(self) -> Float[Tensor, "grid"]:
-        log_alpha_bar = torch.zeros(self.steps + 1, dtype=F64)
+        log_alpha_bar = torch.zeros(self.steps + 1, dtype=F64, device="cpu")
         log_alpha_bar[1:] = torch.cumsum(torch.log1p(-self.betas()), 0)
         return log_alpha_bar
 
@@ -189,7 +192,7 @@ class Linear(TableProcess):
     beta_end: Fraction = 0.02
 
     def betas(self) -> Float[Tensor, "T"]:
-        return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=F64)
+        return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=F64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ class Quad(TableProcess):
     beta_end: Fraction = 0.02
 
     def betas(self) -> Float[Tensor, "T"]:
-        return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=F64).square()
+        return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=F64, device="cpu").square()
 
 
 @dataclass(frozen=True)
@@ -212,13 +215,13 @@ class Const(TableProcess):
     beta_end: Fraction = 0.02
 
     def betas(self) -> Float[Tensor, "T"]:
-        return torch.full((self.steps,), self.beta_end, dtype=F64)
+        return torch.full((self.steps,), self.beta_end, dtype=F64, device="cpu")
 
 
 def _warmup(steps: int, start: float, end: float, fraction: float) -> Float[Tensor, "T"]:
-    betas = torch.full((steps,), end, dtype=F64)
+    betas = torch.full((steps,), end, dtype=F64, device="cpu")
     first = int(steps * fraction)
-    betas[:first] = torch.linspace(start, end, first, dtype=F64)
+    betas[:first] = torch.linspace(start, end, first, dtype=F64, device="cpu")
     return betas
 
 
@@ -253,7 +256,7 @@ class Jsd(TableProcess):
     steps: Count = 1000
 
     def betas(self) -> Float[Tensor, "T"]:
-        return 1 / torch.arange(self.steps, 0, -1, dtype=F64)
+        return 1 / torch.arange(self.steps, 0, -1, dtype=F64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ class Cosine(TableProcess):
 
     def betas(self) -> Float[Tensor, "T"]:
         quarter = math.pi / 2 / (1 + self.offset)
-        angle = quarter * (torch.linspace(0, 1, self.steps + 1, dtype=F64) + self.offset)
+        angle = quarter * (torch.linspace(0, 1, self.steps + 1, dtype=F64, device="cpu") + self.offset)
         # 1 − cos²b/cos²a without its cancellation: cos²a − cos²b = sin(b − a) sin(a + b).
         difference = math.sin(quarter / self.steps) * torch.sin(angle[:-1] + angle[1:])
         return (difference / torch.cos(angle[:-1]).square()).clamp(max=self.beta_max)

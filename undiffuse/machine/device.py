@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,11 +21,23 @@ def choose(name: str = "auto") -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f'device "{name}" cannot be used here ({reason}); try --device cpu') from error
     return device
+
+
+@contextmanager
+def making_float32(device: str | torch.device = "cpu") -> Iterator[None]:
+    """Inside, what torch makes when it is told no more is float32 on that device, whatever its defaults are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -117,7 +117,7 @@ def share(tensors: Iterable[Shaped[Tensor, "..."]], source: int = 0) -> None:
 
 def decide(number: int) -> int:
     """What process 0 says, everywhere."""
-    value = torch.tensor(number)
+    value = torch.tensor(number, dtype=torch.int64, device="cpu")
     share([value])
     return int(value)
 
@@ -126,7 +126,7 @@ def tell(text: str) -> str:
     """The text of process 0, everywhere."""
     data = text.encode()
     length = decide(len(data))
-    sent = torch.tensor(list(data) if rank() == 0 else [0] * length, dtype=torch.uint8)
+    sent = torch.tensor(list(data) if rank() == 0 else [0] * length, dtype=torch.uint8, device="cpu")
     share([sent])
     return bytes(sent.tolist()).decode()
 
@@ -134,11 +134,11 @@ def tell(text: str) -> str:
 def wait_for_first() -> None:
     """Until process 0 comes here too, however long what it does alone may take."""
     if size() > 1:
-        group.broadcast(torch.zeros(1), 0, group=_patient[0] if _patient else None)
+        group.broadcast(torch.zeros(1, dtype=torch.float32, device="cpu"), 0, group=_patient[0] if _patient else None)
 
 
 def agree(digest: str, what: str) -> None:
     """Raises UsageError in every process unless all hold the same hexadecimal digest."""
     own = int(digest[:15], 16)
-    if int(total(torch.tensor(int(own != decide(own))))):
+    if int(total(torch.tensor(int(own != decide(own)), dtype=torch.int64, device="cpu"))):
         raise UsageError(f"the {size()} processes do not have the same {what}; give each the same files and options")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError
 from torch import Tensor
@@ -54,7 +55,8 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
 def decode(path: Path, data: bytes) -> Loaded:
     _header_length(path, data[:9], len(data))
     try:
-        return safetensors.torch.load(data)
+        with torch.device("cpu"):  # else an empty tensor would be made on the caller's default device
+            return safetensors.torch.load(data)
     # The last three are what torch makes of the types and shapes that safetensors lets through.
     except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
         raise damaged(path, data[:9], str(error).partition("\n")[0]) from error

@@ -104,7 +104,7 @@ def nll(
     parts = []
     mine = range(dist.rank() * query.batch, count, dist.size() * query.batch)
     for first in mine:
-        rows = torch.arange(first, min(first + query.batch, count))
+        rows = torch.arange(first, min(first + query.batch, count), dtype=torch.int64, device="cpu")
         path = None if out is None else out / f"part-{first:08d}.npz"
         part = None if path is None or not path.exists() else _read(path, len(rows))
         if part is not None:
@@ -138,7 +138,8 @@ def _refuse_not_finite(part: Terms, first: int) -> None:
 
 def told(model: Model, source: Source, query: Nll) -> Told:
     """The labels of the images that are measured."""
-    return told_of(model.classes, source, torch.arange(query.count(source)), query.label, query.seed)
+    rows = torch.arange(query.count(source), dtype=torch.int64, device="cpu")
+    return told_of(model.classes, source, rows, query.label, query.seed)
 
 
 def summary(terms: Terms, model: Model, source: Source, query: Nll) -> dict[str, Any]:

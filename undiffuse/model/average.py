@@ -136,8 +136,8 @@ def fit(stored: Sequence[tuple[int, float]], step: int, sigma_rel: float) -> Fit
     ⟨p_a, p_b⟩ = (g_a + 1)(g_b + 1)/(g_a + g_b + 1) · (m/t_a)^g_a (m/t_b)^g_b / max(t_a, t_b) with m = min(t_a, t_b).
     """
     wanted = [*stored, (step, sigma_rel)]
-    t = torch.tensor([at for at, _ in wanted], dtype=torch.float64)
-    g = torch.tensor([exponent(each) for _, each in wanted], dtype=torch.float64)
+    t = torch.tensor([at for at, _ in wanted], dtype=torch.float64, device="cpu")
+    g = torch.tensor([exponent(each) for _, each in wanted], dtype=torch.float64, device="cpu")
     earlier = torch.minimum(t[:, None], t)
     ratio = (earlier / t[:, None]) ** g[:, None] * (earlier / t) ** g / torch.maximum(t[:, None], t)
     inner = (g[:, None] + 1) * (g + 1) / (g[:, None] + g + 1) * ratio

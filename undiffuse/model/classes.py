@@ -150,7 +150,8 @@ def _one(classes: Classes, label: str | SupportsIndex, n: int, seed: SupportsInd
         if label == ALL:
             if n % len(classes.names):
                 raise UsageError(f"{n} images cannot be divided over {len(classes.names)} classes; give a multiple")
-            return Told(torch.arange(len(classes.names), device="cpu").repeat_interleave(n // len(classes.names)), ALL)
+            count = len(classes.names)
+            return Told(torch.arange(count, dtype=torch.int64, device="cpu").repeat_interleave(n // count), ALL)
         if label == RANDOM:
             return drawn(classes, n, seed)
     number = classes.number(label)

@@ -47,8 +47,7 @@ def from_weights(
 ) -> Model:
     """A model from named tensors; every name and shape must fit."""
     tensors = {clean(name): tensor for name, tensor in tensors.items()}
-    with torch.device("meta"):
-        denoiser = config.build(clip=True)
+    denoiser = config.build(clip=True, device="meta")
     expected = {name: tuple(p.shape) for name, p in denoiser.network.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -57,7 +56,7 @@ def from_weights(
                 f"these weights are of another architecture: {name} is {found.get(name, 'missing')} in the file "
                 f"and {expected.get(name, 'absent')} in the network that its config describes"
             )
-    weights = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in tensors.items()}
+    weights = {name: tensor.to(torch.float32).to(device) for name, tensor in tensors.items()}
     denoiser.network.load_state_dict(weights, assign=True)
     return Model(config, denoiser.eval().requires_grad_(False), meta, torch.device(device))
 

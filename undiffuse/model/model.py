@@ -186,7 +186,7 @@ class Model:
         """
         n, batch = self.count(whole("n", n, 1), label), whole("batch", batch, 1)
         told, keys, batch = self.told(label, n, seed), Key(seed).fold("sample").rows(n), _share(n, batch)
-        images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8), self.times(steps)
+        images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8, device="cpu"), self.times(steps)
         for i in range(dist.rank() * batch, n, dist.size() * batch):
             cond = told.conditioning.at(slice(i, i + batch))
             x = self.chain(keys[i : i + batch], times, self.sampler(solver), cond, progress=progress)
@@ -227,7 +227,7 @@ class Model:
             raise UsageError(
                 f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly{grid}; sort or thin them"
             )
-        return torch.tensor([*times, 0.0], dtype=F64)
+        return torch.tensor([*times, 0.0], dtype=F64, device="cpu")
 
     def chain(
         self,

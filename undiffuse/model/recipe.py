@@ -7,6 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
+
 from undiffuse.config import (
     Count,
     Decay,
@@ -35,6 +37,7 @@ from undiffuse.diffusion.denoiser import (
 from undiffuse.diffusion.objective import OBJECTIVES, Objective, Simple
 from undiffuse.diffusion.process import PROCESSES, Linear, Process
 from undiffuse.errors import DataError, unknown
+from undiffuse.machine.device import making_float32
 from undiffuse.network.base import NETWORKS, Network
 from undiffuse.network.unet import UNet
 
@@ -52,8 +55,8 @@ class ModelConfig:
     network: Annotated[Network, NETWORKS]
     classes: Count | None = None
 
-    def build(self, clip: bool) -> Denoiser:
-        """A freshly initialised denoiser; an image size that the network cannot take is a DataError."""
+    def build(self, clip: bool, device: str | torch.device = "cpu") -> Denoiser:
+        """A freshly initialised denoiser in float32; an image size that the network cannot take is a DataError."""
         channels, height, width = self.image
         stride = self.network.stride()
         if height % stride or width % stride:
@@ -64,7 +67,8 @@ class ModelConfig:
                 f"use --size {side} (height {fits[0]}, width {fits[1]}) or fewer network.multipliers"
             )
         outputs = channels * (2 if self.variance.learned else 1)
-        network = self.network.build(channels, outputs, self.classes)
+        with making_float32(device):
+            network = self.network.build(channels, outputs, self.classes)
         return Denoiser(network, self.process, self.parameterisation, self.variance, self.network.time, clip)
 
 

@@ -48,7 +48,8 @@ def sinusoid(
     Frequency i of n is 10000^(−i/(n − shift)): with shift 0 the last one is not 1e-4, but one before it.
     """
     half = channels // 2
-    frequency = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000) / max(1, half - shift)))
+    rank = torch.arange(half, dtype=torch.float32, device=time.device)
+    frequency = torch.exp(rank * (-math.log(10000) / max(1, half - shift)))
     angle = time.float()[:, None] * frequency  # (b, half)
     parts = [angle.cos(), angle.sin()] if cosine_first else [angle.sin(), angle.cos()]
     return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
@@ -61,7 +62,8 @@ class Dropout(nn.Dropout):
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":
             return super().forward(input)
         count, below = input.numel(), min(round(self.p * 2**16), 2**16 - 1)
-        words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits of each
+        words = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu")
+        words.random_(-(2**63), None)  # all 64 bits of each
         dropped = (words.view(torch.int16)[:count] < below - 2**15).view(input.shape)
         return input.masked_fill(dropped, 0) * (1 / (1 - below / 2**16))
 

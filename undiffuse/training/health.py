@@ -32,7 +32,7 @@ def examine(trainer: Trainer, first: float | None) -> dict[str, Any]:
 def fixed_loss(trainer: Trainer, averaged: bool) -> float:
     """The objective on the first images of the training set, with fixed noise."""
     source = trainer.batches.loader.source
-    images, labels = source.gather(torch.arange(min(IMAGES, len(source))))
+    images, labels = source.gather(torch.arange(min(IMAGES, len(source)), dtype=torch.int64, device="cpu"))
     cond = Conditioning(labels if trainer.classes is not None else None)
     return look.fixed_loss(trainer, images, Key(0).fold("health"), cond, averaged=averaged)
 

@@ -52,7 +52,7 @@ def held_out_images(trainer: Trainer, source: Source | None) -> Held | None:
     count = trainer.recipe.train.held_out
     if source is None or count < 1:
         return None
-    index = torch.tensor(spread(len(source), count))
+    index = torch.tensor(spread(len(source), count), dtype=torch.int64, device="cpu")
     return Held(source.gather(index)[0], told_of(trainer.classes, source, index).conditioning)
 
 
@@ -69,7 +69,7 @@ def fixed_loss(
     """The objective on fixed images with `draws` fixed noises each, in float32."""
     denoiser = trainer.model(averaged).denoiser
     denoiser.clip = False
-    rows, total = torch.arange(len(images) * draws), 0.0
+    rows, total = torch.arange(len(images) * draws, dtype=torch.int64, device="cpu"), 0.0
     for part in rows.split(trainer.micro):
         if check is not None:
             check()

@@ -263,7 +263,7 @@ class _Loop:
         asked = self.flag.name is not None
         if dist.size() == 1:
             return asked, over
-        votes = dist.total(torch.tensor([int(asked), int(over)]))
+        votes = dist.total(torch.tensor([int(asked), int(over)], dtype=torch.int64, device="cpu"))
         return bool(votes[0]), bool(votes[1])
 
     def _log(self, lines: look.Journal, bar: log.Progress, ended: bool) -> None:

@@ -38,4 +38,4 @@ def _fits(trainer: Trainer, size: int) -> bool:
     trainer.adam.zero_grad(set_to_none=True)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
-    return int(dist.total(torch.tensor(failed))) == 0
+    return int(dist.total(torch.tensor(failed, dtype=torch.int64, device="cpu"))) == 0

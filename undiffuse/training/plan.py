@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist
+from undiffuse.machine.device import making_float32
 from undiffuse.model.recipe import ModelConfig, TrainConfig
 
 SHORT = 5  # steps: nobody wants the average of a run that is shorter
@@ -56,9 +57,10 @@ def shares(train: TrainConfig) -> tuple[int, int]:
 
 def forward_flops(config: ModelConfig) -> int:
     """Floating-point operations of the network on one image, counted without computing any."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network = config.build(clip=False).network
-        network(torch.empty(1, *config.image), torch.empty(1))
+    with making_float32("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network = config.build(clip=False, device="meta").network
+        image = torch.empty(1, *config.image, dtype=torch.float32, device="meta")
+        network(image, torch.empty(1, dtype=torch.float32, device="meta"))
     return counter.get_total_flops()
 
 

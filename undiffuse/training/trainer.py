@@ -57,7 +57,7 @@ class Trainer:
         self.adam = torch.optim.Adam(self.weights, lr=1.0, betas=recipe.train.betas, eps=1e-8, fused=True)
         self.batches = Prefetched(
             Loader(data, recipe.train.batch, recipe.train.seed, recipe.data.flip),
-            torch.arange(self.share) + dist.rank() * self.share,
+            torch.arange(self.share, dtype=torch.int64, device="cpu") + dist.rank() * self.share,
         )
         self.denoiser.network = self._prepared(self.denoiser.network)
         self.step = 0
@@ -162,7 +162,7 @@ class Trainer:
 
     def _not_finite(self, batch: Batch, losses: Tensor, loss: float, norm: float) -> NotFiniteError:
         """Names the examples of all processes whose loss is not finite; where only the gradient is not, all it can."""
-        bad = torch.zeros(self.recipe.train.batch, dtype=torch.int64)
+        bad = torch.zeros(self.recipe.train.batch, dtype=torch.int64, device="cpu")
         bad[batch.rows] = torch.where(losses.cpu().isfinite(), 0, batch.index + 1)
         bad = dist.total(bad)
         named = (bad[bad > 0] - 1).tolist() or batch.index.tolist()
@@ -205,7 +205,7 @@ class Trainer:
         if self.step > 0:
             for weight in self.weights:
                 state = self.adam.state[weight]
-                state.setdefault("step", torch.zeros((), device=self.device))
+                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=self.device))
                 for moment in ("exp_avg", "exp_avg_sq"):
                     state.setdefault(moment, torch.zeros_like(weight))
                 dist.share(state.values())

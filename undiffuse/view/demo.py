@@ -24,6 +24,7 @@ from undiffuse.diffusion.likelihood import Terms
 from undiffuse.figure import grid, line_plot, png
 from undiffuse.key import Key
 from undiffuse.machine import disk, log
+from undiffuse.machine.device import making_float32
 from undiffuse.measure import evaluate
 from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
@@ -168,7 +169,7 @@ def judge(samples: UInt8[Tensor, "n 1 8 8"], data: ArraySource, test: ArraySourc
 def classifier(data: ArraySource, steps: int, tick: Callable[[int], None]) -> nn.Module:
     """A convolutional network that names 8×8 digits, trained on shifted and noisy copies lest it trust too much."""
     key, loader = Key(0).fold("classifier"), Loader(data, size=64)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), making_float32():
         torch.manual_seed(key.integer())
         network = nn.Sequential(
             *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),

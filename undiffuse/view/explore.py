@@ -96,7 +96,7 @@ def shared(
         keys = key.fold("continue", round(t / model.process.t_min)).rows(n)
         start = latents[t].expand(n, -1, -1, -1)
         rows.append(to_uint8(model.chain(keys, rest, sampler, told.at([0] * n), start, progress=progress)))
-    return torch.stack(rows), torch.tensor(branches, dtype=F64)
+    return torch.stack(rows), torch.tensor(branches, dtype=F64, device="cpu")
 
 
 def shared_steps(model: Model, at: Sequence[Number], steps: Steps = None) -> int:
@@ -139,10 +139,10 @@ def interpolate(
         _check_levels(f"the {name} picture", given)
         if tuple(given.shape) != model.image_shape:
             raise DataError(f"the {name} picture is {_size(given)}; this model needs {_size(model.image_shape)}")
-    x_0 = to_float(torch.stack([a, b]))
+    x_0 = to_float(torch.stack([a.cpu(), b.cpu()]))
     key = Key(seed).fold("interpolate")
     eps = key.fold("eps").rows(2).normal(*model.image_shape)
-    mix = torch.tensor(lambdas, dtype=torch.float32).reshape(-1, 1, 1, 1)
+    mix = torch.tensor(lambdas, dtype=torch.float32, device="cpu").reshape(-1, 1, 1, 1)
     own, told = _row_of(lambdas), _one_class(model, label, seed).at([0] * len(lambdas))
     rows = []
     for times in _interpolation_grids(model, at, steps):
@@ -214,13 +214,14 @@ def neighbours(samples: Shaped[Tensor, "n c h w"], source: Source, k: int = 1, c
     _check_levels("samples", samples)
     comparable((samples.shape[1], samples.shape[2], samples.shape[3]), source, k, crop)
     queries = _flat(samples, crop)  # (n, d)
-    best, index = torch.empty(len(samples), 0, dtype=F64), torch.empty(len(samples), 0, dtype=torch.int64)
+    best = torch.empty(len(samples), 0, dtype=F64, device="cpu")
+    index = torch.empty(len(samples), 0, dtype=torch.int64, device="cpu")
     chunk = max(1, CHUNK // max(queries.shape))
     for first in range(0, len(source), chunk):
-        numbers = range(first, min(first + chunk, len(source)))
-        images = _flat(source.gather(torch.tensor(numbers))[0], crop)  # (m, d)
+        numbers = torch.arange(first, min(first + chunk, len(source)), dtype=torch.int64, device="cpu")
+        images = _flat(source.gather(numbers)[0], crop)  # (m, d)
         squared = queries.square().sum(1, keepdim=True) - 2 * queries @ images.T + images.square().sum(1)
-        candidates = torch.cat([index, torch.tensor(numbers).expand(len(samples), -1)], 1)
+        candidates = torch.cat([index, numbers.expand(len(samples), -1)], 1)
         best, order = torch.sort(torch.cat([best, squared], 1), dim=1, stable=True)
         best, index = best[:, :k], candidates.gather(1, order[:, :k])
     return Neighbours(index, (best / queries.shape[1]).sqrt())
@@ -312,14 +313,14 @@ def _on_grid(process: Process, t: Number, low: float) -> float:
 
 def _with(times: Float[Tensor, "n"], *more: float) -> Float[Tensor, "m"]:
     """A descending grid with these times in it."""
-    return torch.cat([times, torch.tensor(more, dtype=F64)]).unique().flip(0)
+    return torch.cat([times, torch.tensor(more, dtype=F64, device="cpu")]).unique().flip(0)
 
 
 def _flat(images: UInt8[Tensor, "n c h w"], crop: Crop | None) -> Float[Tensor, "n d"]:
     if crop is not None:
         top, left, height, width = _box(crop, *images.shape[2:])
         images = images[:, :, top : top + height, left : left + width]
-    return images.flatten(1).to(F64)
+    return images.cpu().flatten(1).to(F64)
 
 
 def _size(image: Tensor | tuple[int, ...]) -> str:

@@ -58,11 +58,11 @@ class Pictures(Source):
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error}") from error
         label = None if self.labels is None else self.labels[index]
-        pixels = torch.tensor(found.pixels).permute(2, 0, 1)
+        pixels = torch.tensor(found.pixels, dtype=torch.uint8, device="cpu").permute(2, 0, 1)
         return Item(pixels, label, picture.frames(data), found.made, found.own)
 
     def every_label(self) -> Int[Tensor, "n"] | None:
-        return None if self.labels is None else torch.tensor(self.labels, dtype=torch.int64)
+        return None if self.labels is None else torch.tensor(self.labels, dtype=torch.int64, device="cpu")
 
     def name(self, index: int) -> str:
         # A file name need not be UTF-8, but what is printed must be.

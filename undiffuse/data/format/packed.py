@@ -79,7 +79,7 @@ class PackedSource(Source):
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Item:
-        images, labels = self.gather(torch.tensor([index]))
+        images, labels = self.gather(torch.tensor([index], dtype=torch.int64, device="cpu"))
         return Item(images[0], None if labels is None else int(labels[0]))
 
     def gather(self, index: Int[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"] | None]:
@@ -190,7 +190,7 @@ def mapped(folder: Path, manifest: Manifest) -> PackedSource:
     """A source over shards of the manifest's lengths. Raises Corrupt, naming the file that is not."""
     parts = [_map(shard_path(folder, k), shard, manifest) for k, shard in enumerate(manifest.shards)]
     labels = torch.cat([labels for labels, _ in parts]) if manifest.labelled else None
-    ends = torch.tensor([shard.images for shard in manifest.shards]).cumsum(0)
+    ends = torch.tensor([shard.images for shard in manifest.shards], dtype=torch.int64, device="cpu").cumsum(0)
     skipped = tuple(name for name, _ in manifest.skipped)
     images = tuple(images for _, images in parts)
     over = merged(manifest.passed, frames(manifest.frames))
@@ -205,5 +205,6 @@ def _map(path: Path, shard: Shard, manifest: Manifest) -> tuple[Int[Tensor, "m"]
     if found != size:
         raise Corrupt(f"{path} is damaged: {'missing' if found is None else f'{found} bytes'}, not {size}; {AGAIN}")
     # A private mapping: its pages are the system's cache of the file, and the file itself is closed again.
-    data = torch.from_file(str(path), False, size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+    data = torch.from_file(str(path), False, size, dtype=torch.uint8) if size else empty
     return data[:head].view(torch.int64), data[head:].reshape(shard.images, *manifest.shape)

@@ -78,7 +78,7 @@ def to_levels(x: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
 
 def level_probabilities(mean: float, std: float) -> Float[Tensor, "256"]:
     """What a rounded normal puts on each level, float64; the outer levels hold the tails."""
-    edges = (torch.arange(1, 256, dtype=torch.float64) - 0.5) / 127.5 - 1
+    edges = (torch.arange(1, 256, dtype=torch.float64, device="cpu") - 0.5) / 127.5 - 1
     # Each mass is taken on the side where it is small, so that far tails are not lost to cancellation.
     z = torch.cat([edges.new_tensor([-math.inf]), (edges - mean) / std, edges.new_tensor([math.inf])])
     low, high = z[:-1], z[1:]
@@ -222,7 +222,7 @@ class ImageMixture(Law):
 
 
 def _of(values: tuple[float, ...]) -> Float[Tensor, "k"]:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _check_mixture(weights: tuple[float, ...], means: tuple[float, ...], stds: tuple[float, ...]) -> None:
@@ -265,10 +265,10 @@ class Shapes(Procedural):
         kind = keys.fold("kind").integers(len(KINDS))
         radius, *centre = keys.fold("place").uniform(3).float().unsqueeze(-1).unsqueeze(-1).unbind(1)  # each (n, 1, 1)
         radius = 0.35 + 0.35 * radius
-        at = (torch.arange(self.size) + 0.5) * 2 / self.size - 1
+        at = (torch.arange(self.size, dtype=torch.float32, device="cpu") + 0.5) * 2 / self.size - 1
         y, x = (axis - (2 * c - 1) * (1 - radius) for axis, c in zip((at[:, None], at[None]), centre, strict=True))
         distance = torch.stack(_distances(x.expand(-1, self.size, -1), y.expand(-1, -1, self.size), radius))
-        chosen = distance[kind, torch.arange(len(kind))]  # (n, h, w)
+        chosen = distance[kind, torch.arange(len(kind), dtype=torch.int64, device="cpu")]  # (n, h, w)
         cover = (0.5 - chosen * self.size / 2).clamp(0, 1)[:, None]
         colour = keys.fold("colour").uniform(3, 1, 1).float() * 1.6 - 1
         ground = keys.fold("ground").uniform(3, 1, 1).float() * 0.3 + 0.7

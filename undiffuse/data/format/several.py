@@ -80,7 +80,7 @@ class Joined(Source):
             labels, names = part.every_label(), part.classes or ()
             if labels is None:
                 return None
-            parts.append(torch.tensor([classes.index(name) for name in names], dtype=torch.int64)[labels])
+            parts.append(torch.tensor([classes.index(name) for name in names], dtype=torch.int64, device="cpu")[labels])
         return torch.cat(parts)
 
     def name(self, index: int) -> str:
