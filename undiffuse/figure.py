@@ -5,10 +5,11 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from undiffuse.errors import UsageError
@@ -16,6 +17,8 @@ from undiffuse.errors import UsageError
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 72, 16, 34, 50  # margins around the axes
 MOST = 4  # channels in a PNG
+OTHER = {"PDF", "EPS", "ICO", "ICNS", "PALM", "MSP", "XBM"}  # documents, and what holds a smaller or a poorer picture
+DRAWN = "undiffuse figure"  # what a figure says of itself, so that it is not taken for data
 COLOURS = ("#3b6fd8", "#d9622b", "#2f9468", "#8a54c4")
 
 Number = float | int  # said in full, because the tests' type checker does not take an int for a float
@@ -49,8 +52,14 @@ def grid(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: in
     return whole.resize((whole.width * scale, whole.height * scale), Image.Resampling.NEAREST)
 
 
-def show(images: UInt8[Tensor, "n c h w"], columns: int | None = None, scale: int | None = None) -> Image.Image:
-    """A grid of images, small ones enlarged. As the last line of a notebook's cell it is shown as a picture."""
+def show(images: Any, columns: int | None = None, scale: int | None = None) -> Image.Image:
+    """A grid of uint8 images [n, c, h, w], small ones enlarged. As the last line of a notebook's cell it is shown.
+
+    Raises UsageError for anything else.
+    """
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
+        found = f"{type(images).__name__} {getattr(images, 'dtype', '')} {list(getattr(images, 'shape', ()))}"
+        raise UsageError(f"{found} cannot be shown; give a torch tensor of uint8 images [n, c, h, w], as sample() does")
     return grid(images, columns, enlarged(images.shape[-1]) if scale is None else scale)
 
 
@@ -68,9 +77,12 @@ def enlarged(width: int) -> int:
     return max(1, -(-56 // width))
 
 
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+def png(picture: Image.Image, drawn: bool = False) -> bytes:
+    """With `drawn` it says of itself that it is a figure, and no picture to train on."""
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    if drawn:
+        info.add_text("Software", DRAWN)
+    picture.save(buffer, "PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 
 
@@ -78,22 +90,23 @@ def kind_of(path: Path) -> str:
     """Pillow's name of the format that the ending says. Raises UsageError for one that cannot be written."""
     Image.init()
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE or kind in ("PDF", "EPS"):
-        raise UsageError(f'{path} has no ending of a picture that can be written; give one such as "{path.stem}.png"')
+    if kind not in Image.SAVE or kind in OTHER:
+        stem = path.stem.strip(".") or "picture"
+        raise UsageError(f'{path} has no ending of a picture that can be written; give one such as "{stem}.png"')
     return kind
 
 
 def encoded(picture: Image.Image, path: Path) -> bytes:
-    """The bytes of a picture in the format that the name says: PNG for `.png`, JPEG for `.jpg`. Raises UsageError."""
+    """The bytes of a figure in the format that the name says: PNG for `.png`, JPEG for `.jpg`. Raises UsageError."""
     kind, buffer = kind_of(path), io.BytesIO()
     if kind == "PNG":
-        return png(picture)
+        return png(picture, drawn=True)
     if kind == "JPEG" and picture.mode in ("LA", "RGBA"):  # it knows no opacity
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert(
             "RGB"
         )
     try:
-        picture.save(buffer, kind, quality=95)
+        picture.save(buffer, kind, quality=95, comment=DRAWN.encode())
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} cannot be written as {kind}: {error}; give the name of a .png") from error
     return buffer.getvalue()

@@ -196,7 +196,9 @@ def test_the_time_is_finite_at_the_noise_end(process):
 
 
 def test_an_index_needs_a_table():
-    with pytest.raises(UsageError, match='time = "index" needs a β-table, and straight has none; use "logsnr"'):
+    with pytest.raises(
+        UsageError, match='time = "index" needs a β-table, and straight has none; give --set network.time=logsnr'
+    ):
         network_time("index", Straight(), torch.ones(1, dtype=F64))
 
 

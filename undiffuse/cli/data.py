@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from undiffuse.cli.options import ReadOpt, reading_of
+from undiffuse.cli.options import OverwriteOpt, ReadOpt, reading_of, writable
 from undiffuse.strict import to_json
 
 app = typer.Typer(help="Inspect, check, pack or build a data set.", no_args_is_help=True, rich_markup_mode=None)
@@ -28,8 +28,9 @@ SplitOpt = Annotated[str, typer.Option("--split", help="train or test, if the da
 def inspect(
     path: PathArg,
     sheet: Annotated[
-        Path | None, typer.Option("--sheet", help="Write a PNG of 64 of the pictures to this file")
+        Path | None, typer.Option("--sheet", help="Write 64 of the pictures to this file: .png, .jpg, .webp …")
     ] = None,
+    overwrite: OverwriteOpt = False,
     split: SplitOpt = "train",
     settings: ReadOpt = None,
     picture: PictureOpt = "",
@@ -53,16 +54,17 @@ def inspect(
     from undiffuse.data.listing import refuse_inside
     from undiffuse.data.passed import counts, line
     from undiffuse.data.source import open_raw
-    from undiffuse.figure import png
+    from undiffuse.figure import encoded
     from undiffuse.machine import disk
     from undiffuse.model.recipe import DataConfig
 
     if sheet is not None:
         refuse_inside(sheet, join(path), "--sheet")
+        writable(sheet, overwrite)
     reading = replace(reading_of(settings, DataConfig(picture=picture)), guess=True, least=(1, 1))
     summary = inspect(open_raw(join(path), split, reading), reading)
     if sheet is not None:
-        disk.write_atomic(sheet, png(summary.sheet))
+        disk.write_atomic(sheet, encoded(summary.sheet, sheet))
     result = {
         "images": summary.count,
         "sizes": {f"{w}x{h}": count for (h, w), count in summary.sizes.items()},

@@ -47,7 +47,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except NotFiniteError as error:
-        code = _fail(str(error), error.exit_code, after_nan(error))
+        code = _fail(str(error), error.exit_code, after_nan(error) if error.run else "")
     except Error as error:
         code = _fail(str(error), error.exit_code)
     except typer.TyperException as error:

@@ -34,7 +34,7 @@ DataArg = Annotated[
     ),
 ]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The picture to write: .png, .jpg, .webp …")]
-OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there already")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the file (never a folder) if it is there")]
 SeedOpt = Annotated[int, typer.Option("--seed", help="Random seed: the same seed gives the same images")]
 StepsOpt = Annotated[
     int | None, typer.Option("--steps", help="Number of sampling steps; all of the noise schedule unless given")
@@ -87,12 +87,22 @@ BatchOpt = Annotated[int, typer.Option("--batch", help="Images computed at a tim
 SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")]
 
 
+def refuse_below_file(path: Path) -> None:
+    """UsageError for a path whose folder is a file."""
+    above = next((each for each in path.parents if each.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UsageError(f"{above} is a file, so {path} cannot be in it; give another place")
+
+
 def writable(path: Path | None, overwrite: bool, picture: bool = True) -> None:
     """Refuses, before any work is done, the name of a file that could not be written or should not be replaced."""
     if path is None:
         return
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
+    refuse_below_file(path)
+    if not picture and path.suffix.lower() != ".npz":
+        raise UsageError(f"{path} has not the ending of an array; give the name of a .npz")
     if picture:
         from undiffuse.figure import kind_of
 

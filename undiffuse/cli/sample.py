@@ -212,7 +212,7 @@ def interpolate(
     ] = None,
     mix: Annotated[
         list[float] | None,
-        typer.Option("--lambda", help="Share of B, 0 to 1, instead of --count; may be repeated, a column each"),
+        typer.Option("--lambda", help="Share of B, 0 to 1 or beyond, instead of --count; may be repeated"),
     ] = None,
     settings: ReadOpt = None,
     steps: StepsOpt = None,

@@ -198,8 +198,12 @@ def export_model(
     ],
     out: Annotated[Path, typer.Argument(metavar="DST", help="The folder or file to write")],
     to: Annotated[
-        str, typer.Option("--to", help="diffusers, or file (one .safetensors file for undiffuse)")
-    ] = "diffusers",
+        str | None,
+        typer.Option(
+            "--to",
+            help="diffusers, or file (one .safetensors file for undiffuse); unless given, file if DST ends so",
+        ),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Write float16 weights")] = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -212,7 +216,7 @@ def export_model(
 
     \b
     - `undiffuse export runs/photos photos-diffusers --to diffusers`
-    - `undiffuse export runs/photos photos.safetensors --to file --half`
+    - `undiffuse export runs/photos photos.safetensors --half`
     """
     import torch
 
@@ -221,6 +225,10 @@ def export_model(
     from undiffuse.interop import diffusers
     from undiffuse.model.load import as_written, load, save
 
+    is_file = out.suffix == ".safetensors"
+    to = to or ("file" if is_file else "diffusers")
+    if to == "diffusers" and is_file:
+        raise UsageError(f"{out} is the name of a file, and --to diffusers makes a folder; give the name of a folder")
     if to not in ("diffusers", "file"):
         raise unknown("export format", to, ["diffusers", "file"])
     if out.exists():

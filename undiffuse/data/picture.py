@@ -23,6 +23,7 @@ from undiffuse.data import levels
 from undiffuse.data.colour import to_srgb
 from undiffuse.data.levels import Note, Own, Range
 from undiffuse.errors import DataError, UsageError
+from undiffuse.figure import DRAWN
 
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**30
@@ -171,6 +172,8 @@ def read(data: bytes, reading: Reading = PLAIN) -> Picture:
     add_plugins()
     try:
         with QUIET, _opened(io.BytesIO(data)) as image:
+            if DRAWN in (image.info.get("Software"), _text(image.info.get("comment"))):
+                raise DataError("a figure that undiffuse drew, and no picture")
             made = _scaled(image, reading)
             deep = image.mode in ("LA", "RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))
             image.load()
@@ -181,6 +184,10 @@ def read(data: bytes, reading: Reading = PLAIN) -> Picture:
     except Exception as error:  # on damaged bytes Pillow's plugins raise nearly every type
         reason = "not a picture in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise DataError(" ".join(str(reason).split()) or type(error).__name__) from error
+
+
+def _text(value: object) -> object:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 class _Quiet:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from undiffuse.data.passed import Passed
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
 from undiffuse.machine.disk import SMALL
+from undiffuse.strict import whole
 
 LISTED = 20  # bad images, in an error; and the least that `skip_bad` leaves out
 LEAST_GOOD = 1000  # to one that is bad: where there are fewer, something is wrong with the whole
@@ -256,9 +257,13 @@ class Wanted:
     stride: int = 8  # what a size must be a multiple of, where one is proposed
 
     @staticmethod
-    def of(size: int | tuple[int, int] | None, channels: int | None, stride: int = 8) -> "Wanted":
-        """`size` may be the side of a square. Raises UsageError."""
-        pair = (size, size) if isinstance(size, int) else size
+    def of(size: Any, channels: Any, stride: int = 8) -> "Wanted":
+        """`size` may be the side of a square, or (height, width). Raises UsageError."""
+        sides = None if size is None else tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        if sides is not None and len(sides) != 2:
+            raise UsageError(f"size {size!r} is not possible; give a side, or (height, width)")
+        pair = None if sides is None else (whole("size", sides[0]), whole("size", sides[1]))
+        channels = None if channels is None else whole("channels", channels)
         if pair is not None and (min(pair) < 1 or math.prod(pair) > picture.MAX_PIXELS):
             raise UsageError(f"size {pair[0]}x{pair[1]} is not possible; give 1 to {picture.MAX_PIXELS} pixels")
         if channels is not None and channels < 1:

@@ -214,7 +214,8 @@ def network_time(kind: Literal["index", "logsnr", "sigma"], process: Process, t:
     """
     if kind == "index":
         if process.steps is None:
-            raise UsageError(f'time = "index" needs a β-table, and {PROCESSES.name_of(process)} has none; use "logsnr"')
+            where = PROCESSES.name_of(process)
+            raise UsageError(f'time = "index" needs a β-table, and {where} has none; give --set network.time=logsnr')
         return t * process.steps - 1
     logsnr = process.logsnr(t).clamp(-20, 20)
     return logsnr if kind == "logsnr" else -logsnr / 8

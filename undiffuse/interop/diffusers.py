@@ -165,7 +165,11 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
     levels, fields, notes = len(unet.block_out_channels), asdict(unet), []
     if classes:
         fields[CLASSES] = meta.get("classes", True)
-        none = f'{classes} is "no class"' if unet.class_embed_type is None else 'there is no "no class" in diffusers'
+        none = 'there is no "no class" in diffusers'
+        if unet.class_embed_type is None:
+            said = meta.get("classes")
+            bare = isinstance(said, dict) and not said.get("unlabelled", True)
+            none = f'{classes} is "no class"{", which was never trained" if bare else ""}'
         notes.append(f"class_labels 0 to {classes - 1} are the classes, and {none}")
     renamed = {_their_name(name, levels, NEW): _as_linear(name, tensor) for name, tensor in tensors.items()}
     index = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}

@@ -25,7 +25,7 @@ from undiffuse.figure import line_plot
 from undiffuse.key import Key
 from undiffuse.machine import disk, dist
 from undiffuse.machine.tensorfile import refuse_newer
-from undiffuse.model.classes import Told, told_of
+from undiffuse.model.classes import ALL, RANDOM, Told, told_of
 from undiffuse.model.load import load, weights_of
 from undiffuse.model.model import Model, to_float
 from undiffuse.strict import whole
@@ -137,7 +137,10 @@ def _refuse_not_finite(part: Terms, first: int) -> None:
 
 
 def told(model: Model, source: Source, query: Nll) -> Told:
-    """The labels of the images that are measured."""
+    """The labels of the images that are measured. Raises UsageError for words that say how to draw."""
+    names = () if model.classes is None else model.classes.names
+    if query.label in (ALL, RANDOM) and query.label not in names:
+        raise UsageError(f"label {query.label} is not possible for images that are measured; give one class, or none")
     rows = torch.arange(query.count(source), dtype=torch.int64, device="cpu")
     return told_of(model.classes, source, rows, query.label, query.seed)
 

@@ -64,16 +64,30 @@ class Classes:
     def number(self, label: Any) -> int:
         """The number of a class, by name or number. Raises UsageError."""
         if isinstance(label, str) and label in self.names:
-            return self.names.index(label)
+            return self._trained(self.names.index(label))
         try:
             number: int = int(label) if isinstance(label, str) and label.isdecimal() else operator.index(label)  # pyright: ignore[reportArgumentType]
         except TypeError:
             number = -1
-        if 0 <= number < len(self.names):
-            return number
-        near = nearest(label, (ALL, RANDOM, NONE, *self.names)) if isinstance(label, str) else ""
+        if 0 <= number < len(self.names) and not isinstance(label, bool):
+            return self._trained(number)
+        is_word = isinstance(label, str) and not label.isdecimal()
+        near = nearest(str(label), (ALL, RANDOM, NONE, *self.names)) if is_word else ""
         question = near[: near.index("?") + 1] if "?" in near else ""
-        raise UsageError(f"label {label} is not possible.{question} {self.known()}")
+        shown = label if isinstance(label, str) and label else repr(label)
+        raise UsageError(f"label {shown} is not possible.{question} {self.known()}")
+
+    def _trained(self, number: int) -> int:
+        if not self.counts[number]:
+            raise UsageError(
+                f"label {_named(number, self.names[number])} is not possible: no picture of that class was trained on"
+            )
+        return number
+
+    @property
+    def trained(self) -> list[int]:
+        """The numbers of the classes that had pictures."""
+        return [number for number, count in enumerate(self.counts) if count]
 
     def known(self) -> str:
         """`This model knows 0 cat, 1 dog`."""
@@ -84,6 +98,11 @@ class Classes:
         more = f" … {len(self.names) - 1} {self.names[-1]}" if len(self.names) > SHOWN else ""
         shown = ", ".join(_named(i, name) for i, name in enumerate(self.names[: SHOWN - 1 if more else SHOWN]))
         return shown + more
+
+    def untrained(self) -> str:
+        """The classes that had no pictures, empty where all had."""
+        bare = [_named(number, name) for number, name in enumerate(self.names) if not self.counts[number]]
+        return ", ".join(bare[:SHOWN]) + (f" and {len(bare) - SHOWN} more" if len(bare) > SHOWN else "")
 
     def random(self, n: int, key: Key) -> Int[Tensor, "n"]:
         """Classes as often as they were trained on; that of image i depends on the key and on i alone."""
@@ -128,10 +147,21 @@ def told(classes: Classes | None, label: Label, n: int, seed: SupportsIndex = 0)
     if isinstance(label, str) or (isinstance(label, SupportsIndex) and getattr(label, "ndim", 0) == 0):
         return _one(classes, label, n, seed)
     each: Any = label.tolist() if hasattr(label, "tolist") else label  # pyright: ignore[reportAttributeAccessIssue]
-    numbers = [classes.number(one) for one in each]
+    if not isinstance(each, (list, tuple, range)):
+        raise UsageError(f"label {label!r} is not possible; give a class, or a list of one for each image")
+    numbers = [_number_or_none(classes, one) for one in each]
     if len(numbers) != n:
         raise UsageError(f"{len(numbers)} labels were given for {n} images; give one for each, or a single one")
     return Told(torch.tensor(numbers, dtype=torch.int64, device="cpu"), "as given")
+
+
+def _number_or_none(classes: Classes, label: Any) -> int:
+    """One of a list, in which None and "none" are no class."""
+    if label is None or (isinstance(label, str) and label == NONE and NONE not in classes.names):
+        if classes.unlabelled:
+            return len(classes.names)
+        raise UsageError(f"label none is not possible: this model was never trained so. {classes.known()}")
+    return classes.number(label)
 
 
 def drawn(classes: Classes | None, n: int, seed: SupportsIndex = 0) -> Told:
@@ -148,10 +178,10 @@ def _one(classes: Classes, label: str | SupportsIndex, n: int, seed: SupportsInd
                 raise UsageError(f"label none is not possible: this model was never trained so. {classes.known()}")
             return Told(None, NONE)
         if label == ALL:
-            if n % len(classes.names):
-                raise UsageError(f"{n} images cannot be divided over {len(classes.names)} classes; give a multiple")
-            count = len(classes.names)
-            return Told(torch.arange(count, dtype=torch.int64, device="cpu").repeat_interleave(n // count), ALL)
+            if n % len(classes.trained):
+                raise UsageError(f"{n} images cannot be divided over {len(classes.trained)} classes; give a multiple")
+            numbers = torch.tensor(classes.trained, dtype=torch.int64, device="cpu")
+            return Told(numbers.repeat_interleave(n // len(numbers)), ALL)
         if label == RANDOM:
             return drawn(classes, n, seed)
     number = classes.number(label)

@@ -77,6 +77,8 @@ def load(
     CUDA, MPS or the CPU, whichever is there. Raises UsageError for what is not there or does not fit, Corrupt for a
     damaged file or a pickle.
     """
+    if not isinstance(source, (str, Path)):
+        raise UsageError(f"model {source!r} is not possible; give the path or the name of one")
     if weights not in (None, *PARTS):
         raise unknown("weights", str(weights), PARTS)
     path, device = Path(source), choose(str(device))
@@ -159,11 +161,17 @@ def as_written(model: Model, dtype: torch.dtype = torch.float32) -> dict[str, Te
     weights = weights_of(model.denoiser.network)
     refuse_not_finite(weights, "this model cannot be written")
     tensors = {name: tensor.to("cpu", dtype) for name, tensor in weights.items()}
-    refuse_not_finite(tensors, f"this model cannot be written in {str(dtype).removeprefix('torch.')}")
+    beyond = next((name for name, tensor in sorted(tensors.items()) if not tensor.isfinite().all()), None)
+    if beyond is not None:
+        raise Corrupt(
+            f"this model cannot be written in {str(dtype).removeprefix('torch.')}, which ends at "
+            f"{torch.finfo(dtype).max:g}: {beyond} has {float(weights[beyond].abs().max()):g}; write it in float32"
+        )
     return tensors
 
 
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """One safetensors file that `load` reads: weights, config and history. Raises Corrupt for what is not finite."""
     tensors = as_written(model, dtype)
+    from_weights(model.config, tensors, {})  # refuses what `load` would, such as a network inside of another
     write_weights(path, tensors, {**model.meta, "model": plain(model.config)})

@@ -181,8 +181,9 @@ class Model:
         """n images; image i depends on the seed and on i alone. All steps of the table unless `steps` says fewer.
 
         `label` is a class by name or number, one for each image, `random` (as often as in training), `none`, or `all`:
-        then n images of each class, class by class. The processes of a run take turns at the batches, and each returns
-        all. `progress(k)` is called after every k steps of a batch, of which there are `sampling_steps`.
+        then n images of each class that was trained on, class by class. The processes of a run take turns at the
+        batches, and each returns all. `progress(k)` is called after every k steps of a batch, of which there are
+        `sampling_steps`.
         """
         n, batch = self.count(whole("n", n, 1), label), whole("batch", batch, 1)
         told, keys, batch = self.told(label, n, seed), Key(seed).fold("sample").rows(n), _share(n, batch)
@@ -196,7 +197,7 @@ class Model:
     def count(self, n: int, label: Label = None) -> int:
         """How many images `sample` draws: n, or n of each class."""
         every = isinstance(label, str) and label == ALL and self.classes is not None and ALL not in self.classes.names
-        return n * len(self.classes.names) if every and self.classes else n
+        return n * len(self.classes.trained) if every and self.classes else n
 
     def sampling_steps(self, n: int, steps: Steps = None, batch: int = 64) -> int:
         """How many steps of a batch `sample` takes in this process, of which each has a batch if there are enough."""
@@ -214,7 +215,10 @@ class Model:
             return chosen.times(self.process, None if steps is None else whole("steps", steps))
         if grid is not None:
             raise UsageError(f"the times are given, so that no grid ({grid}) can choose them; leave one of them out")
-        steps = [float(t) for t in steps]  # pyright: ignore[reportGeneralTypeIssues]
+        try:
+            steps = [float(t) for t in steps]  # pyright: ignore[reportGeneralTypeIssues]
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"times {steps!r} are not possible; give numbers") from error
         given = list(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
         if not given or not all(self.process.t_min <= t <= 1 for t in given):
             raise UsageError(

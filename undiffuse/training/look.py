@@ -120,7 +120,7 @@ def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[i
         except (UsageError, NotFiniteError) as error:
             log.warn(f"no preview at step {trainer.step}: {error}")
             return
-        disk.write_atomic(folder / name, png(picture))
+        disk.write_atomic(folder / name, png(picture, drawn=True))
         lines.image(trainer.step, "samples" if averaged else "samples of the raw weights", picture)
 
 

@@ -72,7 +72,7 @@ def train(
         trainer.share_state()
         fit_micro_batch(trainer, say)
         if trainer.step == 0:
-            for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None):
+            for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None, trainer.config):
                 warn(text)
             say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
         loop = _Loop(trainer, run, last, budget, flag, held, show_progress and first, saved, sinks)
@@ -168,6 +168,8 @@ def _begin(
     elif trainer.classes is not None:
         dropped = f"; told none for {share:.0%} of the images" if (share := trainer.recipe.train.drop_label) else ""
         say(f"labels: {len(trainer.classes.names)} classes, {trainer.classes.listed()}{dropped}")
+        if missing := trainer.classes.untrained():
+            warn(f"classes without a training picture, which cannot be drawn: {missing}")
     claim_data(run.path / DATA, data, accept_data)
     disk.write_atomic(run.path / "config.toml", f"# format {FORMAT}\n{to_toml(trainer.recipe)}".encode())
     return meta

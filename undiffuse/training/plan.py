@@ -26,6 +26,8 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("steps", "images", "minutes"):
             value = getattr(self, name)
+            if value is not None and (isinstance(value, (bool, str)) or not isinstance(value, (int, float))):
+                raise UsageError(f"a budget of {value!r} {name} is not possible; give a number")
             if value is not None and not value > 0:
                 raise UsageError(f"a budget of {value} {name} is not possible; give more than 0, or leave it out")
 
@@ -86,12 +88,23 @@ def first_weights_share(train: TrainConfig, last: int) -> float:
     return math.prod(min(train.ema, (1 + n) / (10 + n)) for n in range(ramped)) * train.ema ** (last - ramped)
 
 
-def conflicts(train: TrainConfig, last: int, minutes: float | int | None = None, tuned: bool = False) -> list[str]:
+def conflicts(
+    train: TrainConfig,
+    last: int,
+    minutes: float | int | None = None,
+    tuned: bool = False,
+    config: ModelConfig | None = None,
+) -> list[str]:
     """Settings that cannot do together what they are for in a run of `last` steps, each with what to set instead.
 
     `tuned` runs begin with weights that were trained.
     """
     found = []
+    if config is not None:
+        try:
+            config.parameterisation.check(config.process)
+        except UsageError as error:  # it may be trained all the same
+            found.append(f"this model will never be sampled: {error}; set parameterisation.name=v")
     share = first_weights_share(train, last)
     if share > REMEMBERED and not tuned and last >= SHORT:
         fit = math.floor(1000 * 0.01 ** (1 / last)) / 1000

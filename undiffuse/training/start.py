@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -15,11 +15,13 @@ from undiffuse.data.pack import WORKERS, open_data
 from undiffuse.data.passed import line
 from undiffuse.data.source import LISTED, Source, Wanted, open_raw, unify
 from undiffuse.data.subset import divide
+from undiffuse.errors import UsageError
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist, log, store
 from undiffuse.model.load import load
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import Recipe, load_recipe
+from undiffuse.strict import whole
 from undiffuse.training import loop
 from undiffuse.training.auto import choose, look_at, recipe_of, to_look_at
 from undiffuse.training.look import held_out_split
@@ -35,8 +37,8 @@ def train(
     out: str | Path,
     preset: str | Path = "auto",
     *,
-    steps: int | None = None,
-    images: int | None = None,
+    steps: SupportsIndex | None = None,
+    images: SupportsIndex | None = None,
     minutes: float | int | None = None,
     settings: Sequence[str] = (),
     init: str | Path | Model | None = None,
@@ -56,10 +58,11 @@ def train(
     first; `settings` are `a.b=c` as in `--set`. `init` fine-tunes another model. Raises UsageError and DataError for
     what cannot be trained, NotFiniteError for a loss that is lost, and as the disk does.
     """
-    run, budget = store.Run(Path(out)), Budget(steps, images, minutes)
+    run, budget = store.Run(Path(out)), _budget(steps, images, minutes, settings)
     named: str | Source = data if isinstance(data, Source) else _spec(data)
     if isinstance(named, str):
         refuse_inside(run.path, named, "--out")
+    _refuse(run.path, init)
     if not dist.together():  # so that a second writer need not read all data to be told so; the first looks again
         run.refuse_second()
     chosen, say = machine.choose(device), say if dist.is_first() else log.silent
@@ -76,6 +79,23 @@ def train(
         source, held = _images(named, recipe, preset, skip_bad, use_cache, show_progress and dist.is_first(), say)
         show = show_progress and dist.is_first()
         return loop.train(recipe, source, run.path, held, begin, budget, chosen, say, show, accept_data, logs, profile)
+
+
+def _budget(steps: Any, images: Any, minutes: Any, settings: Any) -> Budget:
+    """When to stop. Raises UsageError for arguments that are nearly right."""
+    if isinstance(settings, str):
+        raise UsageError(f"settings = {settings!r} is not possible; give a list, such as [{settings!r}]")
+    counts = {"steps": steps, "images": images}
+    return Budget(
+        **{name: None if value is None else whole(name, value) for name, value in counts.items()}, minutes=minutes
+    )
+
+
+def _refuse(out: Path, init: Any) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give the name of a folder")
+    if init is not None and not isinstance(init, (str, Path, Model)):
+        raise UsageError(f"init = {init!r} is not possible; give a model, or the path or name of one")
 
 
 def _saved(run: store.Run) -> dict[str, Any] | None:

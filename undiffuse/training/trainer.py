@@ -257,7 +257,9 @@ def classes_of(recipe: Recipe, data: Source) -> Classes | None:
         return None
     classes = Classes.of(data, unlabelled=recipe.train.drop_label > 0)
     if classes is None:
-        raise UsageError("data.labels is on, but this data has no labels; use folders of classes, or turn it off")
+        raise UsageError(
+            "data.labels is on, but this data has no labels; use two or more folders of classes, or turn it off"
+        )
     if len(json.dumps(plain(classes))) > SMALL // 4:
         raise DataError(
             f"{len(classes.names)} classes are more than a checkpoint can name; merge some, or turn labels off"

@@ -273,7 +273,7 @@ def write_images(
             except StorageError as error:
                 raise StorageError(f"{error}. {i} of {len(images)} pictures are written") from error
         mark_samples(folder)
-        disk.write_new(folder / "grid.png", png(grid(images, columns, enlarged(images.shape[-1]))))
+        disk.write_new(folder / "grid.png", png(grid(images, columns, enlarged(images.shape[-1])), drawn=True))
         written |= {"folder": folder, "grid": folder / "grid.png"}
     if npz is not None:
         buffer = io.BytesIO()
@@ -296,6 +296,8 @@ def refuse_drawn(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; give the name of a folder")
+    if not folder.exists() and is_picture(folder.name):
+        raise UsageError(f"{folder} is the name of a picture, and samples are many; give the name of a folder")
     drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob("grid.png")]
     if drawn:
         raise UsageError(f"{folder} holds samples already ({min(drawn)}); give a new folder, or remove it")
