@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 from tests.test_defaults import CONFIG, HalfOf, digits, forget, model
 from tests.training.test_loop import recipe
 from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, bound_term
+from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.objective import OBJECTIVES
-from undiffuse.diffusion.process import PROCESSES, Linear, per_image
+from undiffuse.diffusion.process import PROCESSES, Edm, Linear, Straight, per_image
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.key import Key
 from undiffuse.measure.evaluate import evaluate
@@ -99,6 +100,13 @@ def test_uniform_numbers_are_on_the_cpu_and_normal_ones_where_their_rows_are():
     keys = Key(0).rows(3, "meta")
     assert (keys.uniform(2).device.type, keys.uniform(2).dtype, keys.integers(5).device.type) == ("cpu", F64, "cpu")
     assert (keys.normal(2).device.type, keys.normal(2).dtype) == ("meta", torch.float32)
+
+
+@pytest.mark.parametrize("process", [Linear(), Edm(), Straight()], ids=lambda process: type(process).__name__)
+@pytest.mark.parametrize("name", sorted(DENSITIES.classes))
+def test_the_t_of_training_are_on_the_cpu(name, process):
+    t = DENSITIES.build(name).t(process, Key(0).rows(3, "meta"))
+    assert (t.device.type, t.dtype) == ("cpu", F64)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES.classes))
