@@ -82,11 +82,15 @@ def nll(
         return
     table = evaluate.table(terms) if rate_distortion else []
     if table and not as_json:
-        typer.echo("  reverse step   rate (bits/dim)   RMSE [0, 255]")
-        for row in table:
-            typer.echo(f"  {row['step']:>12}   {row['rate']:>15.5f}   {row['rmse']:>13.5f}")
+        _show_table(table)
     measured = evaluate.summary(terms, loaded, source, query)
     show(measured | ({"rate_distortion": table} if table else {}) | ({"out": out} if out else {}), as_json)
+
+
+def _show_table(table: list[dict[str, float | int]]) -> None:
+    typer.echo("  reverse step   rate (bits/dim)   RMSE [0, 255]")
+    for row in table:
+        typer.echo(f"  {row['step']:>12}   {row['rate']:>15.5f}   {row['rmse']:>13.5f}")
 
 
 def register(app: typer.Typer) -> None:
