@@ -27,6 +27,28 @@ CALLS = {
     "model.sample(1, seed=1.0)": "seed = 1.0 is not possible; give a whole number such as 1",
     "model.sample(1, batch=2.5)": "batch = 2.5 is not possible; give a whole number such as 2",
     "model.sample(1, steps=[])": "times none are not possible; give one or more from 1, which is noise, down to 0.0833333",
+    "model.sample(1, label=3.0)": "label 3.0 is not possible: this model was trained without labels",
+    "told(pets, 3.0, 2)": "label 3.0 is not possible; give a class, or a list of one for each image",
+    "told(pets, {0, 1}, 2)": "label {0, 1} is not possible; give a class, or a list of one for each image",
+    "told(pets, b'1', 2)": "label b'1' is not possible; give a class, or a list of one for each image",
+    "told(pets, (1, np.int64(0)), 2).label.tolist()": [1, 0],
+    "model.sample(1, steps=['a'])": "times ['a'] are not possible; give numbers",
+    "undiffuse.load(3)": "model 3 is not possible; give the path or the name of one",
+    "undiffuse.load(None)": "model None is not possible; give the path or the name of one",
+    "list(undiffuse.open_data('digits', size=np.int64(4)).images.shape)": [1500, 1, 4, 4],
+    "list(undiffuse.open_data('digits', size=(np.int64(4), 8)).images.shape)": [1500, 1, 4, 8],
+    "undiffuse.open_data('digits', size=8.0)": "size = 8.0 is not possible; give a whole number such as 8",
+    "undiffuse.open_data('digits', size='8')": "size = '8' is not possible; give a whole number",
+    "undiffuse.open_data('digits', channels=3.0)": "channels = 3.0 is not possible; give a whole number such as 3",
+    "undiffuse.train('digits', 'RUN', steps='1')": "steps = '1' is not possible; give a whole number",
+    "undiffuse.train('digits', 'RUN', images=8.0)": "images = 8.0 is not possible; give a whole number such as 8",
+    "undiffuse.train('digits', 'RUN', minutes='x')": "a budget of 'x' minutes is not possible; give a number",
+    "undiffuse.train('digits', 'RUN', settings='train.lr=1')": "settings = 'train.lr=1' is not possible; give a list, such as ['train.lr=1']",
+    "undiffuse.train('digits', 'RUN', init=3)": "init = 3 is not possible; give a model, or the path or name of one",
+    "undiffuse.train('digits', 'RUN', init=['U'])": "init = ['U'] is not possible; give a model, or the path or name of one",
+    "undiffuse.show(torch.rand(2, 1, 4, 4))": "Tensor torch.float32 [2, 1, 4, 4] cannot be shown; give a torch tensor of uint8 images [n, c, h, w], as sample() does",
+    "undiffuse.show(np.zeros((2, 1, 4, 4), np.uint8))": "ndarray uint8 [2, 1, 4, 4] cannot be shown; give a torch tensor of uint8 images [n, c, h, w], as sample() does",
+    "undiffuse.show([1])": "list  [] cannot be shown; give a torch tensor of uint8 images [n, c, h, w], as sample() does",
     "undiffuse.evaluate(model, 'digits', seed=None)": "seed = None is not possible; give a whole number",
     "undiffuse.evaluate(model, 'digits', images=2.0)": "images = 2.0 is not possible; give a whole number such as 2",
     "explore.progressive(model, 1, seed=0.5, slots=2)": "seed = 0.5 is not possible; give a whole number such as 0",
@@ -44,7 +66,9 @@ import json, sys
 import numpy as np, torch, undiffuse
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
+from undiffuse.model.classes import Classes, told
 from undiffuse.view import explore
+pets = Classes(("cat", "dog"), (1, 1), True)
 model, digits, half = undiffuse.load(sys.argv[1]), undiffuse.open_data("digits"), torch.full((1, 8, 8), 0.5)
 for call in json.loads(sys.argv[2]):
     try:

@@ -1,9 +1,14 @@
-"""What goes out as JSON and what comes in as an argument, taken strictly: nothing is guessed and nothing is bent."""
+"""What goes out as JSON, comes in as an argument, or is imported if it is there: taken strictly.
 
+Nothing is guessed, and nothing is bent.
+"""
+
+import importlib
 import json
 import math
 import operator
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from undiffuse.errors import UsageError
@@ -30,3 +35,11 @@ def whole(what: str, value: Any, least: int | None = None) -> int:
     if least is not None and number < least:
         raise UsageError(f"{what} = {number} is not possible; give {least} or more")
     return number
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """A module that only the optional dependencies `undiffuse[name]` bring; UsageError where they are missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f'this data needs {module}; install the extra: pip install "undiffuse[{name}]"') from error

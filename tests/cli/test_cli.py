@@ -297,10 +297,10 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(call, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["sample", "--npz", "OUT"], ["export", "OUT", "--to", "file"]], ids=lambda w: w[0])
 def test_a_full_disk_leaves_no_part_of_a_file(run_folder, tmp_path, words):
-    command, *rest = [tmp_path / "out" if word == "OUT" else word for word in words]
+    command, *rest = [tmp_path / "out.npz" if word == "OUT" else word for word in words]
     done = apart([command, run_folder, *rest], largest_file=2**11)
     assert done.returncode == 4
-    assert f"{tmp_path / 'out'} cannot be written: File too large" in one_line(done.stderr)
+    assert f"{tmp_path / 'out.npz'} cannot be written: File too large" in one_line(done.stderr)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,7 +33,7 @@ def test_inspect_and_check(call, photos):
     assert code == 0 and out.endswith(f"\n{FRAMES}\n")
     assert json.loads(call("data", "inspect", photos, "--json")[1])["passed_over"] == COUNTS
     assert call("data", "check", photos)[:2] == (0, f"{FRAMES}\nall good\n")
-    assert json.loads(call("data", "check", photos, "--json")[1]) == {"bad": {}, "passed_over": COUNTS}
+    assert json.loads(call("data", "check", photos, "--json")[1]) == {"bad": {}, "passed_over": COUNTS, "wrong": ""}
 
 
 def test_train_and_its_data_json(call, photos, tmp_path):
@@ -77,7 +77,8 @@ def test_samples_in_the_data_are_never_read(call, photos, tmp_path):
     found = json.loads(call("data", "inspect", photos, "--json")[1])
     assert len(found["sizes"]) == count
     assert found["passed_over"] == COUNTS | {"in s/ (written by undiffuse)": 3}
-    assert json.loads(call("data", "inspect", photos / "s", "--json")[1])["images"] == 3  # named by the user
+    named = json.loads(call("data", "inspect", photos / "s", "--json")[1])  # by the user
+    assert named["images"] == 2 and named["bad"] == {"grid.png": "a figure that undiffuse drew, and no picture"}
     code, _, err = call(*sample, "--out", photos)
     assert code == 2 and "holds other pictures (0.JPG), which samples would mix with; give a new folder" in one_line(
         err

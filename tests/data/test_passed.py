@@ -18,7 +18,7 @@ from undiffuse.data.source import open_raw, open_source
 from undiffuse.errors import DataError, UsageError
 
 
-def encoded(kind="PNG", level=0, mode="L", **options):
+def encoded(kind="PNG", level=90, mode="L", **options):
     data = io.BytesIO()
     Image.new(mode, (4, 4), level).save(data, kind, **options)
     return data.getvalue()

@@ -27,7 +27,8 @@ from undiffuse.training import health, look
 from undiffuse.training.trainer import Trainer
 from undiffuse.view import explore
 
-PETS = Classes(("cat", "dog", "2", "horse"), (10, 0, 30, 60), unlabelled=True)
+PETS = Classes(("cat", "dog", "2", "horse"), (10, 20, 10, 60), unlabelled=True)
+RARE = Classes(PETS.names, (10, 0, 30, 60), unlabelled=False)  # no dog was trained on
 ALWAYS = Classes(PETS.names, PETS.counts, unlabelled=False)
 WORDS = Classes(("all", "none", "random"), (1, 1, 1), unlabelled=False)
 
@@ -47,6 +48,7 @@ WORDS = Classes(("all", "none", "random"), (1, 1, 1), unlabelled=False)
         (PETS, np.int64(3), [3] * 8, "3 horse"),
         (PETS, torch.tensor(3), [3] * 8, "3 horse"),
         (ALWAYS, "all", [0, 0, 1, 1, 2, 2, 3, 3], "all"),
+        (PETS, [0, "none", None, "cat", 0, 0, 0, 0], [0, 4, 4, 0, 0, 0, 0, 0], "as given"),
         (PETS, [0, 1, "dog", 3, 3, 2, 1, 0], [0, 1, 1, 3, 3, 2, 1, 0], "as given"),
         (PETS, torch.arange(8) % 4, [0, 1, 2, 3] * 2, "as given"),
         (PETS, np.arange(8) % 4, [0, 1, 2, 3] * 2, "as given"),
@@ -68,6 +70,12 @@ KNOWN = r"This model knows 0 cat, 1 dog, 2, 3 horse$"
     [
         (PETS, "hors", rf'label hors is not possible. Did you mean "horse"\? {KNOWN}'),
         (PETS, 4, rf"label 4 is not possible. {KNOWN}"),
+        (PETS, "12", rf"label 12 is not possible. {KNOWN}"),
+        (PETS, "", rf"label '' is not possible. {KNOWN}"),
+        (PETS, True, rf"label True is not possible. {KNOWN}"),
+        (RARE, "dog", "label 1 dog is not possible: no picture of that class was trained on"),
+        (RARE, 1, "label 1 dog is not possible: no picture of that class was trained on"),
+        (RARE, [0, 2, None, 3, 3, 2, 1, 0], rf"label none is not possible: this model was never trained so. {KNOWN}"),
         (PETS, "-1", rf"label -1 is not possible. {KNOWN}"),
         (PETS, [0.5] * 8, rf"label 0.5 is not possible. {KNOWN}"),
         (PETS, [1, 2], "2 labels were given for 8 images; give one for each, or a single one"),
@@ -88,10 +96,19 @@ def test_random_labels_are_as_frequent_as_in_training():
     """By inversion of the distribution function, image by image."""
     uniform = Key(3).fold("label").rows(4000).uniform().numpy()
     expected = np.select([uniform < 0.1, uniform < 0.4], [0, 2], 3)
-    found = drawn(ALWAYS, 4000, seed=3).label
+    found = drawn(RARE, 4000, seed=3).label
     assert found.tolist() == expected.tolist()
-    assert found[:7].tolist() == told(PETS, "random", 7, seed=3).label.tolist()
-    assert drawn(ALWAYS, 4000, seed=4).label.tolist() != found.tolist()
+    assert found[:7].tolist() == told(RARE, "random", 7, seed=3).label.tolist()
+    assert drawn(RARE, 4000, seed=4).label.tolist() != found.tolist()
+
+
+def test_all_are_those_that_had_pictures():
+    assert told(RARE, "all", 6).label.tolist() == [0, 0, 2, 2, 3, 3]
+    assert listening(RARE)[0].count(2, "all") == 6 and listening(PETS)[0].count(2, "all") == 8
+    assert RARE.untrained() == "1 dog" and PETS.untrained() == ""
+    source = ArraySource(images(1), torch.tensor([0]), ("dog",))
+    with pytest.raises(DataError, match='the data has classes that the model was not trained on: "dog". This model'):
+        told_of(RARE, source, torch.tensor([0]))
 
 
 def images(n: int = 8) -> torch.Tensor:
@@ -277,6 +294,6 @@ def test_metadata_that_contradicts_itself_is_refused():
 def test_labels_without_names_are_trained(tmp_path):
     chosen = recipe(data={"labels": True, "size": 4}, train={"steps": 1, "batch": 2, "sample_every": 0, "held_out": 0})
     assert run(chosen, Ours(), tmp_path).config.classes == 3
-    with pytest.raises(UsageError, match="data.labels is on, but this data has no labels; use folders of classes"):
+    with pytest.raises(UsageError, match="data.labels is on, but this data has no labels; use two or more folders of"):
         run(chosen, ArraySource(images()), tmp_path / "bare")
     assert parse(Classes, plain(PETS), "here") == PETS

@@ -215,7 +215,7 @@ def test_the_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device() == choose_device("auto") == torch.device("cpu")
     tried: list[torch.device] = []
-    monkeypatch.setattr(torch, "zeros", lambda n, device: tried.append(device))
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: tried.append(device))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device().type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

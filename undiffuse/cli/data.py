@@ -1,12 +1,15 @@
 """`undiffuse data …`: look at a data set, find what is bad in it, pack it, build one."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from undiffuse.cli.options import OverwriteOpt, ReadOpt, reading_of, writable
 from undiffuse.strict import to_json
+
+if TYPE_CHECKING:
+    from undiffuse.data.inspect import Summary
 
 app = typer.Typer(help="Inspect, check, pack or build a data set.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -65,15 +68,7 @@ def inspect(
     summary = inspect(open_raw(join(path), split, reading), reading)
     if sheet is not None:
         disk.write_atomic(sheet, encoded(summary.sheet, sheet))
-    result = {
-        "images": summary.count,
-        "sizes": {f"{w}x{h}": count for (h, w), count in summary.sizes.items()},
-        "channels": {str(c): count for c, count in summary.channels.items()},
-        "labels": summary.labels,
-        "mean": round(summary.mean, 4),
-        "std": round(summary.std, 4),
-        "bad": {bad.path: bad.reason for bad in summary.bad},
-    }
+    result = _counts(summary)
     found = summary.values
     if as_json:
         values = {"least": found.least, "most": found.most, "mean": found.mean, "type": found.kind}
@@ -87,6 +82,19 @@ def inspect(
         typer.echo(f"{name:>10}  {_brief(value) if isinstance(value, dict) else value}")
     if summary.passed:
         typer.echo(line(summary.passed))
+
+
+def _counts(summary: "Summary") -> dict[str, Any]:
+    """What is in a data set, the most frequent first."""
+    return {
+        "images": summary.count,
+        "sizes": {f"{w}x{h}": count for (h, w), count in summary.sizes.items()},
+        "channels": {str(c): count for c, count in summary.channels.items()},
+        "labels": summary.labels,
+        "mean": round(summary.mean, 4),
+        "std": round(summary.std, 4),
+        "bad": {bad.path: bad.reason for bad in summary.bad},
+    }
 
 
 def _brief(counts: dict[str, int] | dict[str, str]) -> str:

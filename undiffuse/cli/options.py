@@ -1,5 +1,6 @@
 """What several commands share: their arguments and options, a progress bar, and the model that they name."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable p
 
 def refuse_below_file(path: Path) -> None:
     """UsageError for a path whose folder is a file."""
-    above = next((each for each in path.parents if each.exists()), None)
+    above = next((each for each in path.parents if os.path.exists(each)), None)
     if above is not None and not above.is_dir():
         raise UsageError(f"{above} is a file, so {path} cannot be in it; give another place")
 

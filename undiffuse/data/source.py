@@ -6,14 +6,13 @@ have images of many sizes; `unify` decodes it once into one tensor of one shape.
 """
 
 import hashlib
-import importlib
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +28,7 @@ from undiffuse.data.made import Made, summed, tally
 from undiffuse.data.passed import Passed
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
+from undiffuse.machine import log
 from undiffuse.machine.disk import SMALL
 from undiffuse.strict import whole
 
@@ -180,9 +180,18 @@ def is_readable(spec: str) -> bool:
     return _best(spec) is not None
 
 
+@cache
+def _tell_hidden(spec: str) -> None:
+    """Once, that a path hides a set of the same name."""
+    log.warn(f'"{spec}" is the path here, which comes before the named set; to use that, go to another folder')
+
+
 def _best(spec: str) -> type[Format] | None:
     exists = Path(spec).exists()  # a path that is there is meant before a name
-    kinds = [kind for kind in FORMATS.classes.values() if not (exists and spec in kind.names)]
+    hidden = [kind for kind in FORMATS.classes.values() if exists and spec in kind.names]
+    if hidden:
+        _tell_hidden(spec)
+    kinds = [kind for kind in FORMATS.classes.values() if kind not in hidden]
     best = max(kinds, key=lambda kind: kind.match(spec))
     return best if best.match(spec) > 0 else None
 
@@ -385,11 +394,3 @@ def _mixed(first: str, one: tuple[int, ...], second: str, two: tuple[int, ...], 
     if {one[0], two[0]} != {1, 3}:
         return DataError(f"{found}. Only grey and RGB are made one; give data of one kind")
     return DataError(f"{found}. Give --set data.channels=1 for grey or --set data.channels=3 for RGB")
-
-
-def extra(module: str, name: str) -> ModuleType:
-    """A module that only the optional dependencies `undiffuse[name]` bring; UsageError where they are missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(f'this data needs {module}; install the extra: pip install "undiffuse[{name}]"') from error

@@ -114,7 +114,7 @@ class Classes:
     def mapped(self, labels: Int[Tensor, "n"], names: tuple[str, ...] | None, what: str) -> Int[Tensor, "n"]:
         """Labels of another data set as ours, by the names of the classes. Raises DataError for one that we lack."""
         theirs = names or tuple(map(str, range(int(labels.max()) + 1)))
-        ours = {name: number for number, name in enumerate(self.names)}
+        ours = {self.names[number]: number for number in self.trained}
         table = torch.tensor([ours.get(name, -1) for name in theirs], dtype=torch.int64, device="cpu")
         found = table[labels]
         if bool((found < 0).any()):

@@ -1,6 +1,7 @@
 """From what a user names, a folder and a preset, to what the loop takes: images of one shape, a recipe, a device."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -92,7 +93,7 @@ def _budget(steps: Any, images: Any, minutes: Any, settings: Any) -> Budget:
 
 
 def _refuse(out: Path, init: Any) -> None:
-    if out.exists() and not out.is_dir():
+    if os.path.isfile(out):
         raise UsageError(f"{out} is a file; give the name of a folder")
     if init is not None and not isinstance(init, (str, Path, Model)):
         raise UsageError(f"init = {init!r} is not possible; give a model, or the path or name of one")

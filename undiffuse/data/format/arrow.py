@@ -10,9 +10,10 @@ from undiffuse.data.format.webdataset import not_there, which
 from undiffuse.data.listing import splits
 from undiffuse.data.passed import beside
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import Format, Source, Split, extra
+from undiffuse.data.source import Format, Source, Split
 from undiffuse.errors import DataError
 from undiffuse.machine import disk
+from undiffuse.strict import extra
 
 INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 

@@ -10,8 +10,9 @@ from undiffuse.data.format.folder import Pictures
 from undiffuse.data.listing import is_hidden
 from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import Format, Source, Split, extra
+from undiffuse.data.source import Format, Source, Split
 from undiffuse.errors import DataError
+from undiffuse.strict import extra
 
 FILE, LOCK = "data.mdb", "lock.mdb"
 COUNTS = ("__len__", "__keys__", "length", "num-samples", "num_samples")  # keys that tools put beside those of pictures

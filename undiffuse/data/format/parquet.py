@@ -17,8 +17,9 @@ from undiffuse.data.labelfile import LABELS
 from undiffuse.data.listing import FOLDER, ending, is_hidden, split_inside, splits
 from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import Format, Source, Split, extra
+from undiffuse.data.source import Format, Source, Split
 from undiffuse.errors import DataError
+from undiffuse.strict import extra
 
 DEPTH = 3  # folders down to the files: a configuration, a split
 LOOKED_AT = 16  # folders in a folder
