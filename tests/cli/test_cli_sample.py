@@ -49,6 +49,9 @@ def folder(tmp_path_factory) -> Path:
         Image.fromarray(noise).save(root / name)
     (root / "BAD" / "b.png").write_bytes((root / "BAD" / "b.png").read_bytes()[:60])
     (root / "FILE").write_text("mine")
+    (root / "SHEET").mkdir()
+    for i in range(8):
+        Image.new("L", (8, 8), 20 + 20 * i).save(root / "SHEET" / f"{i}.png")
     return root
 
 

@@ -85,6 +85,14 @@ def test_all_draws_a_row_for_each_class(call, runs, tmp_path):
         ("sample RUNS/some --label dgo -o x", 'label dgo is not possible. Did you mean "dog"? This model knows 0 bird'),
         ("sample fashion-mnist --label 3 -o x", "label 3 is not possible: this model was trained without labels"),
         ("shared RUNS/always --label all -o x.png", "label all is not possible here, where all images come of one"),
+        (
+            "nll RUNS/always RUNS/pets --label all",
+            "label all is not possible for images that are measured",
+        ),
+        (
+            "nll RUNS/always RUNS/pets --label random",
+            "label random is not possible for images that are measured",
+        ),
         ("progressive RUNS/always -o x.png", "this model was never trained without a label; give one, all or random"),
         (
             "nll RUNS/always digits -n 2",

@@ -1,6 +1,7 @@
 """What a command writes: in the format of its name, never over what is there, and never numbers that are none."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,12 @@ def test_what_cannot_be_written_is_refused_before_the_work(call, folder, tmp_pat
     for out, message in (
         ("", f"{tmp_path} is a folder; give the name of a file"),
         ("i", f'{tmp_path}/i has no ending of a picture that can be written; give one such as "i.png"'),
+        ("i.ico", f'{tmp_path}/i.ico has no ending of a picture that can be written; give one such as "i.png"'),
+        (".png", f'{tmp_path}/.png has no ending of a picture that can be written; give one such as "png.png"'),
+        (
+            "there.png/i.png",
+            f"{tmp_path}/there.png is a file, so {tmp_path}/there.png/i.png cannot be in it; give another place",
+        ),
         ("i.txt", f'{tmp_path}/i.txt has no ending of a picture that can be written; give one such as "i.png"'),
         ("there.png", f"{tmp_path}/there.png is there already; give another name, or --overwrite to replace it"),
     ):
@@ -79,6 +86,7 @@ def test_values_that_are_not_finite_are_no_picture_and_no_number(call, folder, t
     ):
         code, _, err = call(*asked)
         assert code == 3 and "the chain ended in values that are not finite, so nothing is drawn" in err, asked
+        assert err.rstrip().endswith("are others to try")  # and no command, which would fail in the same way
     code, out, err = call("nll", "M", "digits", "-n", "2", "-o", tmp_path / "n", "--json")
     assert code == 3 and out == "" and "the bound of image 0 is not finite, so there is no number to give" in err
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.npz"))
@@ -96,3 +104,52 @@ def test_a_grid_in_python_follows_its_name(tmp_path):
     explore.write_grid(torch.zeros(1, 2, 3, 4, 4, dtype=torch.uint8), tmp_path / "g.jpeg")
     with Image.open(tmp_path / "g.jpeg") as picture:
         assert picture.format == "JPEG"
+
+
+def test_a_contact_sheet_is_written_like_any_picture(call, folder, tmp_path):  # noqa: F811
+    asked = ["data", "inspect", folder / "SHEET", "--sheet"]
+    code, _, err = call(*asked, tmp_path / "s.jpg")
+    assert code == 0, err
+    with Image.open(tmp_path / "s.jpg") as picture:
+        assert picture.format == "JPEG" and picture.size == (512, 64)
+    code, _, err = call(*asked, tmp_path / "s.jpg")
+    assert code == 2 and err.endswith("s.jpg is there already; give another name, or --overwrite to replace it\n")
+    assert call(*asked, tmp_path / "s.jpg", "--overwrite")[0] == 0
+    code, _, err = call(*asked, tmp_path)
+    assert (code, err) == (2, f"undiffuse: {tmp_path} is a folder; give the name of a file\n")
+
+
+def test_a_name_says_whether_it_is_a_file_or_a_folder(call, folder, tmp_path):  # noqa: F811
+    assert call("export", folder / "MODEL", tmp_path / "m.safetensors", "--half")[0] == 0
+    assert (tmp_path / "m.safetensors").is_file()
+    for asked, message in (
+        (
+            ["export", folder / "MODEL", tmp_path / "n.safetensors", "--to", "diffusers"],
+            "is the name of a file, and",
+        ),
+        (
+            ["sample", folder / "MODEL", "-n", 1, "-o", tmp_path / "grid.png"],
+            "is the name of a picture, and samp",
+        ),
+        (
+            ["sample", folder / "MODEL", "-n", 1, "--npz", tmp_path / "a.txt"],
+            "has not the ending of an array; gi",
+        ),
+        (
+            ["train", folder / "PICTURES", "-o", tmp_path / "m.safetensors"],
+            "m.safetensors is a file; give the ",
+        ),
+    ):
+        code, _, err = call(*asked)
+        assert code == 2 and message in err, asked
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["i.png", "i.jpg"])
+def test_a_figure_is_no_picture_to_train_on(call, folder, tmp_path, name):  # noqa: F811
+    shutil.copytree(folder / "SHEET", tmp_path / "data")
+    assert call(*words(folder, "progressive"), "-o", tmp_path / "data" / name)[0] == 0
+    code, _, err = call("train", tmp_path / "data", "-p", "digits", "-o", tmp_path / "run", "--size", 8)
+    assert code == 2
+    assert f"1 of 9 images cannot be read: {name} (a figure that undiffuse drew, and no picture). Remove" in err
+    assert not (tmp_path / "run").exists()

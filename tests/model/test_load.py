@@ -8,7 +8,7 @@ from torch.nn.parallel import DataParallel
 from undiffuse.config import plain
 from undiffuse.diffusion.denoiser import Eps, FixedLarge
 from undiffuse.diffusion.process import Linear
-from undiffuse.errors import Corrupt
+from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.diffusers import write_folder
 from undiffuse.machine.tensorfile import read_weights, write_weights
 from undiffuse.model.load import as_written, clean, from_weights, load, parse_model, save
@@ -130,3 +130,22 @@ def test_a_weight_of_64_bits_that_is_too_large_is_refused(tmp_path):
     tensors["conv_in.bias"][0] = 1e300
     with pytest.raises(Corrupt, match="conv_in.bias holds NaN or infinity"):
         parse_model(tensors, {"model": plain(CONFIG)}, "test")
+
+
+class Inside(torch.nn.Module):
+    """A user's own wrapper."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments):
+        return self.inner(*arguments)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    wrapped = model()
+    wrapped.denoiser.network = Inside(wrapped.denoiser.network)
+    with pytest.raises(UsageError, match="these weights are of another architecture: conv_in.bias is missing"):
+        save(wrapped, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()

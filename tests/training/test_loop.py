@@ -388,3 +388,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, name):
         process.communicate(timeout=240)
         assert process.returncode == 0
     assert_equal(state(tmp_path / "stopped", 120), state(tmp_path / "whole", 120))
+
+
+def test_classes_without_a_picture_are_told(tmp_path, data, capsys):
+    few = ArraySource(data.images[:20], data.labels[:20] % 3 + 2, tuple("abcdefg"))
+    run(recipe(data={"labels": True}, train={"steps": 1, "sample_every": 0, "held_out": 0}), few, tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "classes without a training picture, which cannot be drawn: 0 a, 1 b, 5 f, 6 g" in said

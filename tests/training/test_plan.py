@@ -77,3 +77,14 @@ def test_the_cost_of_a_run():
         f"batch 12 = 1 process × 3 micro-batches of 5, float32; 100 steps see 1,200 images, 6 epochs. An image "
         f"forward is {flops / 1e9:.3g} GFLOP; the whole run {3 * 1200 * flops:.2g} FLOP"
     )
+
+
+@pytest.mark.parametrize(
+    "process, prediction, said",
+    [("straight", "eps", True), ("jsd", "eps", True), ("straight", "v", False), ("linear", "eps", False)],
+)
+def test_a_model_that_could_never_be_sampled_is_told_before_step_0(process, prediction, said):
+    chosen = load_recipe("digits", [f"process.name={process}", f"parameterisation.name={prediction}"])
+    found = conflicts(chosen.train, 1000, config=chosen.model((1, 8, 8)))
+    assert [text[:63] for text in found] == ["this model will never be sampled: eps says nothing about x_0 at"] * said
+    assert all(text.endswith("; set parameterisation.name=v") for text in found)
