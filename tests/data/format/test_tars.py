@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.data.test_passed import as_tar
+from tests.data.test_passed import KEPT, as_tar
 from undiffuse.data.pack import pack
 from undiffuse.data.passed import counts
 from undiffuse.data.picture import Reading
@@ -233,6 +233,7 @@ WHICH = {
     "by ending": (("jpg", "png"), "jpg, png", "jpg", [0, 10, 20, 30]),
     "with dots": (("rgb.left.png", "rgb.right.png"), "rgb.left, rgb.right", "rgb.right", [1, 11, 21, 31]),
     "in full": (("a.png", "b.png", "c.png"), "a, b, c", "b.png", [1, 11, 21, 31]),
+    "all": (("a.png", "b.png"), "a, b", "all", [0, 1, 10, 11, 20, 21, 30, 31]),
 }
 
 
@@ -245,12 +246,13 @@ def test_which_of_several_pictures(tmp_path, case):
         open_raw(path)
     assert str(refused.value) == (
         f"{path} has several pictures in each example: {names}; choose one with --set data.picture={first}, "
-        f"or --picture {first} for `undiffuse data`"
+        f"or --picture {first} for `undiffuse data`, or all to read all of them"
     )
     source = open_raw(path, reading=Reading(picture=wanted))
-    assert levels(source) == expected and source.labels == (1, 1, 1, 1)
+    assert levels(source) == expected and source.labels == (1,) * len(expected)
     others = set(names.split(", ")) - {wanted.removesuffix(".png") if case == "in full" else wanted}
-    assert counts(source.passed) == {f"{name} (data.picture={wanted})": 4 for name in others}
+    left = {} if wanted == "all" else {f"{name} (data.picture={wanted})": 4 for name in others}
+    assert counts(source.passed) == left
     with pytest.raises(DataError, match=f'a.tar has no picture "depth"; give one of {names} as data.picture$'):
         open_raw(path, reading=Reading(picture="depth"))
 
@@ -267,6 +269,80 @@ ONE = {
 def test_one_picture_an_example(tmp_path, case):
     path = shard(tmp_path / "a.tar", ONE[case])
     assert levels(open_raw(path)) == levels(open_raw(path, reading=Reading(picture="mask"))) == [0, 1, 2, 3]
+
+
+PAIRS = {
+    "dots": ("{}.input.png", "{}.mask.png"), "underscores": ("{}_input.png", "{}_mask.png"),
+    "hyphens": ("img-{}-input.png", "img-{}-mask.png"), "one without a name": ("{}.png", "{}_mask.png"),
+    "in folders of classes": ("cat/{}_input.png", "cat/{}_mask.png"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs_are_asked_about_however_they_are_kept(tmp_path, kept, case):
+    path = KEPT[kept](tmp_path, {name.format(i): png(i) for i in range(4) for name in PAIRS[case]})
+    with pytest.raises(DataError, match="has several pictures in each example: (input, mask|mask, png); choose one"):
+        open_raw(path)
+    source = open_raw(path, reading=Reading(picture="mask"))
+    assert len(source) == 4 and all("mask" in source.name(i) for i in range(4))
+    assert sum(counts(source.passed).values()) == 4
+    assert len(open_raw(path, reading=Reading(picture="all"))) == 8
+
+
+PEOPLE = {
+    "screenshots": [f"Screenshot 2021-01-01 at 12.30.{i} PM.png" for i in (10, 11)],
+    "screenshots of two days": [f"Screenshot 2021-01-0{d} at 1{d}.30.{i} PM.png" for d in (1, 2) for i in (d, 5 + d)],
+    "persons": ["Mr. Smith 1.png", "Mr. Jones.png", "Dr. Who.png"],
+    "exports": [f"img{i}_jpg.rf.{i}c0ffee.png" for i in range(4)],
+    "counted": [f"cat_{i}.png" for i in range(4)],
+    "frames": [f"scene{i}_frame{j}.png" for i in range(2) for j in range(2)],
+    "two endings": ["a.png", "b.png", "c.jpg", "d.jpg", "d.png"],
+    "one mask": ["a.png", "a.mask.png", "b.png", "c.png"],
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("case", PEOPLE)
+def test_names_as_people_write_them_are_no_examples(tmp_path, kept, case):
+    path = KEPT[kept](tmp_path, {name: png(i) for i, name in enumerate(PEOPLE[case])})
+    assert sorted(levels(open_raw(path))) == list(range(len(PEOPLE[case])))
+
+
+def test_what_is_printed_can_be_pasted(tmp_path):
+    fields = ("left eye.png", "right eye.png")
+    with pytest.raises(DataError, match="choose one with --set data.picture='left eye', or --picture 'left eye' for"):
+        open_raw(shard(tmp_path / "a.tar", several(fields)))
+
+
+LABELLED = {
+    "numbers": ["img.000", "img.001", "img.002"], "dates": ["2021.01.05", "2021.01.06", "2021.02.05"],
+    "persons": ["Mr. Smith 1", "Mr. Jones", "Mr. Smith 2"], "times": ["at 12.30.10 PM", "at 12.30.11 PM", "at 1.30 PM"],
+    "in folders": ["a/1", "b/1", "a/2.x"], "plain": ["1", "2", "3"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LABELLED)
+@pytest.mark.parametrize("form", ["{}.cls", "{}.json"])
+def test_labels_by_the_names_of_their_pictures(tmp_path, case, form):
+    members = {}
+    for i, stem in enumerate(LABELLED[case]):
+        label = f"{2 - i}" if form == "{}.cls" else f'{{"label": {2 - i}}}'
+        members |= {f"{stem}.png": png(i), form.format(stem): label.encode()}
+    source = open_raw(shard(tmp_path / "a.tar", members))
+    assert dict(zip(levels(source), source.labels, strict=True)) == {0: 2, 1: 1, 2: 0} and source.passed == ()
+
+
+def test_labels_of_an_example(tmp_path):
+    """For all its pictures, by a field of their own, and beside a JSON without one."""
+    frames = {f"{clip}.{i}.png": png(i) for clip in "ab" for i in range(2)}
+    path = shard(tmp_path / "a.tar", frames | {"a.cls": b"1", "b.cls": b"0", "a.json": b"{}", "b.json": b"{}"})
+    assert open_raw(path).labels == (1, 1, 0, 0)
+    path = shard(tmp_path / "b.tar", {"1.png": png(1), "2.png": png(2), "1.kind.cls": b"1", "2.kind.cls": b"0"})
+    assert open_raw(path).labels == (1, 0)
+    pairs = {f"{i}_{kind}.png": png(i) for i in range(3) for kind in ("in", "out")}
+    path = shard(tmp_path / "c.tar", pairs | {f"{i}.cls": str(2 - i).encode() for i in range(3)})
+    assert open_raw(path, reading=Reading(picture="in")).labels == (2, 1, 0)
 
 
 def test_classes_by_folder_in_several_shards(tmp_path):

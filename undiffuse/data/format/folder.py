@@ -20,6 +20,7 @@ from torch import Tensor
 
 from undiffuse.data import labelfile, picture
 from undiffuse.data.arrange import arrange
+from undiffuse.data.format import webdataset
 from undiffuse.data.format.arrays import whole
 from undiffuse.data.listing import ending, inner, is_hidden, is_picture, own_folders, walk
 from undiffuse.data.passed import Passed, kinds, line, split_own
@@ -172,11 +173,13 @@ def pictures(spec: str, files: Files, split: Split, reading: Reading) -> Picture
         given = labelfile.find(others, files.load)
     except UNREADABLE as error:
         raise DataError(f"{spec} has a file of labels that cannot be read: {error}") from error
+    picked = webdataset.one_each(spec, found, reading.picture)
+    found = picked.names
     arranged = arrange(spec, found, split, by_folder=given is None)
     if given is not None:
         arranged = labelfile.relabelled(spec, found, arranged, given)
         others = [name for name in others if name not in given.files]
-    passed = (*own, *kinds(others, files.open), *arranged.passed)
+    passed = (*own, *kinds(others, files.open), *picked.passed, *arranged.passed)
     chosen = tuple(found[i] for i in arranged.chosen)
     return Pictures(chosen, files.load, arranged.labels, arranged.classes, reading, passed)
 

@@ -234,10 +234,12 @@ def _examples(spec: str, members: Members, split: Split, reading: Reading, near:
     if not found:
         what = line((*own, *near, *kinds(others, members.open)))
         raise DataError(f"{spec} has no pictures in its tar files; expected members like 1.jpg{what and f': {what}'}")
-    found, unwanted = webdataset.one_each(spec, found, reading.picture)
+    picked = webdataset.one_each(spec, found, reading.picture)
+    found, unwanted = picked.names, picked.passed
     small = [n for n in others if ending(n) in webdataset.LABELS and members.places[n].size <= LABEL_BYTES]
-    keys = set(map(webdataset.key_of, found))
-    own_labels = webdataset.labels_of([n for n in small if webdataset.key_of(n) in keys], members.load)
+    named = {each for name in found for each in webdataset.candidates(name, picked.keys[name])}
+    stems = {name: stem for name, stem in webdataset.label_stems(small).items() if stem in named}
+    own_labels = webdataset.labels_of(list(stems), members.load)
     given = None if own_labels else labelfile.find([members.inside[n] for n in others],
                                                    lambda name: members.load(by_inside[name]))  # fmt: skip
     insides = [members.inside[name] for name in found]
@@ -247,8 +249,8 @@ def _examples(spec: str, members: Members, split: Split, reading: Reading, near:
     names = tuple(found[i] for i in arranged.chosen)
     labels, classes = arranged.labels, arranged.classes
     if own_labels:
-        by_key = {webdataset.key_of(name): label for name, label in own_labels.items()}
-        labels, classes = webdataset.labelled(spec, names, by_key)
+        by_stem = {stems[name]: label for name, label in own_labels.items()}
+        labels, classes = webdataset.labelled(spec, {name: picked.keys[name] for name in names}, by_stem)
     files = set() if given is None else set(given.files)
     unread = kinds([n for n in others if n not in own_labels and members.inside[n] not in files], members.open)
     return Pictures(names, members.load, labels, classes, reading, (*own, *near, *unread, *unwanted, *arranged.passed))

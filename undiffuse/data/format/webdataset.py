@@ -1,56 +1,107 @@
-"""Examples in archives as webdataset reads them: members whose names are equal up to the first dot are one example."""
+"""Several files that are one example: `0001.input.png`, `0001.mask.png`, as webdataset writes them, or `0001_mask.png`.
+
+Only what repeats from example to example is the name of a picture; other dots belong to names as people write them.
+"""
 
 import json
-from collections import defaultdict
+import re
+import shlex
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from undiffuse.data.labelfile import MAX_CLASSES
+from undiffuse.data.listing import FOLDER, ending
 from undiffuse.data.passed import Passed
 from undiffuse.errors import DataError
 
 LABELS = (".cls", ".json")  # endings of members that may hold the number of a class
 
+MOST, NEARLY_ALL = 0.5, 0.9  # shares of the examples that have several pictures, so that these are asked about
+MARKED = re.compile(r"(.*[^/_-])[_-]+([A-Za-z]+)", re.DOTALL)
+ALL = "all"
+
 Load = Callable[[str], bytes]
 
 
-def key_of(name: str) -> str:
-    """What the members of one example have in common: all before the first dot of the last part."""
+@dataclass(frozen=True)
+class Chosen:
+    """The pictures that are read, the example that each belongs to, and what is left out."""
+
+    names: list[str]
+    keys: dict[str, str]
+    passed: tuple[Passed, ...] = ()
+
+
+def stem_of(name: str) -> str:
+    """All before the last dot of the last part."""
     folder, slash, last = name.rpartition("/")
-    return f"{folder}{slash}{last.partition('.')[0]}"
+    return f"{folder}{slash}{last.rpartition('.')[0] or last}"
 
 
-def field_of(name: str) -> tuple[str, str]:
-    """`mask`, `png` of `0001.mask.png`: the name of a picture within its example, if it has one, and its ending."""
-    _, *fields, ending = name.rpartition("/")[2].split(".")
-    return ".".join(field for field in fields if not field.isdecimal()), ending
+def by_dots(name: str) -> tuple[str, str]:
+    """`0001`, `mask` of `0001.mask.png`: the example, and the name of the picture within it, empty if it has none.
+
+    Numbers are no names: `photo.001.png` and `photo.002.png` are two examples.
+    """
+    folder, slash, last = stem_of(name).rpartition("/")
+    first, *parts = last.split(".")
+    numbers = [part for part in parts if part.isdecimal()]
+    return f"{folder}{slash}{'.'.join([first, *numbers])}", ".".join(part for part in parts if not part.isdecimal())
 
 
-def one_each(spec: str, names: Sequence[str], wanted: str) -> tuple[list[str], tuple[Passed, ...]]:
-    """The pictures of that name; all where each example has one. DataError that asks which, and for one not there."""
-    groups: defaultdict[str, set[str]] = defaultdict(set)
-    offered = {name: field or ending.lower() for name in names for field, ending in [field_of(name)]}
-    for name in names:
-        # Numbers are no names: `photo.001.png`, `photo.002.png` are two examples.
-        numbers = [part for part in name.rpartition("/")[2].split(".")[1:] if part.isdecimal()]
-        groups[".".join([key_of(name), *numbers])].add(offered[name])
-    known = sorted(set(offered.values()))
-    several = max(groups.values(), key=len)
-    if len(several) == 1 and wanted not in known:  # a name that was meant for another data set
-        return list(names), ()
+def by_mark(name: str) -> tuple[str, str]:
+    """The same of `0001_mask.png` or `0001-mask.png`."""
+    stem = stem_of(name)
+    found = MARKED.fullmatch(stem)
+    return (found[1], found[2]) if found else (stem, "")
+
+
+def one_each(spec: str, names: Sequence[str], wanted: str) -> Chosen:
+    """The pictures of that name; all where each example has one, or for `all`.
+
+    DataError that asks which, and for a name that is not there.
+    """
+    every = Chosen(list(names), {name: by_dots(name)[0] for name in names})
+    for parse, share in ((by_dots, MOST), (by_mark, NEARLY_ALL)):
+        parsed = {name: parse(name) for name in names}
+        fields = _fields(parsed, share)
+        if fields:
+            break
+    else:
+        return every  # a name that is wanted was meant for another data set
     if not wanted:
-        raise which(spec, sorted(several), "pictures in each example")
-    chosen = [name for name in names if wanted in (offered[name], ".".join(filter(None, field_of(name))))]
+        raise which(spec, fields, "pictures in each example", f", or {ALL} to read {ALL} of them")
+    if wanted == ALL and ALL not in fields:
+        return every
+    offered = {name: field or ending(name)[1:] for name, (_, field) in parsed.items()}
+    chosen = [name for name in names if wanted in (offered[name], f"{parsed[name][1]}{ending(name)}".lstrip("."))]
     if not chosen:
-        raise not_there(spec, wanted, known)
-    left = [offered[name] for name in names if name not in set(chosen)]
-    return chosen, tuple(Passed(left.count(name), f"{name} (data.picture={wanted})") for name in known if name in left)
+        raise not_there(spec, wanted, fields)
+    kept = set(chosen)
+    left = Counter(offered[name] if offered[name] in fields else ending(name) for name in names if name not in kept)
+    passed = tuple(Passed(count, f"{field} (data.picture={wanted})") for field, count in sorted(left.items()))
+    return Chosen(chosen, {name: parsed[name][0] for name in chosen}, passed)
 
 
-def which(spec: str, names: Sequence[str], what: str) -> DataError:
+def _fields(parsed: dict[str, tuple[str, str]], share: float) -> list[str]:
+    """The names of pictures that repeat from example to example, where so many of these have several; else none."""
+    groups: defaultdict[str, set[str]] = defaultdict(set)
+    for name, (key, field) in parsed.items():
+        if not FOLDER.fullmatch(field):  # `1_train.png`, `1_test.png` are no one example
+            groups[key].add(field or ending(name)[1:])
+    counts = Counter(field for fields in groups.values() for field in fields)
+    common = {field for field, count in counts.items() if count > 1 and count >= share * len(groups)}
+    several = sum(len(fields & common) > 1 for fields in groups.values())
+    return sorted(common) if several > 1 and several >= share * len(groups) else []
+
+
+def which(spec: str, names: Sequence[str], what: str, more: str = "") -> DataError:
     """Asks for one of several pictures."""
+    first = shlex.quote(names[0])
     return DataError(
-        f"{spec} has several {what}: {', '.join(names)}; choose one with --set data.picture={names[0]}, "
-        f"or --picture {names[0]} for `undiffuse data`"
+        f"{spec} has several {what}: {', '.join(names)}; choose one with --set data.picture={first}, "
+        f"or --picture {first} for `undiffuse data`{more}"
     )
 
 
@@ -63,11 +114,32 @@ def labels_of(names: Sequence[str], load: Load) -> dict[str, int]:
     return {name: label for name in names if (label := _label(name, load(name))) is not None}
 
 
+def candidates(name: str, key: str) -> list[str]:
+    """The names, without an ending, that a member with the label of a picture may have; the nearest first.
+
+    `0001.rgb.left`, `0001.rgb`, `0001` for `0001.rgb.left.png`.
+    """
+    folder, slash, last = stem_of(name).rpartition("/")
+    parts = last.split(".")
+    return list(dict.fromkeys([*(f"{folder}{slash}{'.'.join(parts[:k])}" for k in range(len(parts), 0, -1)), key]))
+
+
+def label_stems(names: Sequence[str]) -> dict[str, str]:
+    """The names of members with labels without the ending, and without what all of them have: `0001.label.cls`."""
+    fields = {by_dots(name)[1] for name in names}
+    shared = len(fields) == 1 and len(names) > 1
+    return {name: by_dots(name)[0] if shared else stem_of(name) for name in names}
+
+
 def labelled(
-    spec: str, names: Sequence[str], labels: dict[str, int]
+    spec: str, pictures: dict[str, str], labels: dict[str, int]
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
-    """A label for each picture and the names of the classes, or neither; `labels` are by `key_of`."""
-    found = [labels.get(key_of(name)) for name in names]
+    """A label for each picture and the names of the classes, or neither.
+
+    `pictures` are names with the keys of their examples, `labels` are by `label_stems`.
+    """
+    names = list(pictures)
+    found = [next((labels[c] for c in candidates(*each) if c in labels), None) for each in pictures.items()]
     known = [label for label in found if label is not None]
     if not known:
         return None, None
