@@ -8,7 +8,7 @@ from tests.data.test_passed import KEPT, PNG, as_folder, as_tar, as_zip, fill
 from undiffuse.data import listing
 from undiffuse.data.arrange import arrange
 from undiffuse.data.pack import open_data
-from undiffuse.data.passed import counts
+from undiffuse.data.passed import counts, line
 from undiffuse.data.source import open_raw
 from undiffuse.errors import DataError
 
@@ -103,6 +103,118 @@ def test_held_out_splits_alone_are_not_trained_on(tmp_path):
     with pytest.raises(DataError, match=f"^{path} {message}"):
         open_raw(path)
     assert open_raw(path, "test").names == ("test/2.png",)
+
+
+KINDS = {
+    "letters": (["trainA", "trainB", "testA", "testB"], "trainA/, trainB/", "trainA/"),
+    "words": (["train_hr", "train_lr", "test_hr", "test_lr"], "train_hr/, train_lr/", "train_hr/"),
+    "before": (["x-train", "y-train", "x-val", "y-val"], "x-train/, y-train/", "x-train/"),
+    "below": (["a/trainA", "a/trainB", "a/valA", "a/valB"], "trainA/, trainB/", "a/trainA/"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("case", KINDS)
+def test_training_splits_of_several_kinds_are_asked_about(tmp_path, kept, case):
+    folders, kinds, first = KINDS[case]
+    path = KEPT[kept](tmp_path, pictures(*(f"{folder}/{folder[-1]}.png" for folder in folders)))
+    for split in ("train", "test"):
+        with pytest.raises(DataError) as refused:
+            open_raw(path, split)
+        assert str(refused.value) == (
+            f"{path} has several training splits: {kinds}; give one of these folders itself, such as {first}"
+        )
+
+
+def test_one_kind_or_a_plain_pair_beside_others_is_taken(tmp_path):
+    path = as_folder(tmp_path / "one", pictures("train_hr/1.png", "test_hr/2.png"))
+    assert (open_raw(path).names, open_raw(path, "test").names) == (("train_hr/1.png",), ("test_hr/2.png",))
+    path = as_folder(tmp_path / "plain", pictures("train/1.png", "test/2.png", "train_masks/3.png", "test_masks/4.png"))
+    assert (open_raw(path).names, open_raw(path, "test").names) == (("train/1.png",), ("test/2.png",))
+    used = "(train/ is trained on, test/ is held out)"
+    assert counts(open_raw(path).passed) == {f"in test_masks/ {used}": 1, f"in train_masks/ {used}": 1}
+
+
+@pytest.mark.parametrize("folders", [["dev", "holdout", "test", "val"], ["dev", "extra", "test"], ["held_out", "test"]])
+def test_held_out_splits_beside_other_folders_are_not_trained_on(tmp_path, folders):
+    path = as_folder(tmp_path, pictures(*(f"{folder}/1.png" for folder in folders)))
+    only = ", ".join(f"{folder}/" for folder in folders)
+    with pytest.raises(DataError) as refused:
+        open_raw(path)
+    assert str(refused.value) == (
+        f"{path} has no train split, only {only}; give one of these folders itself, or --split test for test/"
+    )
+    assert open_raw(path, "test").names == ("test/1.png",)
+
+
+def test_a_line_for_what_looks_like_a_split_and_is_read(tmp_path):
+    path = as_folder(tmp_path / "a", pictures("cat/1.png", "test_hr/2.png", "test_hr/3.png", "trainer/4.png"))
+    assert line(open_raw(path).passed) == "looks like a split but is read with the rest: test_hr/ (2)"
+    assert counts(open_raw(path).passed) == {"splits test_hr/": 2}
+    path = as_folder(tmp_path / "b", pictures("train_0.png", "test_0.png", "cat.png"))
+    expected = 'looks like a split but is read with the rest: files named "test" (1), files named "train" (1)'
+    assert line(open_raw(path).passed) == expected and len(open_raw(path)) == 3
+    for k, names in enumerate(
+        [("train/1.png", "bus/2.png"), ("steam train.png", "cat.png"), ("tests/1.png", "b/2.png")]
+    ):
+        assert open_raw(as_folder(tmp_path / str(k), pictures(*names))).passed == ()
+
+
+FLAT = {
+    "before": ["train_0.png", "train_1.png", "test_0.png", "val_0.png"],
+    "after": ["0-Train.png", "1-Train.png", "0-Test.png", "0-Val.png"],
+    "counted": ["train0.png", "train1.png", "test0.png", "val0.png"],
+    "below": ["x/train.0.png", "x/train.1.png", "x/test.0.png", "x/val.0.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("case", FLAT)
+def test_splits_by_the_names_of_files(tmp_path, kept, case):
+    path = KEPT[kept](tmp_path, pictures(*FLAT[case]))
+    train, test = open_raw(path), open_raw(path, "test")
+    assert [len(train), len(test)] == [2, 1] and "test" in test.name(0).rpartition("/")[2].lower()
+    used = 'files named "train" are trained on, files named "test" are held out'
+    assert counts(train.passed) == {f'in files named "val" ({used})': 1} and train.labels is None
+
+
+def test_splits_by_the_names_of_files_in_class_folders(tmp_path):
+    names = [f"{kind}/{split}_{kind}.png" for kind in ("cat", "dog") for split in ("train", "test")]
+    path = as_folder(tmp_path, pictures(*names))
+    assert classes_of(open_raw(path)) == ({"train_cat.png": "cat", "train_dog.png": "dog"}, ("cat", "dog"))
+    assert classes_of(open_raw(path, "test")) == ({"test_cat.png": "cat", "test_dog.png": "dog"}, ("cat", "dog"))
+
+
+IN_EACH = {
+    "one folder more": (["dogs/extra/5.png"], "in extra/"), "a picture in a class": (["dogs/5.png"], "in dogs/"),
+    "a stray": (["5.png"], "beside the splits"), "another folder": (["misc/5.png"], "in misc/"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IN_EACH)
+def test_a_split_in_each_class_and_what_lies_beside(tmp_path, case):
+    names = [f"{kind}/{split}/{kind}.png" for kind in ("cats", "dogs") for split in ("Train", "Val")]
+    more, where = IN_EACH[case]
+    path = as_folder(tmp_path, pictures(*names, *more))
+    assert (len(open_raw(path)), len(open_raw(path, "test"))) == (2, 2)
+    assert open_raw(path).classes == open_raw(path, "test").classes == ("cats", "dogs")
+    assert counts(open_raw(path).passed) == {f"{where} (Train/ is trained on, Val/ is held out)": 1}
+
+
+def test_a_class_without_a_test_split(tmp_path):
+    names = ["cats/Train/1.png", "cats/Val/2.png", "dogs/Train/3.png", "dogs/Val/4.png", "fox/Train/5.png"]
+    path = as_folder(tmp_path, pictures(*names))
+    assert open_raw(path).classes == ("cats", "dogs", "fox")
+    assert open_raw(path, "test").labels == (0, 1)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_is_never_a_class(tmp_path, kept):
+    """Folders without pictures, and those that only the test split has."""
+    files = pictures("train/a/1.png", "train/b/2.png", "test/a/3.png", "test/c/4.png", "train/d/._1.png")
+    path = KEPT[kept](tmp_path, files | {"train/e/notes.txt": b"", "train/f/1.json": b"{}", "notes/x.txt": b""})
+    assert open_raw(path).classes == open_raw(path, "test").classes == ("a", "b")
+    assert "in c/ (no class of the training split)" in counts(open_raw(path, "test").passed)
 
 
 def test_a_split_in_each_class(tmp_path):

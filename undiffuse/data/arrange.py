@@ -8,9 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from undiffuse.data.listing import counting, splits
-from undiffuse.data.passed import Passed
+from undiffuse.data.listing import counting, look_like_splits, several_kinds, split_inside, splits, used
+from undiffuse.data.passed import LOOKS, Passed
 from undiffuse.errors import DataError
+
+FILES = 'files named "{}"'
+SHOWN = 8  # folders, in an error
 
 Folders = tuple[str, ...]
 
@@ -37,30 +40,51 @@ def arrange(spec: str, names: Sequence[str], split: str, by_folder: bool = True)
     paths = [tuple(name.split("/")[:-1]) for name in names]
     root = _common(paths)
     below = {path[len(root)] for path in paths if _is_below(path, root)}
-    named = splits(below)
+    named, form = splits(below), "{}/"
+    if not named and (kinds := several_kinds(below)):
+        raise DataError(
+            f"{spec} has several training splits: {', '.join(f'{name}/' for name in kinds)}; "
+            f"give one of these folders itself, such as {'/'.join((*root, kinds[0]))}/"
+        )
     if not named and (inner := _splits_in_each(paths, root, below)):
-        paths = [(*root, path[len(root) + 1], path[len(root)], *path[len(root) + 2 :]) for path in paths]
-        below, named = {path[len(root)] for path in paths}, inner
+        paths = [_turned(path, root) for path in paths]
+        below, named = {path[len(root)] for path in paths if _is_below(path, root)}, inner
+    words = [split_inside(name) for name in names]
+    if not named and all(words) and len(found := splits(words)) == 2:
+        paths = [(*root, word, *path[len(root) :]) for path, word in zip(paths, words, strict=True)]
+        below, named, form = set(words), found, FILES
     if not named:
         if split == "test":
             raise no_split(spec, split)
         everything = range(len(paths))
-        return _by_class(paths, everything) if by_folder else Arranged(tuple(everything), None, None)
+        found = _by_class(paths, everything) if by_folder else Arranged(tuple(everything), None, None)
+        return replace(found, passed=(*found.passed, *_unused(paths, root, words)))
     if split not in named:
+        shown = [*(f"{name}/" for name in sorted(below)[:SHOWN]), *(["…"] if len(below) > SHOWN else [])]
         raise DataError(
-            f"{spec} has no {split} split, only {', '.join(f'{name}/' for name in sorted(below))}; "
+            f"{spec} has no {split} split, only {', '.join(shown)}; "
             f"give one of these folders itself, or --split test for {named['test']}/"
         )
     tops = {word: (*root, name) for word, name in named.items()}
     inside = {word: [i for i, path in enumerate(paths) if path[: len(top)] == top] for word, top in tops.items()}
     # Those of neither split are told with the one that is trained on.
-    passed = _beside(paths, root, named) if split == "train" or "train" not in named else ()
+    passed = _beside(paths, root, named, form) if split == "train" or "train" not in named else ()
     if not by_folder:
         return Arranged(tuple(inside[split]), None, None, passed)
     first = "train" if "train" in named else "test"  # whose folders are the classes of both
     trained = _by_class(paths, inside[first])
     found = trained if split == first else _held_out(paths, inside[split], trained)
     return replace(found, passed=(*passed, *found.passed))
+
+
+def _unused(paths: Sequence[Folders], root: Folders, words: Sequence[str]) -> tuple[Passed, ...]:
+    """What looks like a split by its name and is read with the rest."""
+    places = Counter(path[len(root)] for path in paths if _is_below(path, root))
+    passed = [Passed(places[name], f"{name}/", LOOKS) for name in look_like_splits(places)]
+    in_files = Counter(filter(None, words))
+    if len(splits(in_files)) == 2:
+        passed += [Passed(count, f'files named "{word}"', LOOKS) for word, count in sorted(in_files.items())]
+    return tuple(passed)
 
 
 def _common(paths: Sequence[Folders]) -> Folders:
@@ -76,27 +100,31 @@ def _is_below(path: Folders, root: Folders) -> bool:
 
 
 def _splits_in_each(paths: Sequence[Folders], root: Folders, below: set[str]) -> dict[str, str]:
-    """The splits where each class has its own: `cat/train/…`, `cat/test/…`, `dog/train/…`."""
+    """The splits where each class, or nearly each, has its own: `cat/train/…`, `cat/test/…`, `dog/train/…`."""
     depth = len(root) + 1
-    if len(below) < 2 or any(len(path) <= depth for path in paths):
-        return {}
-    each = [frozenset(path[depth] for path in paths if path[depth - 1] == name) for name in below]
-    return splits(each[0]) if len(set(each)) == 1 and len(splits(each[0])) == 2 else {}
+    each = {name: {path[depth] for path in paths if path[depth - 1 : depth] == (name,) and len(path) > depth}
+            for name in below}  # fmt: skip
+    named = splits(set().union(*each.values()))
+    having = [name for name, inside in each.items() if len(named) == 2 and inside & set(named.values())]
+    both = [name for name in having if set(named.values()) <= each[name]]
+    return named if len(both) > 1 and 2 * len(having) > len(below) else {}
 
 
-def _beside(paths: Sequence[Folders], root: Folders, named: dict[str, str]) -> tuple[Passed, ...]:
+def _turned(path: Folders, root: Folders) -> Folders:
+    """With the split above the class."""
+    depth = len(root)
+    return (*root, path[depth + 1], path[depth], *path[depth + 2 :]) if len(path) > depth + 1 else path
+
+
+def _beside(paths: Sequence[Folders], root: Folders, named: dict[str, str], form: str) -> tuple[Passed, ...]:
     """Pictures in neither split."""
     places = Counter(path[len(root)] if _is_below(path, root) else "" for path in paths)
+    told = used(named, form)
     return tuple(
-        Passed(count, f"in {place}/ ({_used(named)})" if place else f"beside the splits ({_used(named)})")
+        Passed(count, f"in {form.format(place)} ({told})" if place else f"beside the splits ({told})")
         for place, count in sorted(places.items())
         if place not in named.values()
     )
-
-
-def _used(named: dict[str, str]) -> str:
-    kinds = {"train": "is trained on", "test": "is held out"}
-    return ", ".join(f"{name}/ {kinds[word]}" for word, name in named.items())
 
 
 def _by_class(paths: Sequence[Folders], chosen: Sequence[int]) -> Arranged:

@@ -18,10 +18,13 @@ Split = Literal["train", "test"]
 # What the two splits are called. Where several held-out ones lie beside each other, the first of these is taken.
 TRAIN = ("train", "training")
 HELD_OUT = ("test", "testing", "t10k", "val", "valid", "validation", "eval", "evaluation", "dev")
+HELD_OUT += ("holdout", "hold-out", "hold_out", "heldout", "held-out", "held_out")
 WORDS = "|".join(sorted((*TRAIN, *HELD_OUT), key=len, reverse=True))
 # `train`, `Training Set`, `val2017`, `seg_test`.
 FOLDER = re.compile(rf"(?:(.*)[-_ .])?({WORDS})(?:[-_ .]?(?:\d+|sets?|images?|imgs?|data|split))?", re.IGNORECASE)
-INSIDE = re.compile(rf"(?:^|[-_ .])({WORDS})(?=[-_ .]|$)", re.IGNORECASE)  # `birds-train-0`
+# `trainA`, `test_hr`: of the kind that is named after it.
+KIND = re.compile(rf"(?:(.*)[-_ .])?({WORDS})([-_ .].+|(?-i:[A-RT-Z]))", re.IGNORECASE)
+INSIDE = re.compile(rf"(?:^|[-_ .])({WORDS})(?=[-_ .\d]|$)", re.IGNORECASE)  # `birds-train-0`
 
 # What systems and their tools put beside the files of users; names that begin with a dot are hidden too.
 SYSTEM = frozenset(
@@ -64,21 +67,55 @@ def counting(name: str) -> tuple[list[tuple[int, int, str]], str]:
 def splits(names: Iterable[str]) -> dict[str, str]:
     """The names that stand for "train" and "test", where both are there; only "test" where all are held out.
 
-    Empty where the names are no splits.
+    Empty where the names are no splits, or are those of several kinds (`several_kinds`).
     """
-    known = list(names)
-    sets: dict[str, dict[str, str]] = {}
-    for name in sorted(known, key=lambda name: (len(name), name)):
-        if found := FOLDER.fullmatch(name):
-            sets.setdefault((found[1] or "").casefold(), {}).setdefault(found[2].casefold(), name)
-    for words in sets.values():
-        train = next((words[word] for word in TRAIN if word in words), None)
-        test = next((words[word] for word in HELD_OUT if word in words), None)
-        if train is not None and test is not None:
-            return {"train": train, "test": test}
-        if test is not None and len(words) == len(known) > 1:
-            return {"test": test}
-    return {}
+    sets = _by_kind(names)
+    found = [pair for pair in map(_pair, sets.values()) if pair]
+    if ("", "") in sets and (plain := _pair(sets["", ""])):
+        return plain
+    if len(found) == 1:
+        return found[0]
+    if any(word in words for words in sets.values() for word in TRAIN):
+        return {}
+    held = next((words for words in sets.values() if len(words) > 1), {})
+    return {"test": next(held[word] for word in HELD_OUT if word in held)} if held else {}
+
+
+def used(named: dict[str, str], form: str) -> str:
+    """`train/ is trained on, test/ is held out`, where `form` is `{}/`."""
+    kinds, verb = {"train": "trained on", "test": "held out"}, "are" if form.startswith("files") else "is"
+    return ", ".join(f"{form.format(name)} {verb} {kinds[word]}" for word, name in named.items())
+
+
+def several_kinds(names: Iterable[str]) -> list[str]:
+    """The training splits of several kinds that each have a held-out one, such as `trainA` and `trainB`; else none."""
+    sets = _by_kind(names)
+    if ("", "") in sets and _pair(sets["", ""]):
+        return []
+    found = sorted(pair["train"] for pair in map(_pair, sets.values()) if pair)
+    return found if len(found) > 1 else []
+
+
+def look_like_splits(names: Iterable[str]) -> list[str]:
+    """Those that seem to be held out, and, where there are such, those that seem to be for training."""
+    found = [(name, word) for name in names for words in _by_kind([name]).values() for word in words]
+    return sorted(name for name, _ in found) if any(word in HELD_OUT for _, word in found) else []
+
+
+def _by_kind(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Names by their words for a split, of each kind: what comes before and after the word."""
+    sets: dict[tuple[str, str], dict[str, str]] = {}
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        if found := FOLDER.fullmatch(name) or KIND.fullmatch(name):
+            before, word, *after = (part or "" for part in found.groups())
+            sets.setdefault((before.casefold(), "".join(after).casefold()), {}).setdefault(word.casefold(), name)
+    return sets
+
+
+def _pair(words: dict[str, str]) -> dict[str, str]:
+    train = next((words[word] for word in TRAIN if word in words), None)
+    test = next((words[word] for word in HELD_OUT if word in words), None)
+    return {} if train is None or test is None else {"train": train, "test": test}
 
 
 def split_inside(name: str) -> str:

@@ -23,6 +23,7 @@ HINTS = (
     | dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".npz", ".npy", ".parquet"), "give the file itself to read it")
     | dict.fromkeys((".rar", ".7z", ".gz"), "unpack it")
 )
+LOOKS = "split"  # the noun of what is read as data though it is named like a split
 PLURAL = {"class": "classes"}
 Open = Callable[[str], BufferedIOBase]
 
@@ -49,6 +50,10 @@ def line(passed: Iterable[Passed]) -> str:
     said = []
     for noun, kinds in groups.items():
         kinds.sort(key=lambda each: -each.count)
+        if noun == LOOKS:
+            names = ", ".join(f"{each.what} ({each.count:,})" for each in kinds[:KINDS])
+            said.append(f"looks like a split but is read with the rest: {names}{', …' if kinds[KINDS:] else ''}")
+            continue
         total = sum(each.count for each in kinds)
         shown = [f"{each.count:,} {each.what}" for each in kinds[:KINDS]]
         if rest := kinds[KINDS:]:
