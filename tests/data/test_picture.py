@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from undiffuse.data import picture
+from undiffuse.data.source import open_raw
 from undiffuse.errors import DataError, UsageError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -306,3 +307,13 @@ def test_channels():
     message = "4 channels cannot be turned into 3, only grey and RGB into each other; keep them with "
     with pytest.raises(DataError, match=f"^{re.escape(message)}--set data.channels=4$"):
         picture.fit(noise(4, 4, 4), None, 3)
+
+
+def test_every_ending_of_what_pillow_decodes_is_read(tmp_path):
+    """MPO, of cameras with two lenses, is opened as JPEG is; what Pillow only writes is not read."""
+    assert {".mpo", ".jpg", ".png", ".apng", ".dib"} <= picture.suffixes()
+    assert not {".pdf", ".eps", ".palm", ".mpg", ".wmf"} & picture.suffixes()
+    first, second = (Image.new("RGB", (8, 8), (level,) * 3) for level in (50, 200))
+    first.save(tmp_path / "a.MPO", "MPO", save_all=True, append_images=[second])
+    item = open_raw(tmp_path)[0]
+    assert item.frames == 2 and int(item.image.float().mean()) == 50

@@ -29,6 +29,7 @@ MAX_PIXELS = 2**26
 MAX_BYTES = 2**30
 # EPS runs an external program; the others are recognised by Pillow but not decoded.
 UNREADABLE = {"EPS", "PDF", "MPEG", "HDF5", "GRIB", "BUFR", "WMF"}
+UNDER_ANOTHER = {"MPO": "JPEG"}  # formats that Pillow decodes by opening another one
 VARIANTS = {"ICO", "ICNS", "PSD"}  # with several sizes, or layers, of one picture
 HEAD = 2**20  # bytes in which a file says how many pictures it has
 # Modules of the extra `pictures`, and the function in each that adds it to Pillow, where the import does not.
@@ -67,7 +68,8 @@ def suffixes() -> frozenset[str]:
     """The file endings of the formats that Pillow decodes, lower case."""
     add_plugins()
     registered = Image.registered_extensions()
-    return frozenset(ext for ext, kind in registered.items() if kind in Image.OPEN and kind not in UNREADABLE)
+    readable = Image.OPEN.keys() - UNREADABLE
+    return frozenset(ext for ext, kind in registered.items() if UNDER_ANOTHER.get(kind, kind) in readable)
 
 
 def colour(name: str) -> Colour:
