@@ -272,6 +272,17 @@ def test_a_single_idx_file_takes_the_labels_beside_it(tmp_path):
         open_source(images, split="test")
 
 
+def test_names_in_capital_letters(tmp_path):
+    folder = put_mnist(tmp_path / "mnist")
+    for file in list(folder.iterdir()):
+        file.rename(folder / file.name.upper())
+    (folder / "preview.png").write_bytes(b"")
+    for split, count in (("train", 4), ("test", 1)):
+        assert open_source(folder, split=split).labels.tolist() == LABELS[:count].tolist()
+    single = open_source(folder / "TRAIN-IMAGES-IDX3-UBYTE")
+    assert single.labels.tolist() == LABELS[:4].tolist()
+
+
 def test_a_missing_part(tmp_path):
     folder = put_mnist(tmp_path / "mnist")
     (folder / "t10k-images-idx3-ubyte").unlink()

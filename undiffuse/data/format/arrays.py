@@ -178,7 +178,7 @@ class Idx(Format):
     @staticmethod
     def match(spec: str) -> int:
         path = Path(spec)
-        below = any(_is_idx(file) and "images" in file.name for file in _listing(path))
+        below = any(_is_idx(file) and "images" in file.name.lower() for file in _listing(path))
         return 2 if below or (_is_idx(path) and path.is_file()) else 0
 
     @staticmethod
@@ -186,8 +186,9 @@ class Idx(Format):
         path = Path(spec)
         if not path.is_dir():
             whole(split, spec)
-            labels = path.with_name(re.sub(r"(?i)images([-.])idx[34]", r"labels\1idx1", path.name))
-            return _pair(path, labels if labels != path and labels.exists() else None, reading)
+            wanted = re.sub(r"images([-.])idx[34]", r"labels\1idx1", path.name.lower())
+            labels = [file for file in _listing(path.parent) if file.name.lower() == wanted != path.name.lower()]
+            return _pair(path, labels[0] if labels else None, reading)
         words = {file.name: file.name.lower().partition("-")[0] for file in _listing(path) if _is_idx(file)}
         prefix = next((word for word in (TRAIN if split == "train" else HELD_OUT) if word in words.values()), None)
         images = None if prefix is None else _one(path, prefix, "images")
