@@ -94,6 +94,8 @@ BESIDE = {
                               {"in x/ (written by undiffuse)": 3}),
     "hidden": ({"a.png": PNG, ".b.png": PNG, "__MACOSX/._a.png": PNG, "Thumbs.db": b"", "sub/Desktop.ini": b"",
                 "@eaDir/a.png": PNG, "$RECYCLE.BIN/a.png": PNG, ".DS_Store": b"", "lost+found/a.png": PNG,
+                "PaxHeader/a.png": PNG, "x/PaxHeaders.123/a.png": PNG, "GNUSparseFile.0/a.png": PNG,
+                "pax_global_header": b"", "@LongLink": b"", "PaxHeaders.0/cat/._1.png": PNG,
                 "._a.png": PNG, "~$a.png": b"", "System Volume Information/a.png": PNG}, {}),
 }  # fmt: skip
 

@@ -30,8 +30,10 @@ INSIDE = re.compile(rf"(?:^|[-_ .])({WORDS})(?=[-_ .\d]|$)", re.IGNORECASE)  # `
 SYSTEM = frozenset(
     ("__macosx", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin")
     + ("recycler", "system volume information", "lost+found", "icon\r", "@recycle", "@__thumb", "#snapshot")
-    + ("network trash folder", "temporary items", "__pycache__")
+    + ("network trash folder", "temporary items", "__pycache__", "pax_global_header")
 )
+# What tar and its relatives make of long names and of holes, where another program unpacks it: `PaxHeaders.123`.
+OF_TAR = re.compile(r"(?:paxheaders?|gnusparsefile)(?:\.\d+)?|@longlink", re.IGNORECASE)
 
 MARK = ".undiffuse"  # an empty file in a folder of samples, so that they are not taken for data
 CONFIG = "config.toml"  # what a run folder has, with a checkpoint or its data beside it
@@ -40,7 +42,10 @@ RUN = re.compile(r"step-\d{9}|data\.json|log\.jsonl")
 
 def is_hidden(name: str) -> bool:
     """Whether a file, or a folder that it lies in, belongs to a system or its tools, and not to the data."""
-    return any(part.startswith((".", "~$")) or part.casefold() in SYSTEM for part in name.split("/"))
+    return any(
+        part.startswith((".", "~$")) or part.casefold() in SYSTEM or OF_TAR.fullmatch(part) is not None
+        for part in name.split("/")
+    )
 
 
 def inner(name: str) -> str:
@@ -124,6 +129,13 @@ def split_inside(name: str) -> str:
     return found[1].casefold() if found else ""
 
 
+def split_of(name: str) -> str:
+    """The same in a file's name, or of the folder that it lies in."""
+    path = PurePosixPath(name)
+    found = FOLDER.fullmatch(path.parent.name)
+    return split_inside(path.stem) or (found[2].casefold() if found else "")
+
+
 def own_folders(names: Iterable[str]) -> set[str]:
     """The folders below that are runs, or samples, of undiffuse: those with a mark, or a configuration and steps."""
     marked, configured, steps = set[str](), set[str](), set[str]()
@@ -142,20 +154,36 @@ def own_folders(names: Iterable[str]) -> set[str]:
 
 def walk(root: Path) -> list[str]:
     """Every file below, links followed; each real folder once, so a loop of links ends."""
-    return [
-        PurePosixPath(Path(folder, name).relative_to(root)).as_posix()
-        for folder, files in _folders(root)
-        for name in files
-    ]
+    return tree(root)[0]
 
 
-def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder and its files."""
-    seen: set[str] = set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        below[:] = sorted(name for name in below if os.path.realpath(os.path.join(folder, name)) not in seen)
-        yield folder, files
+def tree(root: Path) -> tuple[list[str], list[str]]:
+    """The same, and the links that lead to a folder that is there already, by another name."""
+    again = list[str]()
+    files = [_below(root, folder, name) for folder, names in _folders(root, again) for name in names]
+    return files, sorted(_below(root, folder) for folder in again)
+
+
+def _below(root: Path, *parts: str) -> str:
+    return PurePosixPath(Path(*parts).relative_to(root)).as_posix()
+
+
+def _folders(root: Path, again: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Each folder and its files: what is there itself, then what links lead to. `again` is given what comes twice."""
+    seen, starts = set[str](), [str(root)]
+    twice = [] if again is None else again
+    while starts:
+        start = starts.pop(0)
+        for folder, below, files in os.walk(start):
+            real = os.path.realpath(folder)
+            if real in seen:
+                below.clear()
+                twice.append(folder)
+                continue
+            seen.add(real)
+            below.sort()
+            starts += [path for name in below if os.path.islink(path := os.path.join(folder, name))]
+            yield folder, files
 
 
 def refuse_inside(out: Path, data: str, what: str) -> None:

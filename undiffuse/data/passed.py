@@ -106,10 +106,31 @@ def beside(root: Path, used: Iterable[str], said: bool = True) -> tuple[Passed, 
     """
     if not said:
         return ()
-    known, names = set(used), listing.walk(root)
+    known, (names, again) = set(used), listing.tree(root)
     left = [name for name in names if name not in known and not listing.is_hidden(name)]
     mine, left = split_own(left, listing.own_folders(names))
-    return (*mine, *kinds(left, lambda name: (root / name).open("rb"), "beside the data"))
+    held, left = _other_splits(left, known)
+    return (*mine, *held, *linked(again), *kinds(left, lambda name: (root / name).open("rb"), "beside the data"))
+
+
+def _other_splits(names: list[str], used: set[str]) -> tuple[tuple[Passed, ...], list[str]]:
+    """Files such as the used ones that are named for a third split, and the other names."""
+    named = listing.splits(map(listing.split_of, used))
+    endings = {listing.ending(name) for name in used}
+    words = {name: listing.split_of(name) for name in names if len(named) == 2 and listing.ending(name) in endings}
+    told = Counter((listing.ending(name), word) for name, word in words.items() if word)
+    because = listing.used(named, "{}")
+    passed = tuple(Passed(count, f"{suffix} of {word} ({because})") for (suffix, word), count in told.items())
+    return passed, [name for name in names if not words.get(name)]
+
+
+def linked(names: Iterable[str]) -> tuple[Passed, ...]:
+    """Links to folders that are read already."""
+    return tuple(
+        Passed(1, f"{name}/ (a link to a folder that is read already)", "folder")
+        for name in names
+        if not listing.is_hidden(name)
+    )
 
 
 def split_own(names: list[str], folders: set[str]) -> tuple[tuple[Passed, ...], list[str]]:

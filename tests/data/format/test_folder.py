@@ -7,6 +7,7 @@ import zipfile
 import pytest
 from PIL import Image
 
+from undiffuse.data.passed import counts
 from undiffuse.data.source import open_raw, open_source
 from undiffuse.errors import DataError
 
@@ -126,6 +127,28 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert source.names == ("a/1.png", "a/broken.png", "b/2.png")
     with pytest.raises(DataError, match="^a/broken.png: No such file or directory$"):
         source[1]
+
+
+AGAIN = {  # links, and what is told of them
+    "a split": ({"set/test": "set/train"}, ["train/1.png"], ["test"]),
+    "before in the order": ({"set/a": "set/train"}, ["train/1.png"], ["a"]),
+    "two links": ({"set/dir": "other", "set/dir2": "other"}, ["dir/2.png", "train/1.png"], ["dir2"]),
+    "a link into another": ({"set/a": "other", "set/b": "other/x"}, ["a/2.png", "a/x/3.png", "train/1.png"], ["b"]),
+    "a loop": ({"set/train/up": "set"}, ["train/1.png"], ["train/up"]),
+    "hidden": ({"set/.old": "set/train"}, ["train/1.png"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AGAIN)
+def test_each_real_folder_is_read_once_and_other_links_to_it_are_told(tmp_path, case):
+    links, names, told = AGAIN[case]
+    fill(tmp_path, ["set/train/1.png", "other/2.png", *(["other/x/3.png"] if "other/x" in links.values() else [])])
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    source = open_raw(tmp_path / "set")
+    assert list(source.names) == names
+    expected = {f"folders {name}/ (a link to a folder that is read already)": 1 for name in told}
+    assert counts(source.passed) == expected
 
 
 def test_names_that_are_not_utf8_are_printed_with_escapes(tmp_path):

@@ -73,6 +73,11 @@ def test_without_splits_and_with_a_third(tmp_path):
         written(tmp_path / "three" / name, [i])
     assert levels(open_raw(tmp_path / "three")) == [0]
     assert counts(open_raw(tmp_path / "three").passed) == {".parquet (give the file itself to read it)": 1}
+    written(tmp_path / "three" / "validation-0.parquet", [4])
+    assert counts(open_raw(tmp_path / "three").passed) == {
+        ".parquet (give the file itself to read it)": 1,
+        ".parquet of validation (train is trained on, test is held out)": 1,
+    }
 
 
 def test_several_sets_in_one_clone(tmp_path):

@@ -83,6 +83,10 @@ def test_splits_by_the_names_of_the_shards(shards):
         (shards / f"set-0{k}.tar").rename(shards / name)
     assert levels(open_raw(shards)) == [0, 1, 2, 3]
     assert levels(open_raw(shards, "test")) == [4, 5]
+    (shards / "set-train-1.tar").rename(shards / "set-test-0.tar")
+    assert levels(open_raw(shards, "test")) == [2, 3]
+    because = "(train is trained on, test is held out)"
+    assert counts(open_raw(shards).passed) == {f".tar of validation {because}": 1, ".txt": 2}
 
 
 def test_shards_of_one_name_in_several_folders(shards):

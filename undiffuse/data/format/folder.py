@@ -22,8 +22,8 @@ from undiffuse.data import labelfile, picture
 from undiffuse.data.arrange import arrange
 from undiffuse.data.format import webdataset
 from undiffuse.data.format.arrays import whole
-from undiffuse.data.listing import ending, inner, is_hidden, is_picture, own_folders, walk
-from undiffuse.data.passed import Passed, kinds, line, split_own
+from undiffuse.data.listing import ending, inner, is_hidden, is_picture, own_folders, tree
+from undiffuse.data.passed import Passed, kinds, line, linked, split_own
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Source, Split
 from undiffuse.errors import DataError
@@ -112,8 +112,11 @@ class Folder(Format):
         if path.is_file():
             whole(split, spec)
             return Pictures((path.name,), lambda name: path.read_bytes(), None, None, reading)
-        files = Files(walk(path), lambda name: (path / name).read_bytes(), lambda name: (path / name).open("rb"))
-        return replace(pictures(spec, files, split, reading), root=path)
+        names, again = tree(path)
+        files = Files(names, lambda name: (path / name).read_bytes(), lambda name: (path / name).open("rb"))
+        found = pictures(spec, files, split, reading)
+        told = linked(again) if split == "train" else ()
+        return replace(found, root=path, passed=(*found.passed, *told))
 
 
 class Zip(Format):
