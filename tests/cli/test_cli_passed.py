@@ -78,7 +78,10 @@ def test_samples_in_the_data_are_never_read(call, photos, tmp_path):
     assert len(found["sizes"]) == count
     assert found["passed_over"] == COUNTS | {"in s/ (written by undiffuse)": 3}
     named = json.loads(call("data", "inspect", photos / "s", "--json")[1])  # by the user
-    assert named["images"] == 2 and named["bad"] == {"grid.png": "a figure that undiffuse drew, and no picture"}
+    assert named["images"] == 2 and named["bad"] == {}
+    assert named["passed_over"] == {"pictures grid.png (all samples in one)": 1}
+    code, _, err = call("train", tmp_path / "run", *SMALL, "--out", tmp_path / "again")
+    assert code == 2 and f"{tmp_path / 'run'} is a run of undiffuse, and no data; give the pictures that it was" in err
     code, _, err = call(*sample, "--out", photos)
     assert code == 2 and "holds other pictures (0.JPG), which samples would mix with; give a new folder" in one_line(
         err

@@ -35,6 +35,7 @@ SYSTEM = frozenset(
 # What tar and its relatives make of long names and of holes, where another program unpacks it: `PaxHeaders.123`.
 OF_TAR = re.compile(r"(?:paxheaders?|gnusparsefile)(?:\.\d+)?|@longlink", re.IGNORECASE)
 
+GRID = "grid.png"  # beside samples, all of them in one picture
 MARK = ".undiffuse"  # an empty file in a folder of samples, so that they are not taken for data
 CONFIG = "config.toml"  # what a run folder has, with a checkpoint or its data beside it
 RUN = re.compile(r"step-\d{9}|data\.json|log\.jsonl")
@@ -134,6 +135,12 @@ def split_of(name: str) -> str:
     path = PurePosixPath(name)
     found = FOLDER.fullmatch(path.parent.name)
     return split_inside(path.stem) or (found[2].casefold() if found else "")
+
+
+def is_run(names: Iterable[str]) -> bool:
+    """Whether these are the files of a run, in its folder."""
+    tops = {name.partition("/")[0] for name in names}
+    return CONFIG in tops and any(RUN.fullmatch(top) for top in tops)
 
 
 def own_folders(names: Iterable[str]) -> set[str]:

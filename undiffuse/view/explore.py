@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from undiffuse.data.listing import MARK, is_picture
+from undiffuse.data.listing import GRID, MARK, is_picture
 from undiffuse.data.source import Source
 from undiffuse.diffusion.process import F64, Process, per_image
 from undiffuse.diffusion.sampler.base import Sampler
@@ -273,8 +273,8 @@ def write_images(
             except StorageError as error:
                 raise StorageError(f"{error}. {i} of {len(images)} pictures are written") from error
         mark_samples(folder)
-        disk.write_new(folder / "grid.png", png(grid(images, columns, enlarged(images.shape[-1])), drawn=True))
-        written |= {"folder": folder, "grid": folder / "grid.png"}
+        disk.write_new(folder / GRID, png(grid(images, columns, enlarged(images.shape[-1])), drawn=True))
+        written |= {"folder": folder, "grid": folder / GRID}
     if npz is not None:
         buffer = io.BytesIO()
         np.savez(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
@@ -298,7 +298,7 @@ def refuse_drawn(folder: Path) -> None:
         raise UsageError(f"{folder} is a file; give the name of a folder")
     if not folder.exists() and is_picture(folder.name):
         raise UsageError(f"{folder} is the name of a picture, and samples are many; give the name of a folder")
-    drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob("grid.png")]
+    drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob(GRID)]
     if drawn:
         raise UsageError(f"{folder} holds samples already ({min(drawn)}); give a new folder, or remove it")
     other = next((path.name for path in sorted(folder.glob("*")) if is_picture(path.name)), None)

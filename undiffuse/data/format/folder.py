@@ -22,7 +22,7 @@ from undiffuse.data import labelfile, picture
 from undiffuse.data.arrange import arrange
 from undiffuse.data.format import webdataset
 from undiffuse.data.format.arrays import whole
-from undiffuse.data.listing import ending, inner, is_hidden, is_picture, own_folders, tree
+from undiffuse.data.listing import GRID, MARK, ending, inner, is_hidden, is_picture, is_run, own_folders, tree
 from undiffuse.data.passed import Passed, kinds, line, linked, split_own
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Source, Split
@@ -168,7 +168,12 @@ def pictures(spec: str, files: Files, split: Split, reading: Reading) -> Picture
     """Those of the split, sorted by name. DataError where there are none."""
     visible = [name for name in files.names if files.are_named or not is_hidden(name)]
     own, visible = split_own(visible, set() if files.are_named else own_folders(files.names))
+    if not files.are_named and is_run(visible):
+        raise DataError(f"{spec} is a run of undiffuse, and no data; give the pictures that it was trained on")
     found = sorted(name for name in visible if is_picture(name))
+    if MARK in files.names and GRID in found:  # samples that the user names as data
+        found.remove(GRID)
+        own = (*own, Passed(1, f"{GRID} (all samples in one)", "picture"))
     others = [name for name in visible if not is_picture(name)]
     if not found:
         raise DataError(f"{spec} has no images: {_none(len(visible), (*own, *kinds(others, files.open)))}")
