@@ -51,7 +51,7 @@ def sample(
         Path | None, typer.Option("--out", "-o", help="A folder for one PNG per image and a grid of all")
     ] = None,
     n: Annotated[
-        int | None, typer.Option("-n", help="Number of images; 64 unless given. With --label all of each class; 8")
+        int | None, typer.Option("-n", help="Number of images; 64 unless given, or 8 of each class with --label all")
     ] = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
