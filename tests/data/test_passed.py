@@ -164,7 +164,7 @@ def test_what_is_new_beside_packed_data_is_told_too(tmp_path, monkeypatch):
 
 
 def test_other_arrays_and_other_formats(tmp_path):
-    images = np.zeros((2, 4, 4), np.uint8)
+    images = np.zeros((2, 1, 4, 4), np.uint8)
     np.savez(tmp_path / "a.npz", images=images, masks=images, note=np.array(3))
     assert counts(open_raw(tmp_path / "a.npz").passed) == {'arrays "masks" of a.npz': 1, 'arrays "note" of a.npz': 1}
     folder = tmp_path / "split"

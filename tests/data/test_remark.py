@@ -23,7 +23,7 @@ def put(folder, arrays, kind="png"):
     return folder
 
 
-def ramp(low, high, dtype, n=3):
+def ramp(low, high, dtype, n=5):
     values = np.linspace(low, high, 64).reshape(1, 8, 8).repeat(n, 0)
     return (values.round() if np.dtype(dtype).kind in "iu" else values).astype(dtype)
 
@@ -60,7 +60,7 @@ def test_what_is_nearly_black_or_white_is_refused(tmp_path, case):
 
 GOOD = {
     "a night": np.clip(NIGHT, 0, 255).round().astype(np.uint8),
-    "one lamp": np.where(np.arange(192).reshape(3, 8, 8) == 77, 200, 0).astype(np.uint8),
+    "one lamp": np.where(np.arange(320).reshape(5, 8, 8) == 77, 200, 0).astype(np.uint8),
     "a bright day": ramp(200, 255, np.uint8),
     "masks of 0 and 255": ramp(0, 1, np.uint8) * 255,
     "a dark photograph of 16 bits": ramp(200, 20000, np.uint16),

@@ -112,7 +112,7 @@ ONE_WAY = {  # shape of the array: (channels, height, width)
     (8, 16, 16, 2): (2, 16, 16), (3, 32, 32, 3): (3, 32, 32), (3, 3, 32, 32): (3, 32, 32), (5, 28, 28, 1): (1, 28, 28),
     (5, 1, 28, 28): (1, 28, 28), (4, 8, 8, 6): (6, 8, 8), (4, 6, 8, 8): (6, 8, 8), (4, 2, 8, 8): (2, 8, 8),
     (4, 4, 48, 64): (4, 48, 64), (2, 48, 64, 10): (10, 48, 64), (2, 4, 4, 3): (3, 4, 4), (2, 1, 1, 1): (1, 1, 1),
-    (7, 8, 9): (1, 8, 9), (3, 64, 64): (1, 64, 64), (9, 28, 1): (1, 28, 1),
+    (7, 8, 9): (1, 8, 9), (1, 64, 64): (1, 64, 64), (9, 28, 1): (1, 28, 1), (3, 3, 9): (1, 3, 9),
 }  # fmt: skip
 TWO_WAYS = [(8, 3, 8, 3), (3, 3, 3, 3), (5, 8, 8, 8), (2, 4, 5, 4), (2, 5, 6, 7), (4, 16, 16, 16), (4, 3, 2, 2)]
 
@@ -135,16 +135,26 @@ def test_axes_that_cannot_be_told_are_asked_for(tmp_path, shape):
     assert np.array_equal(first.images, array) and np.array_equal(last.images, array.transpose(0, 3, 1, 2))
 
 
-def test_one_image_or_many(tmp_path):
-    array = np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8)
+ONE_OR_MANY = [((16, 20, 3), "hwc"), ((5, 5, 4), "hwc"), ((3, 16, 20), "chw"), ((4, 16, 16), "chw"), ((2, 3, 3), "chw"),
+               ((3, 4, 4), "chw")]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, one", ONE_OR_MANY)
+def test_one_image_or_many(tmp_path, shape, one):
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     np.save(tmp_path / "a.npy", array)
-    message = r"\(16, 20, 3\), which can be read in two ways; say which, --set data.axes=hwc or --set data.axes=nhw$"
+    said = re.escape(str(shape))
+    message = f"{said}, which can be read in two ways; say which, --set data.axes={one} or --set data.axes=nhw$"
     with pytest.raises(DataError, match=message):
         open_source(tmp_path / "a.npy")
     for axes, expected in (("hwc", array.transpose(2, 0, 1)[None]), ("chw", array[None]), ("nhw", array[:, None])):
         assert np.array_equal(open_source(tmp_path / "a.npy", reading=Reading(axes=axes)).images, expected)
-    with pytest.raises(DataError, match=r"has shape \(16, 20, 3\), of 3 axes; data.axes=nhwc names 4$"):
+    with pytest.raises(DataError, match=rf"has shape {said}, of 3 axes; data.axes=nhwc names 4$"):
         open_source(tmp_path / "a.npy", reading=Reading(axes="nhwc"))
+    np.savez(tmp_path / "a.npz", images=array, labels=np.zeros(len(array), int))  # of which there is one an image
+    assert np.array_equal(open_source(tmp_path / "a.npz").images, array[:, None])
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(array))
+    assert np.array_equal(open_source(tmp_path / "train-images-idx3-ubyte").images, array[:, None])
 
 
 @pytest.mark.parametrize("dtype, span", [
@@ -155,7 +165,7 @@ def test_one_image_or_many(tmp_path):
 def test_values_of_a_range(tmp_path, dtype, span, ending):
     """255 (v - low) / (high - low), rounded."""
     low, high = span
-    values = np.linspace(low, high, 4 * 5 * 6).reshape(4, 5, 6)
+    values = np.linspace(low, high, 120).reshape(5, 4, 6)
     values = (values.round() if np.dtype(dtype).kind in "iu" else values).astype(dtype)
     path = tmp_path / f"a.{ending}"
     np.save(path, values) if ending == "npy" else np.savez(path, images=values)

@@ -37,7 +37,8 @@ def array_source(
     reading: Reading = PLAIN,
 ) -> ArraySource:
     """A source from NHW, NHWC or NCHW, uint8 or as `reading` says; DataError says which shape or dtype was found."""
-    images = _channels_first(images, where, reading.axes)
+    numbered = labels is not None and labels.shape == images.shape[:1]
+    images = _channels_first(images, where, reading.axes, numbered)
     if 0 in images.shape[1:]:
         raise DataError(f"{where} has images of shape {images.shape[1:]}; expected at least one pixel")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
@@ -58,14 +59,14 @@ def array_source(
     return ArraySource(pixels, torch.from_numpy(labels.astype(np.int64)), classes, made=made, own=own)
 
 
-def _channels_first(images: np.ndarray, where: str, axes: Axes | None) -> np.ndarray:
-    """[n, c, h, w], by the axes that are given, or the only ones that are likely."""
+def _channels_first(images: np.ndarray, where: str, axes: Axes | None, numbered: bool = False) -> np.ndarray:
+    """[n, c, h, w], by the axes that are given, or the only ones likely; `numbered`: the first is of images."""
     shape = images.shape
     if axes is not None and len(axes) != len(shape):
         raise DataError(f"{where} has shape {shape}, of {len(shape)} axes; data.axes={axes} names {len(axes)}")
     if axes is None and len(shape) not in (3, 4):
         raise DataError(f"{where} has shape {shape}; expected images as [n, h, w], [n, h, w, c] or [n, c, h, w]")
-    likely = [axes] if axes is not None else _likely(shape)
+    likely = [axes] if axes is not None else [each for each in _likely(shape) if "n" in each or not numbered]
     if len(likely) > 1:
         ways = " or ".join(f"--set data.axes={each}" for each in likely)
         raise DataError(f"{where} has shape {shape}, which can be read in two ways; say which, {ways}")
@@ -79,7 +80,9 @@ def _channels_first(images: np.ndarray, where: str, axes: Axes | None) -> np.nda
 def _likely(shape: tuple[int, ...]) -> list[Axes]:
     """One reading where only one is likely, else both."""
     if len(shape) == 3:
-        return ["hwc", "nhw"] if 1 < shape[2] <= SOME < min(shape[:2]) else ["nhw"]
+        a, b, c = shape
+        one: list[Axes] = ["hwc"] if 1 < c <= SOME < min(a, b) else ["chw"] if 1 < a <= SOME and a < min(b, c) else []
+        return [*one, "nhw"]
     _, a, b, c = shape
     last, first = _is_likely(c, a, b), _is_likely(a, b, c)
     if 0 in shape[1:] or a == b == c == 1:
@@ -214,7 +217,10 @@ def _one(folder: Path, prefix: str, kind: str) -> Path | None:
 
 def _pair(images: Path, labels: Path | None, reading: Reading) -> ArraySource:
     values = None if labels is None else read_idx(labels)
-    return array_source(read_idx(images), values, str(images), reading=reading)
+    array = read_idx(images)
+    if array.ndim == 3 and reading.axes is None:
+        reading = replace(reading, axes="nhw")  # as MNIST has them
+    return array_source(array, values, str(images), reading=reading)
 
 
 def read_idx(path: Path) -> np.ndarray:
