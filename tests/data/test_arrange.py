@@ -269,10 +269,38 @@ def test_other_labels_are_packed_anew(tmp_path, monkeypatch):
         assert open_data(path, use_cache=True).labels.tolist() == numbers
 
 
-@pytest.mark.parametrize("text", [b'{"images": [], "labels": {"a": 1}}', b"[1, 2]", b'{"info": {}}'])
+@pytest.mark.parametrize("text", [b"[1, 2]", b'{"info": {}}'])
 def test_another_json_of_that_name(tmp_path, text):
     source = open_raw(as_folder(tmp_path, STYLEGAN | {"dataset.json": text}))
     assert source.classes == ("00000", "00001") and counts(source.passed) == {".json": 1}
+
+
+FORMS = {  # labels as they are written, the classes that they are, what is told
+    "whole floats": ([1.0, 0.0, 2.0], (1, 0, 2), {}),
+    "words": (["dog", "cat", "dog"], (1, 0, 1), {}),
+    "numbers as words": (["1", "0", "1.0"], (1, 0, 1), {}),
+    "vectors": ([[0.5, 1.0]] * 3, None, {"labels of dataset.json (no whole number and no word)": 3}),
+    "fractions": ([0.5, 0.25, 1.5], None, {"labels of dataset.json (no whole number and no word)": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("case", FORMS)
+def test_forms_of_labels(tmp_path, kept, case):
+    values, labels, told = FORMS[case]
+    text = json.dumps({"labels": [list(pair) for pair in zip(STYLEGAN, values, strict=True)]})
+    source = open_raw(KEPT[kept](tmp_path, STYLEGAN | {"dataset.json": text.encode()}))
+    assert source.labels == labels and counts(source.passed) == told and len(source) == 3
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("text, what", [
+    (json.dumps({"labels": dict(PAIRED)}), "an object"), (json.dumps({"labels": [1, 2, 3]}), "no such list"),
+])  # fmt: skip
+def test_labels_that_are_no_list_of_pairs_are_told_and_folders_are_no_classes(tmp_path, kept, text, what):
+    source = open_raw(KEPT[kept](tmp_path, STYLEGAN | {"dataset.json": text.encode()}))
+    assert (source.labels, source.classes, len(source)) == (None, None, 3)
+    assert counts(source.passed) == {f'dataset.json (its labels are {what}; expected ["a.png", 3], …)': 1}
 
 
 def test_pictures_that_a_file_of_labels_does_not_name(tmp_path):
@@ -309,6 +337,15 @@ def test_a_table_in_each_split_and_numbers(tmp_path):
     names = tuple(map(str, range(11)))
     assert classes_of(open_raw(path)) == ({"1.png": "9", "2.png": "10"}, names)
     assert classes_of(open_raw(path, "test")) == ({"3.png": "9"}, names)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("metadata.csv", "file_name,label\n1.png,1.0\n2.png,0.0\n"),  # as pandas writes numbers where some were missing
+    ("metadata.jsonl", '{"file_name": "1.png", "label": 1.0}\n{"file_name": "2.png", "label": 0}\n'),
+])  # fmt: skip
+def test_whole_floats_in_tables(tmp_path, name, text):
+    source = open_raw(as_folder(tmp_path, pictures("1.png", "2.png") | {name: text.encode()}))
+    assert (source.labels, source.classes) == ((1, 0), ("0", "1"))
 
 
 def test_a_table_without_classes_changes_nothing(tmp_path):

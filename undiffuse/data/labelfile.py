@@ -3,8 +3,9 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ MAX_CLASSES = 100_000
 
 Label = int | str
 Rows = dict[str, Label]  # by the whole name of a picture
+Found = tuple[Rows, list[Passed]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Given:
 
     files: tuple[str, ...]
     labels: Rows
+    passed: tuple[Passed, ...] = ()  # what is said in them and is no class
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -39,7 +42,7 @@ class Given:
 
 def find(names: Sequence[str], load: Callable[[str], bytes]) -> Given | None:
     """What the files of labels among `names` say, None where there are none. DataError for one that is damaged."""
-    files, rows = list[str](), Rows()
+    files, rows, passed = list[str](), Rows(), list[Passed]()
     for name in names:
         last = PurePosixPath(name).name.lower()
         read = _stylegan if last == STYLEGAN else _table if last in TABLES else None
@@ -48,19 +51,20 @@ def find(names: Sequence[str], load: Callable[[str], bytes]) -> Given | None:
             continue
         files.append(name)
         folder = PurePosixPath(name).parent
-        rows |= {(folder / file).as_posix(): label for file, label in found.items()}
+        rows |= {(folder / file).as_posix(): label for file, label in found[0].items()}
+        passed += found[1]
     if not files:
         return None
     numbers = [label for label in rows.values() if isinstance(label, int)]
     if numbers and (min(numbers) < 0 or max(numbers) >= MAX_CLASSES):
         raise DataError(f"{files[0]} has labels from {min(numbers)} to {max(numbers)}; expected 0 to {MAX_CLASSES - 1}")
-    return Given(tuple(files), rows)
+    return Given(tuple(files), rows, tuple(passed))
 
 
 def relabelled(spec: str, names: Sequence[str], arranged: Arranged, given: Given) -> Arranged:
     """The pictures of a split with the labels that a file gives them; those that it does not name are left out."""
     if not given.labels:
-        return arranged
+        return replace(arranged, passed=(*arranged.passed, *given.passed))
     labels = [given.labels.get(names[i]) for i in arranged.chosen]
     known = [(i, label) for i, label in zip(arranged.chosen, labels, strict=True) if label is not None]
     if not known:
@@ -72,11 +76,14 @@ def relabelled(spec: str, names: Sequence[str], arranged: Arranged, given: Given
     numbers = {name: number for number, name in enumerate(given.classes)}
     chosen = tuple(i for i, _ in known)
     return Arranged(
-        chosen, tuple(numbers[str(label)] for _, label in known), given.classes, (*arranged.passed, *passed)
+        chosen,
+        tuple(numbers[str(label)] for _, label in known),
+        given.classes,
+        (*arranged.passed, *given.passed, *passed),
     )
 
 
-def _stylegan(name: str, data: bytes) -> Rows | None:
+def _stylegan(name: str, data: bytes) -> Found | None:
     """`{"labels": [["00000/img00000000.png", 3], …]}`, or null for none; None for another kind of file."""
     try:
         value = json.loads(data)
@@ -86,12 +93,15 @@ def _stylegan(name: str, data: bytes) -> Rows | None:
         return None
     pairs = value["labels"] or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        return None
+        what = "an object" if isinstance(pairs, dict) else "no such list"
+        return {}, [Passed(1, f'{name} (its labels are {what}; expected ["a.png", 3], …)')]
+    found = {file: label for file, value in pairs if isinstance(file, str) and (label := _label(value)) is not None}
     # Vectors, such as those of a camera, are no classes.
-    return {file: label for file, label in pairs if isinstance(file, str) and type(label) is int}
+    others = len(pairs) - len(found)
+    return found, [Passed(others, f"of {name} (no whole number and no word)", "label")] if others else []
 
 
-def _table(name: str, data: bytes) -> Rows | None:
+def _table(name: str, data: bytes) -> Found | None:
     """A row a picture, with its class; None where the rows have no class."""
     try:
         text = data.decode("utf-8-sig")
@@ -107,12 +117,16 @@ def _table(name: str, data: bytes) -> Rows | None:
     column = next((each for each in LABELS if any(each in row for row in rows)), None)
     if column is None:
         return None
-    return {str(row[FILE]): label for row in rows if (label := _label(row.get(column))) is not None} or None
+    found = {str(row[FILE]): label for row in rows if (label := _label(row.get(column))) is not None}
+    return (found, []) if found else None
 
 
 def _label(value: Any) -> Label | None:
-    """A number where it is written as one."""
-    if value is None or value == "" or isinstance(value, (list, dict, float)):
+    """A number where it is written as one, also with a fraction of 0."""
+    if value is None or value == "" or isinstance(value, (list, dict, bool)):
         return None
-    text = str(value)
-    return int(text) if text.isdecimal() and str(int(text)) == text else text
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    text = re.sub(r"(?<=\d)\.0+$", "", str(value))
+    negative = isinstance(value, int) and value < 0
+    return int(text) if negative or (text.isdecimal() and str(int(text)) == text) else str(value)

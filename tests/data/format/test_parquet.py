@@ -97,6 +97,36 @@ def test_without_types_in_the_metadata(tmp_path):
     assert levels(source) == [4, 5] and (source.labels, source.classes) == ((1, 0), ("0", "1"))
 
 
+COLUMNS = {  # values, labels, classes, what is told
+    "words": (["c 10", "c 9", "c 10"], (1, 0, 1), ("c 9", "c 10"), {}),
+    "categories": (pa.array(["dog", "cat", "dog"]).dictionary_encode(), (1, 0, 1), ("cat", "dog"), {}),
+    "numbers": ([2, 0, 1], (2, 0, 1), ("0", "1", "2"), {}),
+    "whole floats": ([1.0, 0.0, 1.0], (1, 0, 1), ("0", "1"), {}),
+    "fractions": ([0.5, 0.0, 1.0], None, None, {'columns "label" (neither whole numbers nor words)': 1}),
+    "lists": ([[0], [1], [0, 1]], None, None, {'columns "label" (neither whole numbers nor words)': 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", [False, True])
+@pytest.mark.parametrize("case", COLUMNS)
+def test_labels_in_a_column_of_that_name(tmp_path, case, typed):
+    values, labels, classes, told = COLUMNS[case]
+    table = pa.table({"image": pa.array([{"bytes": png(k), "path": ""} for k in range(3)], IMAGE), "label": values}
+                     if typed else {"image": [png(k) for k in range(3)], "label": values})  # fmt: skip
+    if typed:
+        known = {"image": {"_type": "Image"}, "label": {"dtype": "string", "_type": "Value"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": known}})})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = open_raw(tmp_path / "a.parquet")
+    assert (source.labels, source.classes) == (labels, classes) and counts(source.passed) == told
+
+
+def test_words_for_some_rows(tmp_path):
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": ["cat", None]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet has a label for 1 of 2 rows; give all or none$"):
+        open_raw(tmp_path / "a.parquet")
+
+
 def test_which_of_several_columns(tmp_path):
     cells = {name: pa.array([{"bytes": png(level), "path": ""}], IMAGE) for name, level in (("image", 1), ("mask", 2))}
     pq.write_table(pa.table(cells), tmp_path / "a.parquet")

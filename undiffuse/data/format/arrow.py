@@ -1,14 +1,16 @@
 """A data set of Hugging Face's `datasets`, as `save_to_disk` writes it. Needs the extra `arrow` (pyarrow alone)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from undiffuse.data.format.arrays import MAX_CLASSES, whole
 from undiffuse.data.format.folder import Pictures
 from undiffuse.data.format.webdataset import not_there, which
-from undiffuse.data.listing import splits
-from undiffuse.data.passed import beside
+from undiffuse.data.labelfile import LABELS
+from undiffuse.data.listing import counting, splits
+from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Source, Split
 from undiffuse.errors import DataError
@@ -21,7 +23,8 @@ INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 class SavedDataset(Format):
     """A folder with `dataset_info.json` and `state.json`, or one with `train` and `test` that are such folders.
 
-    The pictures are those of the column of type Image, the classes those of the first of type ClassLabel.
+    The pictures are those of the column of type Image, the classes those of the first of type ClassLabel, else
+    of a column called `label`.
     """
 
     @staticmethod
@@ -42,7 +45,7 @@ class SavedDataset(Format):
         if not (path / STATE).is_file():
             raise DataError(f"{spec} has no {split} split; expected the folder {path} with {STATE}")
         features = _json(path / INFO).get("features") or {}
-        images, labels = image_column(str(path), features, reading.picture), column_of(features, "ClassLabel")
+        images, labels = image_column(str(path), features, reading.picture), label_column(features)
         table = _table(path, [images] if labels is None else [images, labels])
         cells = table.column(images)
 
@@ -50,10 +53,13 @@ class SavedDataset(Format):
             return bytes_of(cells[int(name.removeprefix("row "))].as_py())
 
         names = tuple(f"row {row}" for row in range(len(cells)))
-        found = None if labels is None else checked_labels(path, table.column(labels).to_pylist())
-        classes = None if labels is None or found is None else class_names(features[labels], found)
+        found = classes = None
+        told: tuple[Passed, ...] = ()
+        if labels is not None:
+            found, classes, told = labelled(str(path), labels, features[labels], table.column(labels).to_pylist())
         used = [file.relative_to(root).as_posix() for part in {*parts.values(), path} for file in _files(part)]
-        return Pictures(names, load, found, classes, reading, beside(root, [SPLITS, *used], split == "train"))
+        near = beside(root, [SPLITS, *used], split == "train")
+        return Pictures(names, load, found, classes, reading, (*near, *told))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -120,20 +126,42 @@ def _table(path: Path, columns: list[str]) -> Any:
     return pa.concat_tables(tables)
 
 
-def checked_labels(path: Path | str, labels: list[int | None]) -> tuple[int, ...] | None:
+def label_column(features: dict[str, Any]) -> str | None:
+    """The first of type ClassLabel, else the one that is called a label."""
+    return column_of(features, "ClassLabel") or next((name for name in features if name.lower() in LABELS), None)
+
+
+def labelled(
+    spec: str, name: str, feature: Any, values: Sequence[Any]
+) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None, tuple[Passed, ...]]:
+    """The label of each row and the names of the classes, of whole numbers or of words; or neither, and why."""
+    if any(isinstance(value, str) for value in values):
+        words = [value if isinstance(value, str) and value else None for value in values]
+        classes = tuple(sorted({word for word in words if word}, key=counting))
+        numbers = {word: number for number, word in enumerate(classes)}
+        labels = checked_labels(spec, [None if word is None else numbers[word] for word in words])
+        return labels, None if labels is None else classes, ()
+    known = [value for value in values if value is not None]
+    if not all(isinstance(value, int) or (isinstance(value, float) and value.is_integer()) for value in known):
+        return None, None, (Passed(1, f'"{name}" (neither whole numbers nor words)', "column"),)
+    labels = checked_labels(spec, [None if value is None else int(value) for value in values])
+    return labels, None if labels is None else class_names(feature, labels), ()
+
+
+def checked_labels(spec: str, labels: list[int | None]) -> tuple[int, ...] | None:
     """The column as it is, or None where nothing has a label."""
     known = [label for label in labels if isinstance(label, int) and label >= 0]  # -1 is how `datasets` writes none
     if not known:
         return None
     if len(known) < len(labels):
-        raise DataError(f"{path} has a label for {len(known)} of {len(labels)} rows; give all or none")
+        raise DataError(f"{spec} has a label for {len(known)} of {len(labels)} rows; give all or none")
     if max(known) >= MAX_CLASSES:
-        raise DataError(f"{path} has labels up to {max(known)}; expected 0 to {MAX_CLASSES - 1}")
+        raise DataError(f"{spec} has labels up to {max(known)}; expected 0 to {MAX_CLASSES - 1}")
     return tuple(known)
 
 
-def class_names(feature: dict[str, Any], labels: tuple[int, ...]) -> tuple[str, ...]:
+def class_names(feature: Any, labels: tuple[int, ...]) -> tuple[str, ...]:
     """The names that the data gives its classes, else their numbers."""
-    given = feature.get("names")
+    given = feature.get("names") if isinstance(feature, dict) else None
     names = tuple(str(name) for name in given) if isinstance(given, list) else ()
     return names if len(names) > max(labels) else tuple(str(label) for label in range(max(labels) + 1))

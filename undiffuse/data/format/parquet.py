@@ -11,9 +11,8 @@ from typing import Any
 
 from undiffuse.data.arrange import no_split
 from undiffuse.data.format.arrays import whole
-from undiffuse.data.format.arrow import bytes_of, checked_labels, class_names, column_of, image_column
+from undiffuse.data.format.arrow import bytes_of, image_column, label_column, labelled
 from undiffuse.data.format.folder import Pictures
-from undiffuse.data.labelfile import LABELS
 from undiffuse.data.listing import FOLDER, ending, is_hidden, split_inside, splits
 from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import Reading
@@ -47,10 +46,12 @@ class Parquet(Format):
         tables = [_open(file) for file in files]
         features = _features(tables[0])
         images = image_column(str(files[0]), features, reading.picture)
-        label = column_of(features, "ClassLabel")
+        label = label_column(features)
         rows = Rows(tables, images)
-        found = None if label is None else checked_labels(spec, rows.column(label))
-        classes = None if label is None or found is None else class_names(features[label], found)
+        found = classes = None
+        if label is not None:
+            found, classes, told = labelled(spec, label, features[label], rows.column(label))
+            near = (*near, *told)
         names = tuple(f"row {row}" for row in range(sum(table.metadata.num_rows for table in tables)))
         return Pictures(names, rows.load, found, classes, reading, near)
 
@@ -121,8 +122,6 @@ def _features(table: Any) -> dict[str, Any]:
         kind = str(column.type)
         if "binary" in kind and not kind.startswith("list"):
             found[column.name] = {"_type": "Image"}
-        elif kind.startswith(("int", "uint")) and column.name.lower() in LABELS:
-            found[column.name] = {"_type": "ClassLabel"}
         else:
             found[column.name] = {"_type": "Value"}
     return found
