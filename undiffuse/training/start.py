@@ -137,7 +137,9 @@ def _images(
         remark.refuse(source, named, "train", reading)
     c, h, w = shape_of(source)
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
-    say(f"{len(source):,} images of {c}×{h}×{w} from {_named(spec)}{left_out}; preset {preset}")
+    say(
+        f"{len(source):,} image{'s' * (len(source) != 1)} of {c}×{h}×{w} from {_named(spec)}{left_out}; preset {preset}"
+    )
     if told := made.line(source.made, len(source), (c, h, w)):
         say(told)
     if source.passed:

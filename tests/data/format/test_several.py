@@ -112,3 +112,11 @@ def test_a_test_split_beside_single_files_is_seen(here):
     for split in ("train", "test"):
         save(here / "split" / split / "a.png", 50 if split == "train" else 60)
     assert values(open_raw(join(["cats/0.png", "split"]), "test")) == [60]
+
+
+@pytest.mark.parametrize("count, what", [(1, "the set of 1 file"), (2, "the set of 2 files")])
+def test_named_files_have_no_test_split(tmp_path, count, what):
+    for i in range(2):
+        (tmp_path / f"{i}.png").touch()
+    with pytest.raises(DataError, match=f"^{what} has no test split; give the path of the test images"):
+        open_raw(f"{tmp_path}/*.png" if count == 2 else f"{tmp_path}/[0].png", "test")

@@ -132,7 +132,7 @@ class Several(Format):
 
 def _files(files: list[str], split: Split, reading: Reading) -> Source:
     given = Files(files, lambda name: Path(name).read_bytes(), open_path, are_named=True)
-    found = pictures(f"{len(files)} files", given, split, reading)
+    found = pictures(f"the set of {len(files):,} {'file' if len(files) == 1 else 'files'}", given, split, reading)
     return replace(found, root=Path())
 
 
