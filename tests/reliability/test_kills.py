@@ -164,9 +164,10 @@ def test_a_run_whose_previews_are_slow_is_no_hang(tmp_path):
     slow = HANG.replace("4:", "-1:").replace(
         "cli.main()",
         "real_chain = trainer.Model.chain\n"
-        "def chain(self, keys, times, solver, **rest):\n"
+        "def chain(self, keys, times, solver, *cond, **rest):\n"
         "    tell = rest.pop('progress')\n"
-        "    return real_chain(self, keys, times, solver, progress=lambda n: (time.sleep(0.04), tell(n)), **rest)\n"
+        "    slowly = lambda n: (time.sleep(0.04), tell(n))\n"
+        "    return real_chain(self, keys, times, solver, *cond, progress=slowly, **rest)\n"
         "trainer.Model.chain = chain\ncli.main()",
     )
     words = ["train", "digits", "--preset", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
