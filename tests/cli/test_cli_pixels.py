@@ -142,10 +142,46 @@ def test_a_set_that_is_nearly_black_is_refused_until_told(call, tmp_path):
     code, _, err = call(*train)
     assert code == 2 and one_line(err) == f"undiffuse: {line}" and not (tmp_path / "run").exists()
     assert f"wrong  {line}" in call("data", "inspect", folder)[1]
-    assert call("data", "check", folder)[:2] == (2, f"{line}\n0 bad\n")
+    assert call("data", "check", folder)[:2] == (2, f"{line}\n")
+    code, text, _ = call("data", "pack", folder, "-o", tmp_path / "packed", "--workers", 1)
+    assert code == 0 and re.search(f"wrong +{re.escape(line)}\n", text)
     assert call(*train, "--set", "data.range=[0,255]")[0] == 0
     code, _, err = call("nll", "fashion-mnist", folder, "--split", "train", "--draws", 1)
     assert code == 2 and one_line(err) == f"undiffuse: {line}"
+
+
+def test_a_part_that_is_nearly_black_is_told(call, tmp_path):
+    folder = put(tmp_path / "set", [*(noise(9, 8, 8) % 2), noise(8, 8)])
+    line = (
+        "9 of 10 images are nearly black (uint8 values from 0 to 1, for one). Leave them out, or bring them to the "
+        "range of the others, unless this is meant"
+    )
+    (folder / "bad.png").write_bytes(b"text")
+    measure = ["fashion-mnist", folder, "--split", "train", "--draws", 1, "--skip-bad"]
+    commands = [["train", folder, *TINY, "--skip-bad", "-o", tmp_path / "run"], ["nll", *measure]]
+    for command in commands:
+        code, _, err = call(*command)
+        assert code == 0 and err.count(f"warning: {line}\n") == 1, err
+    assert f"wrong  {line}\n" in call("data", "inspect", folder)[1]
+    code, text, _ = call("data", "check", folder)
+    assert code == 2 and text.splitlines()[-1] == f"1 bad; {line}"
+    (folder / "bad.png").unlink()
+    assert call("data", "check", folder)[:2] == (0, f"{line}\n")
+    assert json.loads(call("data", "check", folder, "--json")[1])["wrong"] == line
+
+
+def test_the_range_of_a_model_is_no_leave_for_other_data(call, tmp_path):
+    run, masks = tmp_path / "run", put(tmp_path / "masks", noise(6, 8, 8) % 2)
+    data = put(tmp_path / "set", noise(6, 8, 8))
+    assert call("train", data, *TINY, "--set", "data.range=[0,255]", "-o", run)[0] == 0
+    measure = ["nll", run, masks, "--split", "train", "--draws", 1]
+    code, _, err = call(*measure)
+    assert code == 2 and one_line(err) == (
+        "undiffuse: all images are nearly black: uint8 values from 0 to 1, where 0 is black and 255 white. Say what "
+        "they are with --set data.range=[0,1], or --set data.range=[0,255] if this is meant"
+    )
+    for span in ("[0,1]", "[0,255]"):
+        assert call(*measure, "--set", f"data.range={span}")[0] == 0
 
 
 def test_a_large_jpeg_is_read_smaller_and_others_name_the_setting(call, tmp_path):

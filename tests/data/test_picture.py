@@ -110,19 +110,76 @@ def test_a_range_that_is_none(span):
 
 
 def deep_colour(pixels):
-    """A PNG of 16-bit RGB, which Pillow does not write."""
-    h, w, _ = pixels.shape
+    """A PNG of 16 bits a colour, with opacity for 2 and 4 channels, which Pillow does not write."""
+    h, w, channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    parts = [(b"IHDR", struct.pack(">II5B", w, h, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [
+        (b"IHDR", struct.pack(">II5B", w, h, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
     body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_colour_of_16_bits_has_no_range():
-    data = deep_colour(np.array([[[0, 256, 65535]]]))
-    assert picture.decode(data).tolist() == [[[0, 1, 255]]]
-    with pytest.raises(DataError, match="^16-bit colour, of which only the upper 8 bits can be read here; for data.ra"):
-        picture.decode(data, picture.Reading(range=(0, 4095)))
+def tiff(pixels, bits, sample=1):
+    """An uncompressed little-endian TIFF; `sample` is 1 for unsigned, 2 for signed integers."""
+    h, w, channels = pixels.shape
+    body = pixels.tobytes()
+    depths = struct.pack(f"<{channels}H", *[bits] * channels)
+    kinds = [(256, 4, 1, w), (257, 4, 1, h), (258, 3, channels, bits if channels == 1 else 8 + len(body))]
+    kinds += [(259, 3, 1, 1), (262, 3, 1, 1 if channels == 1 else 2), (273, 4, 1, 8), (277, 3, 1, channels)]
+    kinds += [(278, 4, 1, h), (279, 4, 1, len(body))] + ([(338, 3, 1, 2)] if channels == 4 else [])
+    kinds += [(339, 3, 1, sample)] if channels == 1 else []
+    table = b"".join(struct.pack("<HHII", *each) for each in kinds)
+    head = b"II*\0" + struct.pack("<I", 8 + len(body) + len(depths))
+    return head + body + depths + struct.pack("<H", len(kinds)) + table + bytes(4)
+
+
+def deep_tiff(pixels):
+    return tiff(pixels.astype("<u2"), 16)
+
+
+BY_TYPE = [  # dtype, signed or not, whether it is of 16 bits
+    ("<u2", 1, True), ("<i2", 2, False), ("<i4", 2, False), ("<u4", 1, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [255, 32767, 65535, 70000])
+@pytest.mark.parametrize("dtype, sample, short", BY_TYPE)
+def test_the_type_decides_and_not_the_values(dtype, sample, short, most):
+    """Of 32 bits, and of signed ones, a dark picture needs a range as the bright one beside it does."""
+    most = min(most, np.iinfo(dtype).max)
+    data = tiff(np.array([[[0], [most]]]).astype(dtype), 8 * np.dtype(dtype).itemsize, sample)
+    if short:
+        assert picture.read(data).own[:2] == (0, most)
+        return
+    with pytest.raises(DataError, match=f"^int32 values from 0 to {most}; say what is black and what is white"):
+        picture.decode(data)
+    assert picture.decode(data, picture.Reading(range=(0, most))).ravel().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("most", [65535, 1023])
+def test_grey_of_a_portable_map_is_of_16_bits(most):
+    data = b"P5 2 1 %d\n" % most + np.array([0, most], ">u2").tobytes()
+    found = picture.read(data)
+    assert found.pixels.ravel().tolist() == [0, 255] and found.own.kind == "uint16"
+
+
+@pytest.mark.parametrize("channels, kind", [(2, "PNG"), (3, "PNG"), (4, "PNG"), (3, "TIFF"), (4, "TIFF")])
+def test_colours_of_16_bits_are_read_whole(channels, kind):
+    """round(v / 257), or 255 (v - low) / (high - low); of the opacity the upper 8 bits."""
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, channels)).astype(np.uint16)
+    data = deep_colour(values) if kind == "PNG" else deep_tiff(values)
+    colours, keep = (values[..., :1] if channels == 2 else values[..., :3]).astype(float), channels != 3
+    for low, high in ((0, 65535), (0, 4095), (1000, 30000)):
+        span = None if high == 65535 else (low, high)
+        found = picture.read(data, picture.Reading(range=span, channels=channels if keep else None))
+        expected = np.clip(np.floor(255 * (colours - low) / (high - low) + 0.5), 0, 255)
+        assert np.abs(found.pixels[..., : colours.shape[2]] - expected).max() == 0
+        assert found.own[:2] == (colours.min(), colours.max()) and found.own.kind == "uint16"
+        assert found.made[0] == ("read from more than 8 bits", f"{colours.min():.0f} to {colours.max():.0f}")
+        assert not keep or np.array_equal(found.pixels[..., -1], values[..., -1] >> 8)
 
 
 ALPHA = [  # mode, value, channels, pixel
@@ -138,7 +195,8 @@ def test_transparency_is_kept_where_it_is_wanted(mode, value, channels, pixel):
     data = encoded(Image.new(mode, (2, 1), value))
     found = picture.read(data, picture.Reading(channels=channels))
     assert found.pixels.tolist() == [[pixel, pixel]]
-    assert found.made == (() if mode.endswith("A") else (("taken as opaque", ""),))
+    done = tuple(note for note in found.made if "nearly" not in note[0])
+    assert done == (() if mode.endswith("A") else (("taken as opaque", ""),))
 
 
 def test_a_transparent_colour_is_kept_too():
@@ -215,9 +273,9 @@ def test_a_large_jpeg_is_decoded_smaller():
         assert found.pixels.shape == (*shape, 1)
         assert np.abs(found.pixels[:, [0, -1], 0].astype(int) - [40, 200]).max() <= 1
         assert found.made == (() if shape == (320, 640) else (("decoded at a lower resolution", "640×320"),))
-    message = "640x320 is more than 12799 pixels; allow it with --set data.max_pixels=204800, or give a --size"
-    for least in (None, (41, 41)):
-        with pytest.raises(DataError, match=f"^{message}$"):
+    message = "640x320 is more than 12799 pixels; allow it with --set data.max_pixels=204800, or give a"
+    for least, smaller in ((None, ""), ((41, 41), "smaller ")):
+        with pytest.raises(DataError, match=f"^{message} {smaller}--size$"):
             picture.decode(data, picture.Reading(max_pixels=160 * 80 - 1, least=least))
     assert limit == Image.MAX_IMAGE_PIXELS
 

@@ -4,13 +4,16 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+from tests.data.test_picture import deep_colour
 from undiffuse.data import remark
+from undiffuse.data.format.arrays import array_source
+from undiffuse.data.format.several import join
 from undiffuse.data.inspect import check, inspect
-from undiffuse.data.picture import Reading
-from undiffuse.data.source import ArraySource, open_raw, open_source
+from undiffuse.data.pack import pack
+from undiffuse.data.picture import PLAIN, Reading
+from undiffuse.data.source import open_raw, open_source
 from undiffuse.errors import DataError
 
 NIGHT = np.random.default_rng(0).gamma(1.0, 4.0, (3, 16, 16))  # levels: half of them below 3, the highest about 30
@@ -50,17 +53,17 @@ def test_what_is_nearly_black_or_white_is_refused(tmp_path, case):
     )
     folder = put(tmp_path / "set", arrays)
     with pytest.raises(DataError, match=f"^{re.escape(line)}$"):
-        remark.refuse(open_source(folder), str(folder), "train", Reading())
+        remark.refuse(open_source(folder), str(folder), "train", Reading(), is_meant=False)
     assert inspect(open_raw(folder)).wrong == check(folder).wrong == line
     for text in (proposed, whole):
         reading = Reading(range=tuple(map(int, text[1:-1].split(","))))
-        remark.refuse(open_source(folder, reading=reading), str(folder), "train", reading)
+        remark.refuse(open_source(folder, reading=reading), str(folder), "train", reading, is_meant=True)
         assert inspect(open_raw(folder, "train", reading), reading).wrong == check(folder, reading=reading).wrong == ""
 
 
 GOOD = {
     "a night": np.clip(NIGHT, 0, 255).round().astype(np.uint8),
-    "one lamp": np.where(np.arange(320).reshape(5, 8, 8) == 77, 200, 0).astype(np.uint8),
+    "one lamp": np.where(np.arange(320).reshape(5, 8, 8) % 64 == 13, 200, 0).astype(np.uint8),
     "a bright day": ramp(200, 255, np.uint8),
     "masks of 0 and 255": ramp(0, 1, np.uint8) * 255,
     "a dark photograph of 16 bits": ramp(200, 20000, np.uint16),
@@ -71,24 +74,125 @@ GOOD = {
 @pytest.mark.parametrize("case", GOOD)
 def test_what_is_dark_or_bright_is_not(tmp_path, case):
     folder = put(tmp_path / "set", GOOD[case])
-    remark.refuse(open_source(folder), str(folder), "train", Reading())
+    remark.refuse(open_source(folder), str(folder), "train", Reading(), is_meant=False)
     assert inspect(open_raw(folder)).wrong == check(folder).wrong == ""
 
 
+def line_of(folder, reading=PLAIN):
+    """What inspect and check say and train does: one function decides for all of them."""
+    found = check(folder, reading=reading)
+    raw = open_raw(folder, "train", reading)
+    assert found.wrong == inspect(raw, reading).wrong
+    judged = remark.of(open_source(folder, reading=reading), str(folder), "train", reading)
+    assert (judged.line if judged else "", bool(judged and judged.refused)) == (found.wrong, found.refused)
+    return found.wrong, found.refused
+
+
+LOOK = "Leave them out, or bring them to the range of the others, unless this is meant"
+DARK, BRIGHT, NORMAL = ramp(0, 1, np.uint8), ramp(250, 255, np.uint8), ramp(0, 255, np.uint8)
+DEEP = ramp(0, 255, np.uint16)
+PARTS = {  # images, the line
+    "9 masks beside a picture": ([*DARK, *DARK[:4], NORMAL[0]],
+                                 "9 of 10 images are nearly black (uint8 values from 0 to 1, for one)"),
+    "16 bits of 0 to 255 beside others": ([*DEEP[:4], *NORMAL[:4]],
+                                          "4 of 8 images are nearly black (uint16 values from 0 to 255, for one)"),
+    "both ends": ([*DARK[:2], *BRIGHT[:3], *NORMAL],
+                  "2 of 10 images are nearly black (uint8 values from 0 to 1, for one), and "
+                  "3 of 10 images are nearly white (uint8 values from 250 to 255, for one)"),
+    "a tenth": ([*DARK[:2], *NORMAL, *NORMAL, *NORMAL, *NORMAL[:3]],
+                "2 of 20 images are nearly black (uint8 values from 0 to 1, for one)"),
+    "less than a tenth": ([*DARK[:2], *NORMAL, *NORMAL, *NORMAL, *NORMAL[:4]], ""),
+    "one": ([DARK[0], *NORMAL], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_part_of_a_set_is_counted(tmp_path, case, packed):
+    arrays, said = PARTS[case]
+    folder = put(tmp_path / "set", arrays)
+    if packed:
+        folder = pack(folder, tmp_path / "packed").path
+    assert line_of(folder) == (f"{said}. {LOOK}" if said else "", False)
+
+
+def test_images_of_an_array_are_counted(tmp_path):
+    np.save(tmp_path / "a.npy", np.concatenate([DARK, NORMAL]))
+    said = f"5 of 10 images are nearly black (uint8 values from 0 to 1, for one). {LOOK}"
+    assert line_of(tmp_path / "a.npy") == (said, False)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "npy"])
+def test_each_of_several_sets_is_judged_by_itself(tmp_path, first, kind):
+    good, bad = put(tmp_path / "good", [*NORMAL, *NORMAL, *NORMAL, *NORMAL]), put(tmp_path / "bad", DARK[:1])
+    if kind == "npy":
+        bad = tmp_path / "bad.npy"
+        np.save(bad, DARK[:1])
+    spec = join([str(bad), str(good)] if first else [str(good), str(bad)])
+    line = (
+        f"all images of {bad} are nearly black: uint8 values from 0 to 1, where 0 is black and 255 white. Leave them "
+        "out, or convert them, or --set data.range=[0,255] if this is meant"
+    )
+    assert line_of(spec) == (line, True)
+
+
 def test_one_bright_picture_at_the_end_is_enough():
-    images = torch.zeros(1000, 1, 4, 4, dtype=torch.uint8)
-    assert remark.narrow(ArraySource(images)) is not None
-    images[-1, 0, 3, 3] = 17
-    assert remark.narrow(ArraySource(images)) is None
+    """For a set not to be refused."""
+    for last, refused in ((16, True), (17, False)):
+        images = np.zeros((1000, 1, 4, 4), np.uint8)
+        images[-1, 0, 3, 3] = last
+        source = array_source(images, None, "a")
+        assert remark.judge(source, source.made, 1000, Reading()).refused is refused
 
 
 @pytest.mark.parametrize("channels", [2, 4])
 def test_opacity_is_not_white(channels):
-    images = torch.zeros(3, channels, 4, 4, dtype=torch.uint8)
+    images = np.zeros((3, channels, 4, 4), np.uint8)
     images[:, -1] = 255
-    assert "nearly black" in str(remark.narrow(ArraySource(images)))
+    axes = Reading(axes="nchw")
+    assert array_source(images, None, "a", reading=axes).made == (("nearly black", 3, "uint8 values from 0 to 0"),)
     images[:, -1, 0] = 90  # shapes in black, drawn by their opacity alone
-    assert remark.narrow(ArraySource(images)) is None
+    assert array_source(images, None, "a", reading=axes).made == ()
+
+
+def drawn(values, opacity):
+    return np.stack([values, opacity], -1)
+
+
+CLEAR, ROUND = np.zeros((8, 8), np.uint8), np.tri(8, dtype=np.uint8) * 255
+BLACK_ONES, WHITE_ONES = np.zeros((8, 8), np.uint8), np.full((8, 8), 255, np.uint8)
+UNSEEN = (
+    "all images are transparent, or of the colour of the background, so that nothing of them is seen. Give another "
+    "with --set data.background=black, or keep the transparency with --set data.channels=4"
+)
+
+
+@pytest.mark.parametrize("values, opacity, background, line", [
+    (NORMAL[0], CLEAR, "white", UNSEEN), (NORMAL[0], CLEAR, "red", UNSEEN), (WHITE_ONES, ROUND, "white", UNSEEN),
+    (BLACK_ONES, ROUND, "black", UNSEEN), (BLACK_ONES, ROUND, "white", ""), (WHITE_ONES, ROUND, "black", ""),
+    (NORMAL[0], ROUND, "white", ""),
+])  # fmt: skip
+def test_what_is_laid_on_a_background_must_be_seen(tmp_path, values, opacity, background, line):
+    (tmp_path / "set").mkdir()
+    for i in range(2):
+        Image.fromarray(drawn(values, opacity), "LA").save(tmp_path / f"set/{i}.png")
+    assert line_of(tmp_path / "set", Reading(background)) == (line, bool(line))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_dark_colours_of_16_bits_are_refused_at_once(tmp_path, channels):
+    (tmp_path / "set").mkdir()
+    values = np.random.default_rng(0).integers(0, 256, (8, 8, channels))
+    values[0, 0, :2], values[0, 1, :2] = 0, 255
+    if channels != 3:
+        values[..., -1] = np.tri(8) * 65535
+    for i in range(2):
+        (tmp_path / f"set/{i}.png").write_bytes(deep_colour(values))
+    line, refused = line_of(tmp_path / "set")
+    assert refused and line.startswith("all images are nearly black: uint16 values from 0 to 255, where 0 is black and")
+    assert line.endswith("with --set data.range=[0,255], or --set data.range=[0,65535] if this is meant")
+    open_source(tmp_path / "set", reading=Reading(range=(0, 255)))
 
 
 INSPECTED = [  # array, least, most, mean, type, what is wrong

@@ -127,7 +127,8 @@ def test_a_model_to_begin_with_decides_its_images_and_its_network():
 
 def test_arrays_of_other_channels_keep_them():
     choice = choose(Facts(100, ((16, 16),), False, 4, False, "cpu"))
-    assert choice.recipe.data.channels is None and "16×16, 4 channels" in choice.why[0]
+    assert choice.recipe.data.channels is None
+    assert choice.why[0] == "auto: images of 16×16, 4 channels, because the pictures are of 4 channels and 16×16"
 
 
 def test_what_ends_the_run_is_said_as_it_is():

@@ -136,10 +136,9 @@ def check(
             typer.echo(f"{item.path}: {item.reason}")
         if found.passed:
             typer.echo(line(found.passed))
-        if found.wrong:
-            typer.echo(found.wrong)
-        typer.echo(f"{len(found.bad)} bad" if found.bad or found.wrong else "all good")
-    if found.bad or found.wrong:
+        said = [f"{len(found.bad)} bad"] * bool(found.bad) + [found.wrong] * bool(found.wrong)
+        typer.echo("; ".join(said) or "all good")
+    if found.bad or found.refused:
         raise typer.Exit(2)
 
 
@@ -176,6 +175,7 @@ def pack(
     - `undiffuse data pack fashion-mnist --split test --out both/test`
     """
     from undiffuse.cli.tools import show
+    from undiffuse.data import remark
     from undiffuse.data.format.several import join
     from undiffuse.data.pack import WORKERS, pack
     from undiffuse.data.passed import counts, line
@@ -188,6 +188,8 @@ def pack(
     result = {"images": len(done), "size": f"{w}x{h}", "channels": c, "labels": len(done.classes or ())}
     skipped = {"skipped": dict(done.manifest.skipped)} if as_json else {"skipped": len(done.skipped)}
     over = {"passed_over": counts(done.passed) if as_json else line(done.passed) or "none"}
+    looks = None if reading.range else remark.of(done, join(data), split, reading)
+    over |= {"wrong": looks.line} if looks else {}
     show(
         result | {"shards": len(done.images), "fingerprint": done.fingerprint(), **skipped, **over, "out": out}, as_json
     )

@@ -156,8 +156,9 @@ def open_like(
 
     reading = reading_of(settings, model.data, fixed=("channels",))
     source = model.source(join(data), split, skip_bad, reading)
-    remark.refuse(source, join(data), split, reading)
-    if not any(setting.startswith("data.range=") for setting in settings or ()):
+    is_meant = any(setting.partition("=")[0].strip() == "data.range" for setting in settings or ())
+    remark.refuse(source, join(data), split, reading, is_meant)
+    if not is_meant:
         remark.refuse_clipped(source, reading)
     if dist.is_first() and (told := made.line(source.made, len(source), model.image_shape)):
         log.say(told)

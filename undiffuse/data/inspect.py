@@ -4,7 +4,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from undiffuse.data.levels import UNKNOWN, Note, Own, combined, unsaid
 from undiffuse.data.made import Made, summed, tally
 from undiffuse.data.pack import WORKERS
 from undiffuse.data.passed import Passed, frames, merged
-from undiffuse.data.picture import PLAIN, WIDE, Reading
-from undiffuse.data.source import Source, open_raw
+from undiffuse.data.picture import PLAIN, Reading
+from undiffuse.data.source import Item, Source, open_raw
 from undiffuse.errors import DataError
 from undiffuse.machine import log
 
@@ -100,8 +99,8 @@ def inspect(source: Source, reading: Reading = PLAIN) -> Summary:
         mean=mean,
         std=std,
         values=own,
-        made=tuple(each for each in made if each[0] != UNKNOWN),
-        wrong=_wrong(values, own, made, count, reading),
+        made=tuple(each for each in making.done(made) if each[0] != UNKNOWN),
+        wrong=_wrong(source, own, made, count, reading),
         bad=tuple(bad),
         passed=merged(source.passed, frames(more)),
         sheet=contact_sheet(cells),
@@ -117,15 +116,14 @@ def _own(values: Int[Tensor, "256"], owns: list[tuple[Own, int]], count: int, me
     return Own(int(levels[0]), int(levels[-1]), 255 * mean, "uint8")
 
 
-def _wrong(values: Int[Tensor, "256"], own: Own, made: Made, count: int, reading: Reading) -> str:
-    """What `train` would say, if it would refuse them."""
-    if reading.range is not None or remark.laid(made, count):
+def _wrong(source: Source, own: Own, made: Made, count: int, reading: Reading) -> str:
+    """What `train` would say of them."""
+    if reading.range is not None:
         return ""
     if making.count(made, UNKNOWN):
         return unsaid(own)
-    levels = values.nonzero().flatten()
-    is_wide = making.count(made, WIDE) == count
-    return remark.wrong(int(levels[0]), int(levels[-1]), is_wide, own) or ""
+    found = remark.judge(source, made, count, reading)
+    return found.line if found else ""
 
 
 @dataclass(frozen=True)
@@ -136,21 +134,23 @@ class Checked:
     bad: tuple[Bad, ...]
     passed: tuple[Passed, ...]
     wrong: str = ""
+    refused: bool = False  # by `train`, because of what looks wrong
 
 
 def check(spec: str | Path, split: str = "train", show_progress: bool = False, reading: Reading = PLAIN) -> Checked:
     """Decodes every image of a path or a named set, and lists those that fail. Corrupt for a damaged packed folder."""
-    source, bad, seen = open_raw(spec, split, replace(reading, least=(1, 1))), list[Bad](), list[Seen]()
+    source, bad, notes = open_raw(spec, split, replace(reading, least=(1, 1))), list[Bad](), list[Note]()
     if isinstance(source, PackedSource):  # each of its bytes is a good pixel, so only the checksums can tell
         source.verify()
-        return Checked(len(source), (), source.passed, "" if reading.range else remark.narrow(source) or "")
+        return _checked(source, (), source.passed, source.made, reading)
+    more = 0
 
-    def one(index: int) -> Bad | Seen:
+    def one(index: int) -> Bad | Item:
         try:
             item = source[index]
         except DataError as error:
             return _bad(source, index, error)
-        return Seen(item.frames - 1, int(item.image.min()), int(item.image.max()), item.own, item.image.numel())
+        return replace(item, image=item.image[:, :0])  # which is not kept
 
     with ThreadPoolExecutor(WORKERS) as pool, log.progress(len(source), "checking", show_progress) as bar:
         for first in range(0, len(source), PART):
@@ -159,30 +159,17 @@ def check(spec: str | Path, split: str = "train", show_progress: bool = False, r
                 if isinstance(found, Bad):
                     bad.append(found)
                 else:
-                    seen.append(found)
+                    notes += found.made
+                    more += found.frames - 1
             bar.advance(len(part))
-    more, wrong = sum(each.more for each in seen), "" if reading.range else _narrow(seen)
-    return Checked(len(source), tuple(bad), merged(source.passed, frames(more)), wrong)
+    passed, made = merged(source.passed, frames(more)), summed(source.made, tally(notes))
+    return _checked(source, tuple(bad), passed, made, reading)
 
 
-class Seen(NamedTuple):
-    """Of an image that was decoded: how many more its file has, its levels, its own values, and their number."""
-
-    more: int
-    least: int
-    most: int
-    own: Own | None
-    size: int
-
-
-def _narrow(seen: list[Seen]) -> str:
-    """What looks wrong with the values of all."""
-    if not seen:
-        return ""
-    owns = [(each.own, each.size) for each in seen if each.own is not None]
-    least, most = min(each.least for each in seen), max(each.most for each in seen)
-    own = combined(owns) if len(owns) == len(seen) else None
-    return remark.wrong(least, most, own is not None, own or Own(least, most, 0.0, "uint8")) or ""
+def _checked(source: Source, bad: tuple[Bad, ...], passed: tuple[Passed, ...], made: Made, reading: Reading) -> Checked:
+    looks = None if reading.range else remark.judge(source, made, len(source) - len(bad), reading)
+    line, refused = looks or ("", False)
+    return Checked(len(source), bad, passed, line, refused)
 
 
 def contact_sheet(images: list[UInt8[Tensor, "_ _ _"]]) -> Image.Image:

@@ -35,6 +35,12 @@ class Own(NamedTuple):
 
 
 UNKNOWN = "of a range that is not known"
+# What may look wrong with one image, noted as what was done to it is, and counted for a whole set by `remark`.
+BLACK, WHITE, HIDDEN = "nearly black", "nearly white", "not seen on the background"
+# Levels of 255 that are near. A mask of a few classes stays within, or 12 bits in a file of 16; photographs of a night
+# do not, since one lamp or the noise of one picture is enough.
+FEW = 16
+QUARTER = 64  # of files of 16 bits, whose upper two are then never used: 14 bits, or fewer
 
 
 def unsaid(found: Own) -> str:
@@ -62,9 +68,9 @@ def _likely(least: Number, most: Number) -> Range:
 
 def own(values: np.ndarray) -> Own:
     """DataError for values that are not numbers, or not finite."""
-    kind = "bool" if values.dtype == bool else str(values.dtype)
+    kind = values.dtype.name  # whatever the order of its bytes
     if values.dtype.kind not in "buif":
-        raise DataError(f"{kind} values; expected integers or real numbers")
+        raise DataError(f"{values.dtype} values; expected integers or real numbers")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise DataError(
@@ -72,7 +78,9 @@ def own(values: np.ndarray) -> Own:
         )
     if not values.size:
         return Own(0, 0, 0.0, kind)
-    return Own(values.min().item(), values.max().item(), float(values.mean(dtype=np.float64)), kind)
+    least, most = (edge.item() for edge in (values.min(), values.max()))
+    least, most = (int(least), int(most)) if values.dtype == bool else (least, most)
+    return Own(least, most, float(values.mean(dtype=np.float64)), kind)
 
 
 def combined(parts: Sequence[tuple[Own, int]]) -> Own | None:
@@ -105,3 +113,26 @@ def clipped(found: Own, low: Number, high: Number) -> tuple[Note, ...]:
     if found.least >= low and found.most <= high:
         return ()
     return ((beyond((low, high)), f"{shown(found.least)} to {shown(found.most)}"),)
+
+
+def extent(pixels: UInt8[np.ndarray, "n c h w"]) -> tuple[UInt8[np.ndarray, "n"], UInt8[np.ndarray, "n"]]:
+    """The least and the greatest level of each image.
+
+    A last channel that is 255 throughout counts as the opacity that it may be, and not as white.
+    """
+    if pixels.shape[1] not in (2, 4):
+        flat = pixels.reshape(len(pixels), -1)
+        return flat.min(1), flat.max(1)
+    colours, last = pixels[:, :-1].reshape(len(pixels), -1), pixels[:, -1].reshape(len(pixels), -1)
+    opaque = last.min(1) == 255
+    least, most = colours.min(1), colours.max(1)
+    return np.where(opaque, least, np.minimum(least, last.min(1))), np.where(
+        opaque, most, np.maximum(most, last.max(1))
+    )
+
+
+def near(least: int, most: int, few: int, span: str) -> tuple[Note, ...]:
+    """The note for an image whose levels all are within `few` of black, or within FEW of white."""
+    if most <= few:
+        return ((BLACK, span),)
+    return ((WHITE, span),) if least >= 255 - FEW else ()

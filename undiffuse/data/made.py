@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from undiffuse.data.levels import Note
+from undiffuse.data.levels import BLACK, HIDDEN, WHITE, Note
 
 Made = tuple[tuple[str, int, str], ...]  # what was done, to how many images, and what the first of them was
 
@@ -26,6 +26,11 @@ def count(made: Made, what: str) -> int:
     return next((many for each, many, _ in made if each == what), 0)
 
 
+def done(made: Made) -> Made:
+    """What was done, without what looks wrong, which `remark` says."""
+    return tuple(each for each in made if each[0] not in (BLACK, WHITE, HIDDEN))
+
+
 def channels(count: int) -> str:
     """`grey`, `RGB`, `5 channels`."""
     return {1: "grey", 3: "RGB"}.get(count, f"{count} channels")
@@ -41,6 +46,7 @@ def listed(made: Made) -> str:
 def line(made: Made, total: int, shape: tuple[int, int, int]) -> str:
     """What became of the images, of which `shape` (channels, height, width) is what they are now; empty for nothing."""
     c, h, w = shape
+    made = done(made)
     kind = channels(c) if c in (1, 3) else f"with {channels(c)}"
     images = "1 image becomes" if total == 1 else f"{total:,} images become"
     return f"{images} {w}×{h} {kind}: {listed(made)}" if made else ""

@@ -17,9 +17,9 @@ from typing import IO, Literal, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageColor, ImageOps, JpegImagePlugin
+from PIL import Image, ImageColor, ImageFile, ImageOps, JpegImagePlugin
 
-from undiffuse.data import levels
+from undiffuse.data import deep, levels
 from undiffuse.data.colour import to_srgb
 from undiffuse.data.levels import Note, Own, Range
 from undiffuse.errors import DataError, UsageError
@@ -177,9 +177,9 @@ def read(data: bytes, reading: Reading = PLAIN) -> Picture:
             if DRAWN in (image.info.get("Software"), _text(image.info.get("comment"))):
                 raise DataError("a figure that undiffuse drew, and no picture")
             made = _scaled(image, reading)
-            deep = image.mode in ("LA", "RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))
+            kind = deep.kept(image)
             image.load()
-            found = _pixels(ImageOps.exif_transpose(image), reading, deep)
+            found = _pixels(ImageOps.exif_transpose(image), reading, kind, data)
             return found._replace(made=(*made, *found.made))
     except DataError:
         raise
@@ -218,7 +218,7 @@ class _Quiet:
 QUIET, OPENING = _Quiet(), threading.Lock()
 
 
-def _opened(file: BufferedIOBase, formats: list[str] | None = None) -> Image.Image:
+def _opened(file: BufferedIOBase, formats: list[str] | None = None) -> ImageFile.ImageFile:
     """The header alone, for which Pillow's limit is set aside: `max_pixels` is ours, and its message names it."""
     with OPENING:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -239,20 +239,24 @@ def _scaled(image: Image.Image, reading: Reading) -> tuple[Note, ...]:
         if math.prod(small) <= reading.max_pixels and min(small) >= max(reading.least or small):
             image.draft(None, small)
             return (("decoded at a lower resolution", f"{width}×{height}"),)
-    smaller = ", or give a --size" if is_jpeg else ""
+    smaller = f", or give a {'smaller ' if reading.least else ''}--size" if is_jpeg else ""
     raise DataError(
         f"{width}x{height} is more than {reading.max_pixels} pixels; "
         f"allow it with --set data.max_pixels={width * height}{smaller}"
     )
 
 
-def _pixels(image: Image.Image, reading: Reading, deep: bool) -> Picture:
-    if image.mode == "F" or image.mode.startswith("I"):
-        image, made, own = _wide(image, reading)
-    elif deep and reading.range is not None:
-        raise DataError("16-bit colour, of which only the upper 8 bits can be read here; for data.range give an array")
+def _pixels(image: Image.Image, reading: Reading, bits: str, data: bytes) -> Picture:
+    grey, own, made = image.mode == "F" or image.mode.startswith("I"), None, ()
+    if grey or bits in deep.LOWER:
+        values = np.asarray(image) if grey else deep.values(image, bits, _opened(io.BytesIO(data)))
+        # By the type that the file declares: a dark picture of 32 bits is none of 16.
+        is_short = not grey or (";16" in bits or image.mode.startswith("I;16")) and not bits.endswith("S")
+        image, made, own = _wide(image, values, is_short, reading)
+    elif bits and reading.range is not None:
+        raise DataError(f"16 bits a colour as {bits}, of which only the upper 8 are read; for data.range give an array")
     else:
-        ranged, made, own = image.mode != "1" and reading.range is not None, (), None
+        ranged = image.mode != "1" and reading.range is not None
         image = _plain(image)
         if ranged and image.mode != "CMYK":
             image, made, own = _ranged(image, reading)
@@ -260,18 +264,44 @@ def _pixels(image: Image.Image, reading: Reading, deep: bool) -> Picture:
     image = image.convert("RGB") if image.mode == "CMYK" else image
     image, flat = _with_channels(image, reading)
     array = np.asarray(image)
-    return Picture(array if array.ndim == 3 else array[..., None], (*made, *converted, *flat), own)
+    array = array if array.ndim == 3 else array[..., None]
+    made = (*made, *converted, *flat)
+    return Picture(array, (*made, *_looks(array, made, own, reading)), own)
 
 
-def _wide(image: Image.Image, reading: Reading) -> tuple[Image.Image, tuple[Note, ...], Own]:
-    """Integers of more than 8 bits, and float pixels, as grey."""
-    values = np.asarray(image)
-    is_short = image.mode != "F" and values.min() >= 0 and values.max() <= 65535
-    pixels, found, made = reading.to_levels(values, (0, 65535) if is_short else None)
-    grey = Image.fromarray(pixels)
-    grey.info = image.info
+def _looks(
+    array: UInt8[np.ndarray, "h w c"], made: tuple[Note, ...], own: Own | None, reading: Reading
+) -> tuple[Note, ...]:
+    """What looks wrong: the levels, and of what was laid on a background whether it is seen."""
+    low, high = (int(edge[0]) for edge in levels.extent(array.transpose(2, 0, 1)[None]))
+    is_wide = any(what == WIDE for what, _ in made) and reading.range is None
+    span = (own or Own(low, high, 0.0, "uint8")).span
+    if any(what.startswith(LAID) for what, _ in made):
+        ground = Image.new("RGB", (1, 1), reading.colour).convert("L" if array.shape[2] == 1 else "RGB")
+        if (np.abs(array.astype(np.int16) - np.asarray(ground)) <= levels.FEW).all():
+            return ((levels.HIDDEN, reading.background),)
+        # What is drawn in black may be meant; what is nearly so, in 16 bits, hardly.
+        high = own.most // 257 if is_wide and own is not None and own.most > 0 else 255
+        return levels.near(0, int(high), levels.QUARTER, span)
+    return levels.near(low, high, levels.QUARTER if is_wide else levels.FEW, span)
+
+
+def _wide(
+    image: Image.Image, values: np.ndarray, is_short: bool, reading: Reading
+) -> tuple[Image.Image, tuple[Note, ...], Own]:
+    """Values of more than 8 bits as grey or colours, and with opacity if they have it."""
+    clear, through = values.ndim == 3 and values.shape[2] in (2, 4), image.info.get("transparency")
+    colours = values[..., :-1] if clear else values
+    colours = colours.astype(np.uint16) if is_short and colours.dtype != np.uint16 else colours
+    pixels, found, made = reading.to_levels(colours, (0, 65535) if is_short else None)
+    if clear:
+        pixels = np.dstack([pixels, values[..., -1] >> 8]).astype(np.uint8)
+    elif values.ndim == 3 and isinstance(through, tuple):
+        pixels = np.dstack([pixels, np.where((values == np.array(through)).all(-1), 0, 255)]).astype(np.uint8)
+    plain = Image.fromarray(pixels)
+    plain.info = image.info
     wide = (WIDE, f"{levels.shown(found.least)} to {levels.shown(found.most)}")
-    return grey, (wide, *made), found
+    return plain, (wide, *made), found
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -1,63 +1,112 @@
-"""What looks wrong with the values of a whole set: nearly black or nearly white throughout."""
+"""What looks wrong with the values of a set: images that are nearly black, nearly white, or not to be seen at all.
 
-import torch
+Each image is judged when it is read, and `made` counts them; so `train`, `data inspect`, `check` and `pack` agree.
+"""
+
+from typing import NamedTuple
 
 from undiffuse.data import made
-from undiffuse.data.levels import Own, beyond, combined, said
-from undiffuse.data.picture import LAID, WIDE, Reading
+from undiffuse.data.levels import BLACK, HIDDEN, WHITE, Own, Range, beyond, combined, extent, said, shown
+from undiffuse.data.made import Made
+from undiffuse.data.picture import Reading
 from undiffuse.data.source import Source, open_raw, spread
 from undiffuse.errors import DataError
+from undiffuse.machine import log
 
-# Levels of 255: what stays within so many of black or of white is refused. A mask of a few classes does, or 12 bits in
-# a file of 16; photographs of a night do not, since one lamp or the noise of one picture is enough.
-FEW = 16
-QUARTER = 64  # of files of 16 bits, whose upper two are then never used: 14 bits, or fewer
-PART, LOOKED_AT = 256, 256  # images at a time; and of how many the values are looked up for the message
+LOOKED_AT = 1024  # images, of which the values are looked up for the message
+LEAST, SHARE = 2, 0.1  # images of a set: what fewer look like is not said
+UNSEEN = (
+    "transparent, or of the colour of the background, so that nothing of them is seen. Give another with "
+    "--set data.background=black, or keep the transparency with --set data.channels=4"
+)
 
 
-def wrong(least: int, most: int, is_wide: bool, own: Own) -> str | None:
-    """One line about levels from `least` to `most` over a whole set, whose values were `own`; None if they are good."""
-    black, white = most <= (QUARTER if is_wide else FEW), least >= 255 - FEW
-    if not (black or white):
+class Remark(NamedTuple):
+    """One line, and whether nothing is trained on such a set; else it is a warning."""
+
+    line: str
+    refused: bool
+
+
+def judge(raw: Source, done: Made, total: int, reading: Reading) -> Remark | None:
+    """What looks wrong with a set of which `total` images could be read. `done` counts what was made of them."""
+    for what in (BLACK, WHITE, HIDDEN):
+        many = made.count(done, what)
+        if total and many >= total:
+            return Remark(_all("all images", what, raw, reading.range, whole_set=True), True)
+        for part, spec in zip(raw.parts, raw.specs, strict=True) if many else ():
+            if _is_all(part, what):
+                return Remark(_all(f"all images of {spec}", what, part, reading.range, whole_set=False), True)
+    some = [
+        f"{many:,} of {total:,} images are {what} ({of}{', for one' if many > 1 else ''})"
+        for what, many, of in done
+        if what in (BLACK, WHITE, HIDDEN) and many >= max(LEAST, SHARE * total)
+    ]
+    meant = "Leave them out, or bring them to the range of the others, unless this is meant"
+    return Remark(f"{', and '.join(some)}. {meant}", False) if some else None
+
+
+def _all(which: str, what: str, source: Source, span: Range | None, whole_set: bool) -> str:
+    own = _own(source)
+    if what == HIDDEN or own is None:
+        return f"{which} are {UNSEEN}"
+    whole = span or {"uint8": (0, 255), "bool": (0, 1)}.get(own.kind, (0, 65535))
+    given, least = said(whole), said((own.least, max(own.most, own.least + 1)))
+    likely = own.range if what == BLACK and own.range != given else least
+    now = f"--set data.range={given}"
+    ask = f"Say what they are with --set data.range={likely}" if whole_set else "Leave them out, or convert them"
+    scale = f"where {shown(whole[0])} is black and {shown(whole[1])} white"
+    return f"{which} are {what}: {own.span}, {scale}. {ask}, or {now} if this is meant"
+
+
+def _is_all(part: Source, what: str) -> bool:
+    """Whether all images of a part look so; reads them until one does not."""
+    if many := made.count(part.made, what):
+        return many >= len(part)
+    found = False
+    for index in range(len(part)):
+        try:
+            item = part[index]
+        except DataError:  # left out, and told
+            continue
+        if all(each != what for each, _ in item.made):
+            return False
+        found = True
+    return found
+
+
+def _own(source: Source) -> Own | None:
+    """The values of the images, of many as of some; None if none can be read."""
+    if source.own is not None:
+        return source.own
+    found = list[tuple[Own, int]]()
+    for index in spread(len(source), LOOKED_AT):
+        try:
+            item = source[index]
+        except DataError:  # left out, and told
+            continue
+        low, high = (int(edge[0]) for edge in extent(item.image[None].numpy()))
+        found.append((item.own or Own(low, high, 0.0, "uint8"), item.image.numel()))
+    return combined(found)
+
+
+def of(source: Source, spec: str, split: str, reading: Reading) -> Remark | None:
+    """The same of images of one shape, which were read from `spec`; it is read again only for the line."""
+    if not any(what in (BLACK, WHITE, HIDDEN) for what, _, _ in source.made):
         return None
-    whole = (0, 65535) if is_wide else (0, 255)
-    meant = own.range if black and own.range != said(whole) else said((own.least, max(own.most, own.least + 1)))
-    return (
-        f"all images are nearly {'black' if black else 'white'}: {own.span}, where {whole[0]} is black and {whole[1]} "
-        f"white. Say what they are with --set data.range={meant}, or --set data.range={said(whole)} if this is meant"
-    )
+    return judge(open_raw(spec, split, reading), source.made, len(source), reading)
 
 
-def laid(done: made.Made, total: int) -> bool:
-    """Whether all images were laid on a background, which is told and may be all that is seen of them."""
-    return any(what.startswith(LAID) and many == total for what, many, _ in done)
+def refuse(source: Source, spec: str, split: str, reading: Reading, is_meant: bool) -> None:
+    """DataError for a set, or a part of it, that looks wrong throughout, and a warning for one of which some does.
 
-
-def narrow(source: Source, raw: Source | None = None) -> str | None:
-    """The same about images of one shape; `raw` are those as they were, for their own values. Reads until it is good.
-
-    A last channel that is 255 throughout counts as the opacity that it may be, and not as white.
+    `is_meant`: the range was given for this set, so that its values are what they should be.
     """
-    if laid(source.made, len(source)):
-        return None
-    is_wide = made.count(source.made, WIDE) == len(source)
-    least, most, opaque = 255, 0, 255
-    for first in range(0, len(source), PART):
-        images = source.gather(torch.arange(first, min(first + PART, len(source)), dtype=torch.int64, device="cpu"))[0]
-        if images.shape[1] in (2, 4):
-            opaque = min(opaque, int(images[:, -1].min()))
-            images = images[:, :-1] if opaque == 255 else images
-        least, most = min(least, int(images.min())), max(most, int(images.max()))
-        if wrong(least, most, is_wide, Own(least, most, 0.0, "")) is None:
-            return None
-    own = source.own or (_own(raw) if raw is not None else None) or Own(least, most, 0.0, "uint8")
-    return wrong(least, most, is_wide, own)
-
-
-def refuse(source: Source, spec: str, split: str, reading: Reading) -> None:
-    """DataError for a set that is nearly black or white, unless its range was given."""
-    if reading.range is None and narrow(source) is not None:
-        raise DataError(f"{narrow(source, open_raw(spec, split, reading))}")
+    found = None if is_meant else of(source, spec, split, reading)
+    if found is not None and found.refused:
+        raise DataError(found.line)
+    if found is not None:
+        log.warn(found.line)
 
 
 def refuse_clipped(source: Source, reading: Reading) -> None:
@@ -71,16 +120,3 @@ def refuse_clipped(source: Source, reading: Reading) -> None:
             f"{many:,} of {len(source):,} images have values outside of {said(reading.range)}, the data.range that the "
             f"model was trained with, one from {of}; say how these are read, for example with --set data.range=[0,255]"
         )
-
-
-def _own(raw: Source) -> Own | None:
-    """Of some images, where they are not of 8 bits."""
-    found = []
-    for index in spread(len(raw), LOOKED_AT):
-        try:
-            item = raw[index]
-        except DataError:  # left out, and told
-            continue
-        if item.own is not None:
-            found.append((item.own, item.image.numel()))
-    return raw.own or combined(found)

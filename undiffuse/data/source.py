@@ -58,6 +58,8 @@ class Source(ABC):
     made: Made = ()  # what was made of the images to bring them into one shape
     own: Own | None = None  # the values of an array that was not of uint8
     passed: tuple[Passed, ...] = ()  # what is there and was not taken for an image
+    parts: "tuple[Source, ...]" = ()  # where several were joined
+    specs: tuple[str, ...] = ()  # what they were named by
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -197,7 +197,8 @@ def _why(facts: Facts, recipe: Recipe, base: str, asked: bool, budget: Budget, t
     )
     limit = _limit(facts)
     larger = f"; larger ones train slowly on {facts.device}, --size 64 asks for them" if facts.side > limit else ""
-    because = f"because the pictures are {'grey' if facts.grey else 'in colour'} and {seen}{larger}"
+    seen_as = "grey" if facts.grey else "in colour" if facts.channels in (3, None) else f"of {channels(facts.channels)}"
+    because = f"because the pictures are {seen_as} and {seen}{larger}"
     if asked or tuned:
         because = "as asked" if asked else "as those of the model to begin with"
     dropout = getattr(recipe.network, "dropout", 0.0)

@@ -134,7 +134,7 @@ def _images(
         source = named if accepted else unify(named, size, channels, skip_bad, stride=stride)
     else:
         source = open_data(named, size, channels, reading, skip_bad, use_cache, WORKERS, show, stride=stride)
-        remark.refuse(source, named, "train", reading)
+        remark.refuse(source, named, "train", reading, is_meant=reading.range is not None)
     c, h, w = shape_of(source)
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
     say(

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from undiffuse.data.format.arrays import read_idx
+from undiffuse.data.levels import own
+from undiffuse.data.made import done
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import open_source
 from undiffuse.errors import Corrupt, DataError
@@ -172,7 +174,7 @@ def test_values_of_a_range(tmp_path, dtype, span, ending):
     source = open_source(path, reading=Reading(range=span))
     expected = 255 * (values.astype(float) - low) / (high - low)
     assert np.abs(source.images[:, 0].numpy() - expected).max() <= 0.5 + 1e-9
-    assert source.own[:2] == (low, high) and source.own.kind == np.dtype(dtype).name and source.made == ()
+    assert source.own[:2] == (low, high) and source.own.kind == np.dtype(dtype).name and done(source.made) == ()
 
 
 def test_values_beyond_the_range_are_clipped_and_counted(tmp_path):
@@ -180,12 +182,21 @@ def test_values_beyond_the_range_are_clipped_and_counted(tmp_path):
     np.save(tmp_path / "a.npy", values)
     source = open_source(tmp_path / "a.npy", reading=Reading(range=(0, 1)))
     assert source.images.flatten().tolist() == [0, 128, 255, 255, 0, 64]
-    assert source.made == (("clipped to data.range=[0,1]", 2, "-1 to 2"),)
+    assert done(source.made) == (("clipped to data.range=[0,1]", 2, "-1 to 2"),)
 
 
 def test_bits_need_no_range(tmp_path):
     np.save(tmp_path / "a.npy", np.array([True, False]).reshape(2, 1, 1))
     assert open_source(tmp_path / "a.npy").images.flatten().tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("array, said", [
+    (np.zeros((5, 4, 4), bool), "bool values from 0 to 0"), (np.zeros((5, 4, 4), ">u2"), "uint16 values from 0 to 0"),
+    (np.ones((5, 4, 4), ">i4"), "int32 values from 1 to 1"), (np.ones((5, 4, 4), bool), "bool values from 1 to 1"),
+])  # fmt: skip
+def test_values_are_named_as_people_do(array, said):
+    """Whatever the order of their bytes; bits are 0 and 1."""
+    assert own(array).span == said
 
 
 class Evil:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from undiffuse.data.arrange import no_split
-from undiffuse.data.levels import UNKNOWN, Own
+from undiffuse.data.levels import FEW, UNKNOWN, Note, Own, extent, near
 from undiffuse.data.listing import HELD_OUT, TRAIN, ending, is_hidden, splits
-from undiffuse.data.made import Made
+from undiffuse.data.made import Made, tally
 from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import PLAIN, Axes, Reading
 from undiffuse.data.source import ArraySource, Format, Source, Split
@@ -49,7 +49,8 @@ def array_source(
         images, made, own = _levels(images, reading)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    images = np.ascontiguousarray(images)
+    made, pixels = (*made, *_near(images, own)), torch.from_numpy(images)
     if labels is None or not len(labels):
         return ArraySource(pixels, made=made, own=own)
     count = len(classes) if classes else MAX_CLASSES
@@ -106,6 +107,16 @@ def _levels(images: np.ndarray, reading: Reading) -> tuple[np.ndarray, Made, Own
     outside = sum(bool(((image < low) | (image > high)).any()) for image in images) if notes else 0
     made = tuple((what, len(images) if what == UNKNOWN else outside, of) for what, of in notes)
     return pixels, made, found
+
+
+def _near(images: np.ndarray, own: Own | None) -> Made:
+    """How many are nearly black or white."""
+    if not len(images):
+        return ()
+    notes = list[Note]()
+    for low, high in zip(*(edge.tolist() for edge in extent(images)), strict=True):
+        notes += near(low, high, FEW, (own or Own(low, high, 0.0, "uint8")).span)
+    return tally(notes)
 
 
 def whole(split: Split, where: str) -> None:

@@ -29,6 +29,7 @@ class Joined(Source):
 
     parts: tuple[Source, ...]
     unmatched: tuple[Passed, ...] = ()  # files that a pattern found and nothing reads
+    specs: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -114,20 +115,23 @@ class Several(Format):
     def read(spec: str, split: Split, reading: Reading) -> Source:
         named, unread = _named(spec)
         files = [path for path in named if is_picture(path) and Path(path).is_file()]
-        parts, why = list[Source](), DataError("")
+        parts, specs, why = list[Source](), list[str](), DataError("")
         known = set(files)
-        readers: list[Callable[[], Source]] = [lambda: _files(files, split, reading)] if files else []
-        readers += [partial(open_raw, path, split, reading) for path in named if path not in known]
-        for read in readers:
+        readers: dict[str, Callable[[], Source]] = {}
+        if files:
+            readers[f"the {len(files)} files"] = lambda: _files(files, split, reading)
+        readers |= {path: partial(open_raw, path, split, reading) for path in named if path not in known}
+        for name, read in readers.items():
             try:
                 parts.append(read())
+                specs.append(name)
             except DataError as error:
                 if split == "train":
                     raise
                 why = error  # one part with a test split is enough
         if not parts:
             raise why
-        return Joined(tuple(parts), kinds(unread, open_path)) if unread or len(parts) > 1 else parts[0]
+        return Joined(tuple(parts), kinds(unread, open_path), tuple(specs)) if unread or len(parts) > 1 else parts[0]
 
 
 def _files(files: list[str], split: Split, reading: Reading) -> Source:
