@@ -28,8 +28,8 @@ ROWS = tuple(
         ("diffusion", "process grid density gaussian denoiser objective likelihood sampler/"),
         (
             "data",
-            "levels deep colour picture made listing passed arrange labelfile source remark order subset loader format/ "
-            "workers pack inspect",
+            "levels deep colour picture made listing passed arrange labelfile source remark order subset loader "
+            "format/ workers pack inspect",
         ),
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("model", "recipe average classes model load"),

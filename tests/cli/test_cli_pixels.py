@@ -162,6 +162,7 @@ def test_a_part_that_is_nearly_black_is_told(call, tmp_path):
     for command in commands:
         code, _, err = call(*command)
         assert code == 0 and err.count(f"warning: {line}\n") == 1, err
+        assert "1 left out: bad.png (not a picture in a known format)\n" in err
     assert f"wrong  {line}\n" in call("data", "inspect", folder)[1]
     code, text, _ = call("data", "check", folder)
     assert code == 2 and text.splitlines()[-1] == f"1 bad; {line}"

@@ -45,7 +45,8 @@ def folder(tmp_path_factory) -> Path:
     for i, name in enumerate(("PICTURES/a.png", "PICTURES/b.png", "BAD/a.png", "BAD/b.png")):
         (root / name).parent.mkdir(exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 255, (8, 8, 4), np.uint8)
-        noise[..., 3] = 0  # all of it transparent
+        noise[..., 3] = 0  # all of it transparent, but for a corner
+        noise[7, 7] = 90, 90, 90, 255
         Image.fromarray(noise).save(root / name)
     (root / "BAD" / "b.png").write_bytes((root / "BAD" / "b.png").read_bytes()[:60])
     (root / "FILE").write_text("mine")
@@ -109,7 +110,7 @@ def test_neighbours_of_a_crop_and_without_the_bad(call, folder, tmp_path):
     for crop, part in (("4x2", image[2:6, 3:5]), ("4", image[2:6, 2:6]), ("0,1,3,2", image[:3, 1:3])):
         distance, err = nearest("--crop", crop)
         assert distance == pytest.approx(float((part - 255).square().mean().sqrt()))  # the picture is white
-        assert "1 unreadable pictures are left out: b.png" in err
+        assert "warning: 1 left out: b.png (image file is truncated)\n" in err
     assert nearest()[0] == pytest.approx(float((image - 255).square().mean().sqrt()))
 
 

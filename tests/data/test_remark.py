@@ -164,7 +164,8 @@ CLEAR, ROUND = np.zeros((8, 8), np.uint8), np.tri(8, dtype=np.uint8) * 255
 BLACK_ONES, WHITE_ONES = np.zeros((8, 8), np.uint8), np.full((8, 8), 255, np.uint8)
 UNSEEN = (
     "all images are transparent, or of the colour of the background, so that nothing of them is seen. Give another "
-    "with --set data.background=black, or keep the transparency with --set data.channels=4"
+    "with --set data.background=black, keep the transparency with --set data.channels=4, or say "
+    "--set data.range=[0,255] if this is meant"
 )
 
 
@@ -220,3 +221,17 @@ def test_values_of_pictures_in_their_own_units(tmp_path):
     found = inspect(open_raw(folder))
     assert found.values[:4] == (100, 4000, pytest.approx(4300 / 3), "uint16")
     assert found.made == (("read from more than 8 bits", 3, "100 to 100"),)
+
+
+def test_what_is_left_out_is_named_with_the_reason(tmp_path):
+    folder = put(tmp_path / "set", NORMAL)
+    assert remark.left_out(open_source(folder)) == ""
+    for name in "abcd":
+        (folder / f"{name}.png").write_bytes(b"text")
+    why = "not a picture in a known format"
+    line = f"4 left out: a.png ({why}), b.png ({why}), c.png ({why}) and 1 more"
+    assert remark.left_out(open_source(folder, skip_bad=True)) == line
+    assert remark.left_out(pack(folder, tmp_path / "packed", skip_bad=True)) == line
+    assert remark.left_out(open_source(tmp_path / "packed")) == line
+    other = put(tmp_path / "other", ramp(0, 255, np.uint8))
+    assert remark.left_out(open_source(join([str(tmp_path / "packed"), str(other)]))) == line

@@ -186,7 +186,7 @@ def pack(
     done = pack(join(data), out, size, channels, reading, split, skip_bad, count, not as_json)
     c, h, w = done.image_shape
     result = {"images": len(done), "size": f"{w}x{h}", "channels": c, "labels": len(done.classes or ())}
-    skipped = {"skipped": dict(done.manifest.skipped)} if as_json else {"skipped": len(done.skipped)}
+    skipped = {"skipped": dict(done.manifest.skipped)} if as_json else {"skipped": remark.left_out(done) or "none"}
     over = {"passed_over": counts(done.passed) if as_json else line(done.passed) or "none"}
     looks = None if reading.range else remark.of(done, join(data), split, reading)
     over |= {"wrong": looks.line} if looks else {}

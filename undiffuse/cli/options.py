@@ -162,8 +162,8 @@ def open_like(
         remark.refuse_clipped(source, reading)
     if dist.is_first() and (told := made.line(source.made, len(source), model.image_shape)):
         log.say(told)
-    if source.skipped:
-        log.warn(f"{len(source.skipped)} unreadable pictures are left out: {', '.join(source.skipped)}")
+    if left_out := remark.left_out(source):
+        log.warn(left_out)
     return source
 
 

@@ -15,9 +15,11 @@ from undiffuse.machine import log
 
 LOOKED_AT = 1024  # images, of which the values are looked up for the message
 LEAST, SHARE = 2, 0.1  # images of a set: what fewer look like is not said
+NAMED = 3  # images left out, of which name and reason are said
 UNSEEN = (
     "transparent, or of the colour of the background, so that nothing of them is seen. Give another with "
-    "--set data.background=black, or keep the transparency with --set data.channels=4"
+    "--set data.background=black, keep the transparency with --set data.channels=4, or say --set data.range=[0,255] if "
+    "this is meant"
 )
 
 
@@ -120,3 +122,13 @@ def refuse_clipped(source: Source, reading: Reading) -> None:
             f"{many:,} of {len(source):,} images have values outside of {said(reading.range)}, the data.range that the "
             f"model was trained with, one from {of}; say how these are read, for example with --set data.range=[0,255]"
         )
+
+
+def left_out(source: Source) -> str:
+    """`2 left out: a.png (not a picture in a known format), …`, of the first few; empty where none is."""
+    if not source.skipped:
+        return ""
+    why = dict(source.reasons)
+    names = [f"{name} ({why[name]})" if name in why else name for name in source.skipped[:NAMED]]
+    more = f" and {len(source.skipped) - NAMED:,} more" if len(source.skipped) > NAMED else ""
+    return f"{len(source.skipped):,} left out: {', '.join(names)}{more}"

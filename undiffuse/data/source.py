@@ -55,6 +55,7 @@ class Source(ABC):
 
     classes: tuple[str, ...] | None
     skipped: tuple[str, ...] = ()  # what was left out because it could not be read
+    reasons: tuple[tuple[str, str], ...] = ()  # (name, reason) of these, as far as they are known
     made: Made = ()  # what was made of the images to bring them into one shape
     own: Own | None = None  # the values of an array that was not of uint8
     passed: tuple[Passed, ...] = ()  # what is there and was not taken for an image
@@ -115,6 +116,7 @@ class ArraySource(Source):
     passed: tuple[Passed, ...] = ()
     made: Made = ()
     own: Own | None = None
+    reasons: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -222,8 +224,7 @@ def open_source(
 ) -> ArraySource:
     """The images of a path or of a named set, all of one shape, in memory.
 
-    `size` is a side or (height, width), None to keep the images' own; `channels` likewise. With `skip_bad` unreadable
-    files are left out and listed in `.skipped`.
+    `size`: a side or (height, width), None for the images' own; `channels` alike. `skip_bad` lists in `.skipped`.
     """
     return unify(open_raw(spec, split, Wanted.of(size, channels).reading(reading)), size, channels, skip_bad)
 
@@ -251,7 +252,8 @@ def unify(
     skipped = (*source.skipped, *(name for name, _ in good.bad))
     over = passed.merged(source.passed, passed.frames(good.frames))
     made = summed(source.made, good.made)
-    return ArraySource(torch.from_numpy(good.images), labels, source.classes, skipped, over, made, source.own)
+    images, why = torch.from_numpy(good.images), (*source.reasons, *good.bad)
+    return ArraySource(images, labels, source.classes, skipped, over, made, source.own, why)
 
 
 def spread(total: int, count: int | None) -> Sequence[int]:

@@ -136,10 +136,10 @@ def _images(
         source = open_data(named, size, channels, reading, skip_bad, use_cache, WORKERS, show, stride=stride)
         remark.refuse(source, named, "train", reading, is_meant=reading.range is not None)
     c, h, w = shape_of(source)
-    left_out = f", {len(source.skipped)} left out" if source.skipped else ""
-    say(
-        f"{len(source):,} image{'s' * (len(source) != 1)} of {c}×{h}×{w} from {_named(spec)}{left_out}; preset {preset}"
-    )
+    images = f"{len(source):,} image{'s' * (len(source) != 1)}"
+    say(f"{images} of {c}×{h}×{w} from {_named(spec)}; preset {preset}")
+    if left_out := remark.left_out(source):
+        say(left_out)
     if told := made.line(source.made, len(source), (c, h, w)):
         say(told)
     if source.passed:

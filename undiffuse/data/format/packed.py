@@ -101,6 +101,10 @@ class PackedSource(Source):
     def made(self) -> Made:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.manifest.made
 
+    @property
+    def reasons(self) -> tuple[tuple[str, str], ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.manifest.skipped
+
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 

@@ -43,6 +43,10 @@ class Joined(Source):
         return tuple(name for part in self.parts for name in part.skipped)
 
     @property
+    def reasons(self) -> tuple[tuple[str, str], ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tuple(each for part in self.parts for each in part.reasons)
+
+    @property
     def made(self) -> Made:  # pyright: ignore[reportIncompatibleVariableOverride]
         return summed(*(part.made for part in self.parts))
 
