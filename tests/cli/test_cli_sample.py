@@ -111,7 +111,9 @@ def test_neighbours_of_a_crop_and_without_the_bad(call, folder, tmp_path):
         distance, err = nearest("--crop", crop)
         assert distance == pytest.approx(float((part - 255).square().mean().sqrt()))  # the picture is white
         assert "warning: 1 left out: b.png (image file is truncated)\n" in err
-    assert nearest()[0] == pytest.approx(float((image - 255).square().mean().sqrt()))
+    whole = torch.full((8, 8), 255.0, dtype=torch.float64)
+    whole[7, 7] = 90
+    assert nearest()[0] == pytest.approx(float((image - whole).square().mean().sqrt()))
 
 
 def test_transparency_is_flattened_on_the_background_of_the_training(call, folder, tmp_path):

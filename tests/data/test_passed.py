@@ -25,7 +25,7 @@ def encoded(kind="PNG", level=90, mode="L", **options):
 
 
 def animation(kind, count):
-    frames = [Image.fromarray(np.full((4, 4), 9 * i, np.uint8)) for i in range(count)]
+    frames = [Image.fromarray(np.full((4, 4), 60 + 9 * i, np.uint8)) for i in range(count)]
     data = io.BytesIO()
     frames[0].save(data, kind, save_all=True, append_images=frames[1:])
     return data.getvalue()
