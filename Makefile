@@ -26,7 +26,7 @@ test: .venv/test.stamp  ## all tests, two at a time (6 minutes on 2 cores); ARGS
 test-reliability: .venv/test.stamp  ## the long tests: kills by the dozen, whole trainings (20 minutes)
 	$(BIN)/python -m pytest -m long
 
-check: .venv/dev.stamp  ## format, lint, types and the fast tests (two minutes on 2 cores)
+check: .venv/dev.stamp  ## format, lint, types and the fast tests (four minutes on 2 cores)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
