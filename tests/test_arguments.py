@@ -82,7 +82,7 @@ for call in json.loads(sys.argv[2]):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    from tests.cli.test_cli_sample import save
+    from tests.cli.toy import save
 
     model = save(tmp_path_factory.mktemp("model") / "MODEL")
     words = [sys.executable, "-c", PROGRAM, str(model), json.dumps(list(CALLS))]

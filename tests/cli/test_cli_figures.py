@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cli.test_cli_sample import save
+from tests.cli.toy import save
 from undiffuse.data.source import open_source
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.measure.evaluate import Nll, nll

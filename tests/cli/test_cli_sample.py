@@ -12,48 +12,11 @@ import torch
 from PIL import Image
 
 from undiffuse.cli import main as cli
-from undiffuse.diffusion.denoiser import Eps, FixedLarge, Learned
-from undiffuse.diffusion.process import Linear
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import is_out_of_memory
 from undiffuse.machine import disk
-from undiffuse.model import load, recipe
-from undiffuse.model.model import Model
-from undiffuse.network.unet import UNet
+from undiffuse.model import load
 from undiffuse.view import explore
-
-LARGE = FixedLarge()
-
-
-def save(path: Path, variance=LARGE, meta=None) -> Path:
-    config = recipe.ModelConfig((1, 8, 8), Linear(12, 1e-3, 0.5), Eps(), variance, UNet(8, (1, 1), 1, ()))
-    torch.manual_seed(0)
-    denoiser = config.build(clip=True).eval().requires_grad_(False)
-    for weight in denoiser.network.parameters():
-        weight.copy_(weight + 0.1 * torch.randn_like(weight))
-    load.save(Model(config, denoiser, meta or {}), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Models and pictures; nothing in it is changed."""
-    root = tmp_path_factory.mktemp("folder")
-    save(root / "MODEL")
-    save(root / "LEARNED", Learned())
-    save(root / "BLACK", meta={"recipe": {"data": {"background": "black"}}})
-    for i, name in enumerate(("PICTURES/a.png", "PICTURES/b.png", "BAD/a.png", "BAD/b.png")):
-        (root / name).parent.mkdir(exist_ok=True)
-        noise = np.random.default_rng(i).integers(0, 255, (8, 8, 4), np.uint8)
-        noise[..., 3] = 0  # all of it transparent, but for a corner
-        noise[7, 7] = 90, 90, 90, 255
-        Image.fromarray(noise).save(root / name)
-    (root / "BAD" / "b.png").write_bytes((root / "BAD" / "b.png").read_bytes()[:60])
-    (root / "FILE").write_text("mine")
-    (root / "SHEET").mkdir()
-    for i in range(8):
-        Image.new("L", (8, 8), 20 + 20 * i).save(root / "SHEET" / f"{i}.png")
-    return root
 
 
 def samples(call, folder: Path, tmp_path: Path, *words: object) -> torch.Tensor:

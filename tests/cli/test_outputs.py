@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cli.test_cli_sample import folder, save  # noqa: F401
 from undiffuse.measure import evaluate
 from undiffuse.model import load
 from undiffuse.model.model import Model
@@ -22,13 +21,13 @@ FIGURES = {
 }
 
 
-def words(folder, name: str) -> list[str]:  # noqa: F811
+def words(folder, name: str) -> list[str]:
     return [name, *(str(folder / w) if (folder / w).exists() else w for w in FIGURES[name])]
 
 
 @pytest.mark.parametrize("ending, kind", [("png", "PNG"), ("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP"),
                                           ("gif", "GIF"), ("tiff", "TIFF"), ("bmp", "BMP")])  # fmt: skip
-def test_a_picture_has_the_format_of_its_name(call, folder, tmp_path, ending, kind):  # noqa: F811
+def test_a_picture_has_the_format_of_its_name(call, folder, tmp_path, ending, kind):
     path = tmp_path / f"i.{ending}"
     code, _, err = call(*words(folder, "progressive"), "-o", path)
     assert code == 0, err
@@ -37,7 +36,7 @@ def test_a_picture_has_the_format_of_its_name(call, folder, tmp_path, ending, ki
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_what_cannot_be_written_is_refused_before_the_work(call, folder, tmp_path, monkeypatch, name):  # noqa: F811
+def test_what_cannot_be_written_is_refused_before_the_work(call, folder, tmp_path, monkeypatch, name):
     monkeypatch.setattr(load, "load", lambda *_: pytest.fail("the work has begun"))
     (tmp_path / "there.png").write_text("mine")
     for out, message in (
@@ -57,7 +56,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(call, folder, tmp_pat
     assert (tmp_path / "there.png").read_text() == "mine"
 
 
-def test_a_file_is_replaced_when_asked(call, folder, tmp_path):  # noqa: F811
+def test_a_file_is_replaced_when_asked(call, folder, tmp_path):
     for path in (tmp_path / "i.png", tmp_path / "i.npz"):
         path.write_text("old")
     assert call(*words(folder, "shared"), "-o", tmp_path / "i.png", "--overwrite")[0] == 0
@@ -68,7 +67,7 @@ def test_a_file_is_replaced_when_asked(call, folder, tmp_path):  # noqa: F811
     assert call(*asked, "--overwrite")[0] == 0 and np.load(tmp_path / "i.npz")["arr_0"].shape == (1, 8, 8, 1)
 
 
-def endless(folder) -> Model:  # noqa: F811
+def endless(folder) -> Model:
     """A model whose answer is NaN, though each of its weights is finite."""
     model = load.load(folder / "MODEL").variant(clip=False)
     for weight in model.denoiser.network.parameters():
@@ -76,7 +75,7 @@ def endless(folder) -> Model:  # noqa: F811
     return model
 
 
-def test_values_that_are_not_finite_are_no_picture_and_no_number(call, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_values_that_are_not_finite_are_no_picture_and_no_number(call, folder, tmp_path, monkeypatch):
     broken = endless(folder)
     monkeypatch.setattr(load, "load", lambda *_, **__: broken)
     monkeypatch.setattr(Model, "variant", lambda self, *_: self)
@@ -92,7 +91,7 @@ def test_values_that_are_not_finite_are_no_picture_and_no_number(call, folder, t
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.npz"))
 
 
-def test_one_image_has_no_standard_error(call, folder):  # noqa: F811
+def test_one_image_has_no_standard_error(call, folder):
     code, out, _ = call("nll", folder / "MODEL", "digits", "-n", "1", "--json")
     found = json.loads(out, parse_constant=lambda name: pytest.fail(name))
     assert code == 0 and found["standard_error"] is None
@@ -106,7 +105,7 @@ def test_a_grid_in_python_follows_its_name(tmp_path):
         assert picture.format == "JPEG"
 
 
-def test_a_contact_sheet_is_written_like_any_picture(call, folder, tmp_path):  # noqa: F811
+def test_a_contact_sheet_is_written_like_any_picture(call, folder, tmp_path):
     asked = ["data", "inspect", folder / "SHEET", "--sheet"]
     code, _, err = call(*asked, tmp_path / "s.jpg")
     assert code == 0, err
@@ -119,7 +118,7 @@ def test_a_contact_sheet_is_written_like_any_picture(call, folder, tmp_path):  #
     assert (code, err) == (2, f"undiffuse: {tmp_path} is a folder; give the name of a file\n")
 
 
-def test_a_name_says_whether_it_is_a_file_or_a_folder(call, folder, tmp_path):  # noqa: F811
+def test_a_name_says_whether_it_is_a_file_or_a_folder(call, folder, tmp_path):
     assert call("export", folder / "MODEL", tmp_path / "m.safetensors", "--half")[0] == 0
     assert (tmp_path / "m.safetensors").is_file()
     for asked, message in (
@@ -146,7 +145,7 @@ def test_a_name_says_whether_it_is_a_file_or_a_folder(call, folder, tmp_path):  
 
 
 @pytest.mark.parametrize("name", ["i.png", "i.jpg"])
-def test_a_figure_is_no_picture_to_train_on(call, folder, tmp_path, name):  # noqa: F811
+def test_a_figure_is_no_picture_to_train_on(call, folder, tmp_path, name):
     shutil.copytree(folder / "SHEET", tmp_path / "data")
     assert call(*words(folder, "progressive"), "-o", tmp_path / "data" / name)[0] == 0
     code, _, err = call("train", tmp_path / "data", "-p", "digits", "-o", tmp_path / "run", "--size", 8)

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 
-from tests.interop.theirs import WEIGHTS, network, pipeline, variants
+from tests.interop.theirs import WEIGHTS, network, variants
 from undiffuse.config import parse, plain
 from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall, LearnedRange, V
 from undiffuse.diffusion.process import Cosine, Linear, Quad
@@ -21,16 +21,6 @@ from undiffuse.interop.diffusers_chain import CHAINS, DDPMScheduler
 from undiffuse.model.load import from_weights, load
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return pipeline(tmp_path_factory.mktemp("made") / "pipe")
-
-
-@pytest.fixture
-def pipe(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "pipe")
 
 
 def config_of(path, **how) -> ModelConfig:

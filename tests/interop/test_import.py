@@ -1,29 +1,18 @@
 """`undiffuse import` as it is typed: what is not there, what is assumed, what is refused."""
 
 import json
-import shutil
 
 import diffusers
 import pytest
 import torch
 
-from tests.interop.theirs import WEIGHTS, pipeline, variants
+from tests.interop.theirs import WEIGHTS, variants
 from undiffuse.diffusion.process import Cosine
 from undiffuse.interop.diffusers_files import absent
 from undiffuse.machine.store import Run
 from undiffuse.model.load import load
 
 HUB = "undiffuse does not download: `huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32`"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return pipeline(tmp_path_factory.mktemp("made") / "pipe")
-
-
-@pytest.fixture
-def pipe(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,12 @@ class Classes:
         shown = label if isinstance(label, str) and label else repr(label)
         raise UsageError(f"label {shown} is not possible.{question} {self.known()}")
 
+    def none(self) -> int:
+        """The number that says no class. Raises UsageError where that was never trained."""
+        if not self.unlabelled:
+            raise UsageError(f"label none is not possible: this model was never trained so. {self.known()}")
+        return len(self.names)
+
     def _trained(self, number: int) -> int:
         if not self.counts[number]:
             raise UsageError(
@@ -158,9 +164,7 @@ def told(classes: Classes | None, label: Label, n: int, seed: SupportsIndex = 0)
 def _number_or_none(classes: Classes, label: Any) -> int:
     """One of a list, in which None and "none" are no class."""
     if label is None or (isinstance(label, str) and label == NONE and NONE not in classes.names):
-        if classes.unlabelled:
-            return len(classes.names)
-        raise UsageError(f"label none is not possible: this model was never trained so. {classes.known()}")
+        return classes.none()
     return classes.number(label)
 
 
@@ -174,8 +178,7 @@ def drawn(classes: Classes | None, n: int, seed: SupportsIndex = 0) -> Told:
 def _one(classes: Classes, label: str | SupportsIndex, n: int, seed: SupportsIndex) -> Told:
     if label not in classes.names:
         if label == NONE:
-            if not classes.unlabelled:
-                raise UsageError(f"label none is not possible: this model was never trained so. {classes.known()}")
+            classes.none()
             return Told(None, NONE)
         if label == ALL:
             if n % len(classes.trained):

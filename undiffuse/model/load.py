@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.config import parse, plain
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.errors import Corrupt, UsageError, unknown
 from undiffuse.interop.diffusers import read_folder
 from undiffuse.interop.diffusers_files import absent, is_folder
@@ -47,6 +48,14 @@ def from_weights(
 ) -> Model:
     """A model from named tensors; every name and shape must fit."""
     tensors = {clean(name): tensor for name, tensor in tensors.items()}
+    denoiser = _fitting(config, tensors)
+    weights = {name: tensor.to(torch.float32).to(device) for name, tensor in tensors.items()}
+    denoiser.network.load_state_dict(weights, assign=True)
+    return Model(config, denoiser.eval().requires_grad_(False), meta, torch.device(device))
+
+
+def _fitting(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Denoiser:
+    """The denoiser that the config describes, without weights. UsageError for tensors that are not its own."""
     denoiser = config.build(clip=True, device="meta")
     expected = {name: tuple(p.shape) for name, p in denoiser.network.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -56,9 +65,7 @@ def from_weights(
                 f"these weights are of another architecture: {name} is {found.get(name, 'missing')} in the file "
                 f"and {expected.get(name, 'absent')} in the network that its config describes"
             )
-    weights = {name: tensor.to(torch.float32).to(device) for name, tensor in tensors.items()}
-    denoiser.network.load_state_dict(weights, assign=True)
-    return Model(config, denoiser.eval().requires_grad_(False), meta, torch.device(device))
+    return denoiser
 
 
 def shipped() -> dict[str, Path]:
@@ -173,5 +180,5 @@ def as_written(model: Model, dtype: torch.dtype = torch.float32) -> dict[str, Te
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """One safetensors file that `load` reads: weights, config and history. Raises Corrupt for what is not finite."""
     tensors = as_written(model, dtype)
-    from_weights(model.config, tensors, {})  # refuses what `load` would, such as a network inside of another
+    _fitting(model.config, tensors)  # refuses what `load` would, such as a network inside of another
     write_weights(path, tensors, {**model.meta, "model": plain(model.config)})

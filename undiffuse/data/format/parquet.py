@@ -4,7 +4,7 @@ import json
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Rows:
 
     def column(self, name: str) -> list[Any]:
         """All values of a small column."""
-        return [value for table in self.tables for value in _reading(lambda: table.read([name]))[name].to_pylist()]  # noqa: B023
+        return [value for table in self.tables for value in _reading(partial(table.read, [name]))[name].to_pylist()]
 
 
 def _reading(read: Callable[[], Any]) -> Any:

@@ -94,8 +94,9 @@ class TarShards(Format):
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
         folder = Path(spec) if Path(spec).is_dir() else None
-        divided = folder is not None and _files(spec, "train") != _files(spec, "test")
-        files = _files(spec, split)
+        parts = {word: _files(spec, word) for word in ("train", "test")}
+        divided = folder is not None and parts["train"] != parts["test"]
+        files = parts[split]
         if not files:
             raise no_split(spec, split)
         members = Members()
@@ -104,7 +105,7 @@ class TarShards(Format):
             _index(path, path.name if short else path.as_posix(), members)
         near: tuple[Passed, ...] = ()
         if folder is not None:
-            used = {path.relative_to(folder).as_posix() for word in ("train", "test") for path in _files(spec, word)}
+            used = {path.relative_to(folder).as_posix() for part in parts.values() for path in part}
             near = beside(folder, used, split == "train")
         return _examples(spec, members, "train" if divided else split, reading, near)
 
