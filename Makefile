@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# They ask for torchvision, which the tests do without: what is compared is their arithmetic.
+PEERS := torch-fidelity pytorch-fid
 STAMPS := .venv/base.stamp .venv/test.stamp .venv/dev.stamp .venv/docs.stamp
 
 FASHION_MNIST := $(or $(UNDIFFUSE_FASHION_MNIST),/usr/share/datasets/fashion-mnist)
@@ -46,4 +48,5 @@ site: .venv/docs.stamp  ## the documentation as web pages in site/, with the Pyt
 $(STAMPS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e "$(WHAT)"
+	$(if $(filter .[test] .[dev],$(WHAT)),$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps $(PEERS))
 	@touch $@

@@ -20,7 +20,7 @@ import undiffuse
 from undiffuse.data.source import open_source
 from undiffuse.figure import grid, line_plot, png
 from undiffuse.machine import disk, log
-from undiffuse.measure import evaluate
+from undiffuse.measure import nll
 from undiffuse.model import model
 from undiffuse.view import explore
 
@@ -34,16 +34,16 @@ def measure(loaded: model.Model, whole: int, draws: int, cache: Path) -> dict[st
     for split in ("test", "train"):
         source = open_source("fashion-mnist", channels=1, split=split)
         for name, query in {
-            "whole_chain": evaluate.Nll(images=whole, batch=100),
-            "stratified": evaluate.Nll(draws=draws, batch=1000),
+            "whole_chain": nll.Nll(images=whole, batch=100),
+            "stratified": nll.Nll(draws=draws, batch=1000),
         }.items():
             started, what = time.monotonic(), f"{split} {name}"
-            with log.progress(evaluate.evaluations(loaded, source, query), what, True) as bar:
-                terms = evaluate.nll(loaded, source, query, cache / f"{split}-{name}", bar.advance)
+            with log.progress(nll.evaluations(loaded, source, query), what, True) as bar:
+                terms = nll.terms_of(loaded, source, query, cache / f"{split}-{name}", bar.advance)
             entry = {**terms.summary(), "evaluations_per_image": terms.bits.shape[1]}
             entry["seconds"] = round(time.monotonic() - started, 1)
             if name == "whole_chain" and split == "test":
-                result["rate_distortion"] = evaluate.table(terms)
+                result["rate_distortion"] = nll.table(terms)
                 svg = (cache / f"{split}-{name}" / "rate-distortion.svg").read_bytes()
                 disk.write_atomic(IMAGES / "fashion-mnist-rate-distortion.svg", svg)
             result[f"{split}_{name}"] = entry

@@ -22,7 +22,7 @@ from undiffuse.diffusion.objective import OBJECTIVES
 from undiffuse.diffusion.process import PROCESSES, Edm, Linear, Straight, per_image
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.key import Key
-from undiffuse.measure.evaluate import evaluate
+from undiffuse.measure.nll import nll
 from undiffuse.model.load import from_weights, load, save
 from undiffuse.model.model import to_float
 from undiffuse.network.base import Conditioning
@@ -172,7 +172,7 @@ def test_the_figures_and_the_measures(tmp_path):
     explore.neighbours(data.images[:2].to("meta"), data)
     score = one.denoiser.score
     explore.langevin(score, one.process, Key(0).rows(2, "meta"), (1, 8, 8), one.times(2)[:-1], repeats=1)
-    assert evaluate(one, data, draws=3, label=1, out=tmp_path / "nll")["images"] == len(data)
+    assert nll(one, data, draws=3, label=1, out=tmp_path / "nll")["images"] == len(data)
 
 
 @pytest.mark.parametrize("fields", [{}, {"exact_shards": 2}, {"recompute": True}], ids=str)

@@ -35,7 +35,7 @@ from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.figure import grid, png
 from undiffuse.interop.diffusers import read_folder, write_folder
 from undiffuse.key import Key, normal_table
-from undiffuse.measure.evaluate import evaluate
+from undiffuse.measure.nll import nll
 from undiffuse.model.average import fit
 from undiffuse.model.load import averaged, load, save
 from undiffuse.model.model import Model, to_float
@@ -204,7 +204,7 @@ def looks(path: Path) -> Any:
 @case
 def bits(path: Path) -> Any:
     whole = {"draws": None, "out": path / "nll"}
-    found = evaluate(model(), digits(), label=1, **whole), evaluate(model(), digits(), label="none", draws=3)
+    found = nll(model(), digits(), label=1, **whole), nll(model(), digits(), label="none", draws=3)
     return found, (path / "nll" / "rate-distortion.tsv").read_bytes()
 
 

@@ -38,6 +38,8 @@ from undiffuse.machine.sink import SINKS
 from undiffuse.model.load import load as load_model
 from undiffuse.model.recipe import Recipe, load_recipe
 from undiffuse.network.base import NETWORKS, NOTHING
+from undiffuse.quality.feature.base import FEATURES
+from undiffuse.quality.metric.base import METRICS
 from undiffuse.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +73,7 @@ PYTHON = (DOCS / "python.md").read_text("utf-8")
 SURFACE = list(zip(blocks(PYTHON, "python"), blocks(PYTHON, "text"), strict=True))
 
 
-@pytest.mark.parametrize("code, text", SURFACE, ids=["load", "show", "open_data", "train", "evaluate"])
+@pytest.mark.parametrize("code, text", SURFACE, ids=["load", "show", "open_data", "train", "nll"])
 def test_the_python_page_prints_what_it_says(code, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert printed(code, "docs/python.md") == text
@@ -360,7 +362,7 @@ def test_the_picture_of_the_rows_is_the_table_that_is_tested():
 
 def test_architecture_counts_what_there_is():
     tables = [PROCESSES, PARAMETERISATIONS, VARIANCES, NETWORKS, GRIDS, DENSITIES, OBJECTIVES, SAMPLERS]
-    tables += [PROCEDURAL, SINKS]
+    tables += [PROCEDURAL, SINKS, FEATURES, METRICS]
     text = (DOCS / "architecture.md").read_text("utf-8")
     counted = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.MULTILINE))
     assert counted == {table.base.__name__: str(len(table.classes)) for table in tables}

@@ -8,7 +8,7 @@ _LAZY = {
     "load": "undiffuse.model.load",
     "open_data": "undiffuse.data.pack",
     "train": "undiffuse.training.start",
-    "evaluate": "undiffuse.measure.evaluate",
+    "nll": "undiffuse.measure.nll",
     "show": "undiffuse.figure",
     "Model": "undiffuse.model.model",
     "Key": "undiffuse.key",

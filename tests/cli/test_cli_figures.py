@@ -11,7 +11,7 @@ from PIL import Image
 from tests.cli.toy import save
 from undiffuse.data.source import open_source
 from undiffuse.diffusion.sampler.ddim import DDIM
-from undiffuse.measure.evaluate import Nll, nll
+from undiffuse.measure.nll import Nll, terms_of
 from undiffuse.model.load import load
 from undiffuse.view import explore
 
@@ -87,6 +87,6 @@ def test_samples_are_those_of_the_seed_however_many_at_a_time(call, model, tmp_p
 def test_bits_per_dim_are_those_of_python(call, model, words, query, split):
     code, out, err = call("nll", model, "digits", *words, "--json")
     assert code == 0, err
-    expected = nll(load(model), open_source("digits", split=split), query).summary()
+    expected = terms_of(load(model), open_source("digits", split=split), query).summary()
     found = json.loads(out)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from undiffuse.measure import evaluate
+from undiffuse.measure import nll
 from undiffuse.model import load
 from undiffuse.model.model import Model
 from undiffuse.view import explore
@@ -95,7 +95,7 @@ def test_one_image_has_no_standard_error(call, folder):
     code, out, _ = call("nll", folder / "MODEL", "digits", "-n", "1", "--json")
     found = json.loads(out, parse_constant=lambda name: pytest.fail(name))
     assert code == 0 and found["standard_error"] is None
-    assert evaluate.evaluate(load.load(folder / "MODEL"), "digits", images=1)["standard_error"] is None
+    assert nll.nll(load.load(folder / "MODEL"), "digits", images=1)["standard_error"] is None
     assert "standard" not in call("nll", folder / "MODEL", "digits", "-n", "1")[1]
 
 

@@ -17,11 +17,12 @@ from PIL import Image
 from undiffuse.data import pack as packing
 from undiffuse.data.format.folder import Pictures
 from undiffuse.data.format.packed import PackedSource
-from undiffuse.data.pack import cache_folder, open_data, pack
+from undiffuse.data.pack import open_data, pack
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, First, Wanted, open_source
 from undiffuse.errors import DataError, Locked, StorageError, UsageError
 from undiffuse.machine import disk
+from undiffuse.machine.disk import cache_folder
 from undiffuse.machine.store import Run
 
 
@@ -324,5 +325,5 @@ def test_no_home(monkeypatch):
     for name in ("UNDIFFUSE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(packing.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    with pytest.raises(UsageError, match="^there is no home folder to keep packed data in; set UNDIFFUSE_CACHE to a"):
+    with pytest.raises(UsageError, match="^there is no home folder to keep things in; set UNDIFFUSE_CACHE to a"):
         cache_folder()

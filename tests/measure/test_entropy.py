@@ -11,7 +11,7 @@ from undiffuse.config import parse
 from undiffuse.data.format.procedural import LEVEL, Gaussian, ImageMixture, Law, level_probabilities
 from undiffuse.data.source import ArraySource
 from undiffuse.key import Key
-from undiffuse.measure import evaluate
+from undiffuse.measure import nll
 from undiffuse.model.recipe import Recipe
 from undiffuse.training.loop import train
 
@@ -78,7 +78,7 @@ def gap(law: Law, out: Path, count: int, draws: int, channels: int = 32, **chang
     model = train(recipe, data, out, say=lambda text: None, show_progress=False)
     true = true_cost(law, test.images)
     assert true.mean() == pytest.approx(law.entropy_bits_per_dim(), abs=4 * true.std() / count**0.5)
-    return evaluate.nll(model, test, evaluate.Nll(draws=draws, batch=256)).totals() - true
+    return nll.terms_of(model, test, nll.Nll(draws=draws, batch=256)).totals() - true
 
 
 @pytest.mark.slow

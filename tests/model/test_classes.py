@@ -16,7 +16,7 @@ from undiffuse.diffusion.denoiser import X0, Denoiser, FixedLarge
 from undiffuse.diffusion.process import Linear
 from undiffuse.errors import Corrupt, DataError, UsageError
 from undiffuse.key import Key
-from undiffuse.measure import evaluate
+from undiffuse.measure import nll
 from undiffuse.model.classes import Classes, drawn, told, told_of
 from undiffuse.model.load import load, save
 from undiffuse.model.model import Model
@@ -214,18 +214,18 @@ def test_where_no_class_was_trained_none_is_said():
 def test_bits_per_dim_are_those_of_the_labels(tmp_path):
     model, heard = listening()
     source = ArraySource(images(5), torch.tensor([1, 0, 0, 1, 1]), ("dog", "horse"))
-    query = evaluate.Nll(draws=2, batch=3)
-    terms = evaluate.nll(model, source, query, tmp_path)
+    query = nll.Nll(draws=2, batch=3)
+    terms = nll.terms_of(model, source, query, tmp_path)
     assert heard == [[3, 1, 1]] * 2 + [[3, 3]] * 2
-    assert evaluate.summary(terms, model, source, query)["labels"] == "of the data"
+    assert nll.summary(terms, model, source, query)["labels"] == "of the data"
     assert json.loads((tmp_path / "summary.json").read_text())["labels"] == "of the data"
     with pytest.raises(UsageError, match=r"holds another measurement \(other labels\)"):
-        evaluate.nll(model, source, evaluate.Nll(draws=2, batch=3, label="cat"), tmp_path)
+        nll.terms_of(model, source, nll.Nll(draws=2, batch=3, label="cat"), tmp_path)
     heard.clear()
-    evaluate.nll(model, source, evaluate.Nll(draws=1, label="cat"))
+    nll.terms_of(model, source, nll.Nll(draws=1, label="cat"))
     assert heard == [[0] * 5]
     heard.clear()
-    evaluate.nll(model, ArraySource(images(50)), evaluate.Nll(draws=1, seed=9))
+    nll.terms_of(model, ArraySource(images(50)), nll.Nll(draws=1, seed=9))
     assert heard == [drawn(ALWAYS, 50, 9).label.tolist()]
 
 

@@ -69,21 +69,21 @@ def nll(
     - `undiffuse nll fashion-mnist fashion-mnist --draws 8`
     """
     from undiffuse.machine import dist
-    from undiffuse.measure import evaluate
+    from undiffuse.measure import nll
 
     if rate_distortion and draws is not None:
         raise UsageError(f"--rate-distortion needs every term of the chain; leave out --draws {draws}")
     loaded = open_model(model, device, clip, variance, weights)
     source = open_like(loaded, data, split, skip_bad, settings)
-    query = evaluate.Nll(n, draws, steps, seed, batch, label, grid)
-    with dist.joined(dist.LONG), ticking(evaluate.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
-        terms = evaluate.nll(loaded, source, query, out, tick)
+    query = nll.Nll(n, draws, steps, seed, batch, label, grid)
+    with dist.joined(dist.LONG), ticking(nll.evaluations(loaded, source, query), "bits/dim", as_json) as tick:
+        terms = nll.terms_of(loaded, source, query, out, tick)
     if not dist.is_first():
         return
-    table = evaluate.table(terms) if rate_distortion else []
+    table = nll.table(terms) if rate_distortion else []
     if table and not as_json:
         _show_table(table)
-    measured = evaluate.summary(terms, loaded, source, query)
+    measured = nll.summary(terms, loaded, source, query)
     show(measured | ({"rate_distortion": table} if table else {}) | ({"out": out} if out else {}), as_json)
 
 

@@ -43,7 +43,6 @@ from undiffuse.data.workers import finished
 from undiffuse.errors import Corrupt, DataError, Locked, UsageError
 from undiffuse.machine import disk, log, store
 
-CACHE = "UNDIFFUSE_CACHE"
 LARGE = 10**9  # decoded bytes: a data set of more is packed before it is trained on,
 MANY = 20_000  # and so is one of more pictures, which would be decoded at each start
 SHARD = 2**24  # bytes; more only where that would be over SHARDS files
@@ -150,7 +149,7 @@ def open_data(
     if not use_cache:
         return unify(raw, size, channels, skip_bad, stride=stride)
     job = Job(str(spec), split, reading, wanted, _remembered(raw, spec))
-    return _pack(raw, job, cache_folder() / "packed" / job.key(raw), skip_bad, workers, show_progress, wait=True)
+    return _pack(raw, job, disk.cache_folder() / "packed" / job.key(raw), skip_bad, workers, show_progress, wait=True)
 
 
 def _remembered(raw: Source, spec: str | Path) -> str:
@@ -163,23 +162,13 @@ def _remembered(raw: Source, spec: str | Path) -> str:
         return raw.fingerprint()
     names = [raw.name(i) for i in range(len(raw))]
     key = hashlib.sha256(json.dumps([os.path.abspath(spec), names, stamp]).encode()).hexdigest()
-    path = cache_folder() / "fingerprints" / f"{key}.json"
+    path = disk.cache_folder() / "fingerprints" / f"{key}.json"
     if not path.exists():
         disk.write_json(path, {"fingerprint": raw.fingerprint()})
     found = disk.read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("fingerprint"), str):
         raise Corrupt(f"{path} is damaged: it holds no fingerprint; remove it")
     return found["fingerprint"]
-
-
-def cache_folder() -> Path:
-    """`$UNDIFFUSE_CACHE`, else `undiffuse` in `$XDG_CACHE_HOME` or `~/.cache`. UsageError where there is no home."""
-    if named := os.environ.get(CACHE):
-        return Path(named)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "undiffuse")
-    except RuntimeError as error:
-        raise UsageError(f"there is no home folder to keep packed data in; set {CACHE} to a folder") from error
 
 
 def _pack(

@@ -15,6 +15,7 @@ from undiffuse import strict
 from undiffuse.errors import Corrupt, StorageError, UsageError
 
 CHUNK = 2**24  # bytes in one write
+CACHE = "UNDIFFUSE_CACHE"
 SMALL = 2**20  # bytes of JSON that are read; a longer text could take seconds, and much memory, to refuse
 
 
@@ -182,3 +183,13 @@ def read_small(path: Path) -> bytes:
 def read_json(path: Path) -> Any:
     """The value of a JSON file of at most 1 MiB. Raises Corrupt for any other file, a missing one included."""
     return from_json(path, read_small(path))
+
+
+def cache_folder() -> Path:
+    """`$UNDIFFUSE_CACHE`, else `undiffuse` in `$XDG_CACHE_HOME` or `~/.cache`. UsageError where there is no home."""
+    if named := os.environ.get(CACHE):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "undiffuse")
+    except RuntimeError as error:
+        raise UsageError(f"there is no home folder to keep things in; set {CACHE} to a folder") from error

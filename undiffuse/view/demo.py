@@ -25,7 +25,7 @@ from undiffuse.figure import grid, line_plot, png
 from undiffuse.key import Key
 from undiffuse.machine import disk, log
 from undiffuse.machine.device import making_float32
-from undiffuse.measure import evaluate
+from undiffuse.measure import nll
 from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import load_recipe
@@ -322,15 +322,15 @@ def _interpolation(out: Path, model: Model, held_out: ArraySource, scale: Scale)
     )
 
 
-def _measure(model: Model, source: ArraySource, query: evaluate.Nll, what: str) -> Terms:
-    with _ticking(evaluate.evaluations(model, source, query), what) as tick:
-        return evaluate.nll(model, source, query, tick=tick)
+def _measure(model: Model, source: ArraySource, query: nll.Nll, what: str) -> Terms:
+    with _ticking(nll.evaluations(model, source, query), what) as tick:
+        return nll.terms_of(model, source, query, tick=tick)
 
 
 def _bits(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Section:
-    stratified = evaluate.Nll(images=scale.bits_images, draws=scale.draws)
+    stratified = nll.Nll(images=scale.bits_images, draws=scale.draws)
     summary = _measure(model, held_out, stratified, "bits/dim").summary()
-    whole = evaluate.Nll(images=scale.curve_images, steps=scale.curve_chain)
+    whole = nll.Nll(images=scale.curve_images, steps=scale.curve_chain)
     terms = _measure(model, held_out, whole, "rate-distortion")
     curve = terms.rate_distortion()
     plot = line_plot(
@@ -355,7 +355,7 @@ def _bits(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Secti
             Table(("term of the bound", "bits/dim"), (*parts, total), "± is the standard error over these images."),
             Table(
                 ("reverse steps", "rate (bits/dim)", "RMSE, 0–255"),
-                tuple((f"{row['step']}", f"{row['rate']:.5f}", f"{row['rmse']:.5f}") for row in evaluate.table(terms)),
+                tuple((f"{row['step']}", f"{row['rate']:.5f}", f"{row['rmse']:.5f}") for row in nll.table(terms)),
                 "The curve in the form of the paper's Table 4.",
             ),
         ),

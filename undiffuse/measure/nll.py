@@ -65,7 +65,7 @@ class Nll:
         return chain(process, self.steps, self.rule())
 
 
-def evaluate(
+def nll(
     model: Model | str | Path,
     data: Source | str | Path,
     *,
@@ -88,10 +88,10 @@ def evaluate(
     counts = {"images": images, "draws": draws, "steps": steps, "seed": seed}
     given = {name: whole(name, value) for name, value in counts.items() if value is not None or name == "seed"}
     query = Nll(**given, label=label, grid=grid)
-    return summary(nll(loaded, source, query, out), loaded, source, query)
+    return summary(terms_of(loaded, source, query, out), loaded, source, query)
 
 
-def nll(
+def terms_of(
     model: Model, source: Source, query: Nll, out: Path | None = None, tick: Callable[[int], None] | None = None
 ) -> Terms:
     """The terms of the bound on the first images of a source. Finished batches are kept in `out`.

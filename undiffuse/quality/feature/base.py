@@ -1,0 +1,118 @@
+"""What every feature extractor shares: from uint8 images to the features that metrics compare.
+
+An extractor is a *spec*, a frozen dataclass whose fields are its options, which opens into an `Extractor` that has its
+weights. What two statistics must have in common to be compared is the extractor's `identity`.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from undiffuse.config import Table
+from undiffuse.errors import UsageError
+from undiffuse.quality.metric.base import Features
+
+BLOCK = 1 << 20  # bytes read at a time for a checksum
+
+
+class FeatureExtractor(ABC):
+    """One file each. `title` is what a Fréchet distance on its features is called."""
+
+    title: ClassVar[str]
+
+    @abstractmethod
+    def open(self, device: torch.device) -> "Extractor":
+        """Reads the weights. Raises UsageError where they are missing, Corrupt where they are others."""
+
+
+FEATURES = Table("features", FeatureExtractor, "undiffuse.quality.feature")
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """Ready to be called with uint8 images [b, c, h, w] of any size that its resize takes.
+
+    `channels` is what its network sees, 1 or 3; `size` what images are resized to. `dimensions` are those of each part
+    of the features.
+    """
+
+    name: str
+    title: str
+    sha256: str  # of the weights
+    resize: str
+    size: tuple[int, int] | None
+    channels: int
+    dimensions: dict[str, int]
+    network: Callable[[UInt8[Tensor, "b c h w"]], Features]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @torch.inference_mode()
+    def __call__(self, images: UInt8[Tensor, "b c h w"]) -> Features:
+        """The features in float32, on the device. Grey images are repeated for a network of three channels."""
+        self.check(images.shape[1])
+        images = images.to(self.device)
+        return self.network(images.repeat(1, self.channels, 1, 1) if images.shape[1] < self.channels else images)
+
+    def check(self, channels: int) -> None:
+        """Raises UsageError for images that it cannot see."""
+        if channels not in (1, self.channels):
+            raise UsageError(
+                f"images of {channels} channels cannot be seen by {self.name}, which takes "
+                f"{'grey' if self.channels == 1 else 'grey and RGB'} images; give --set data.channels={self.channels}, "
+                "or other --features"
+            )
+
+    def note(self, channels: int) -> str | None:
+        """What is done to images of so many channels, where that has to be said."""
+        return f"grey repeated to {self.channels} channels" if channels < self.channels else None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What statistics must share to be compared."""
+        return {"extractor": self.name, "sha256": self.sha256, "resize": self.resize}
+
+    def named(self, label: str) -> str:
+        """A label of a metric with the names that belong to these features; only FID's network has the short ones."""
+        own = self.title.removeprefix("FD-")
+        names = {"fd": self.title, "kd": "KID" if self.title == "FID" else f"KD-{own}"}
+        names |= {"sfd": "sFID" if self.title == "FID" else f"sFD-{own}"}
+        names |= {"is": "IS" if self.title == "FID" else f"{own} score"}
+        return label.format(**names)
+
+
+def open_features(
+    name: str, device: str | torch.device = "cpu", weights: Path | None = None, resize: str | None = None
+) -> Extractor:
+    """The extractor of that name, or `my_module:MyExtractor`; `weights` and `resize` where it has such options."""
+    given = {"weights": None if weights is None else str(weights), "resize": resize}
+    cls = FEATURES.find(name, trusted=True)
+    for option, value in given.items():
+        if value is not None and option not in getattr(cls, "__dataclass_fields__", {}):
+            raise UsageError(f"features {name} have no option {option}; leave it out")
+    spec = {"name": name} | {option: value for option, value in given.items() if value is not None}
+    return FEATURES.build(spec, trusted=True).open(torch.device(device))
+
+
+def hash_of_file(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_of(network: nn.Module) -> str:
+    """sha256 of the weights of a network, for extractors that come from no pinned file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,208 @@
+"""What every metric shares: the features of images, what is kept of them in one pass, and the metric itself.
+
+A *summary* is what is kept of one set of images; it grows batch by batch, and two of them merge into that of both sets,
+so that processes can divide the work. A *metric* compares the summaries of two sets, or looks at one. So a reference is
+summarised once for all sample sets and for the floor, and metrics that keep the same thing keep it once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from undiffuse.config import Table
+from undiffuse.errors import NotFiniteError, UsageError
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What an extractor makes of a batch of images: pooled features, class logits, and some of a place each."""
+
+    pool: Float[Tensor, "b d"]
+    logits: Float[Tensor, "b k"] | None = None
+    spatial: Float[Tensor, "b s"] | None = None
+
+    def __getitem__(self, part: str) -> Float[Tensor, "b _"]:
+        """Raises UsageError for what this extractor does not give."""
+        found = getattr(self, part)
+        if found is None:
+            raise UsageError(f"these features have no {part}; choose other --features, or leave this metric out")
+        return found
+
+    def parts(self) -> tuple[str, ...]:
+        """Which of them there are."""
+        return tuple(each.name for each in fields(self) if getattr(self, each.name) is not None)
+
+
+class Summary(ABC):
+    """What is kept of one set of images."""
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """How many images are in it."""
+
+    @abstractmethod
+    def update(self, rows: Float[Tensor, "b d"], index: Int[Tensor, "b"]) -> None:
+        """Adds a batch; `index` are the numbers of its images in their set."""
+
+    @abstractmethod
+    def merge(self, other: Any) -> None:
+        """Adds the images of another summary of the same set."""
+
+
+class Moments(Summary):
+    """Mean and covariance, in float64, by the pairwise rule of Chan, Golub & LeVeque 1979."""
+
+    def __init__(self) -> None:
+        self._n, self._mean, self._scatter = 0, torch.zeros(0, dtype=F64, device="cpu"), None
+
+    @staticmethod
+    def of(n: int, mean: Float[Tensor, "d"], covariance: Float[Tensor, "d d"]) -> "Moments":
+        """Known ones, of n images; `covariance` is that of n − 1."""
+        made = Moments()
+        made._n, made._mean = n, mean.to(F64)
+        made._scatter = covariance.to(F64) * (n - 1)
+        return made
+
+    @property
+    def n(self) -> int:
+        return self._n
+
+    @property
+    def mean(self) -> Float[Tensor, "d"]:
+        return self._mean
+
+    @property
+    def covariance(self) -> Float[Tensor, "d d"]:
+        """Unbiased, that of n − 1, as every FID has it."""
+        assert self._scatter is not None and self._n > 1
+        return self._scatter / (self._n - 1)
+
+    def update(self, rows: Float[Tensor, "b d"], index: Int[Tensor, "b"]) -> None:
+        if not len(rows):
+            return
+        rows = rows.to("cpu", F64)
+        mean = rows.mean(0)
+        centred = rows - mean
+        self._add(len(rows), mean, centred.T @ centred)
+
+    def merge(self, other: Any) -> None:
+        if other._scatter is not None:
+            self._add(other._n, other._mean, other._scatter)
+
+    def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        if self._scatter is None:
+            self._n, self._mean, self._scatter = n, mean.clone(), scatter.clone()
+            return
+        total, apart = self._n + n, mean - self._mean
+        self._scatter += scatter + torch.outer(apart, apart) * (self._n * n / total)
+        self._mean = self._mean + apart * (n / total)
+        self._n = total
+
+
+class Rows(Summary):
+    """The features themselves, in the order of the images' numbers, whoever computed them."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._index: list[Tensor] = []
+
+    @property
+    def n(self) -> int:
+        return sum(len(each) for each in self._index)
+
+    def update(self, rows: Float[Tensor, "b d"], index: Int[Tensor, "b"]) -> None:
+        self._rows.append(rows.to("cpu"))
+        self._index.append(index.to("cpu"))
+
+    def merge(self, other: Any) -> None:
+        self._rows += other._rows
+        self._index += other._index
+
+    def rows(self) -> Float[Tensor, "n d"]:
+        """All of them, sorted by number."""
+        index, rows = torch.cat(self._index), torch.cat(self._rows)
+        order = torch.argsort(index, stable=True)
+        self._index, self._rows = [index[order]], [rows[order]]
+        return self._rows[0]
+
+
+class Metric(ABC):
+    """One file each: a frozen dataclass whose fields are its options.
+
+    The keys of `compute` are known by `labels`, where `{fd}` is what a Fréchet distance on the features is called (FID,
+    FD-EffLite0) and `{kd}` the kernel distance; `better` is "lower" or "higher".
+    """
+
+    part: ClassVar[str] = "pool"  # of the features
+    keeps: ClassVar[type[Summary]] = Rows
+    least: ClassVar[int] = 2  # images, of either set
+    compares: ClassVar[bool] = True  # with a reference; else the samples alone are looked at
+    labels: ClassVar[dict[str, str]]
+    better: ClassVar[dict[str, str]]
+
+    @abstractmethod
+    def compute(self, samples: Any, reference: Any) -> dict[str, float]:
+        """The numbers; `samples` and `reference` are summaries of the kind that it keeps (None without reference)."""
+
+    def check(self, samples: Summary, reference: Summary | None) -> None:
+        """Raises UsageError for sets too small for this metric."""
+        for summary, what in ((samples, "samples"), (reference, "reference images")):
+            if summary is not None and summary.n < self.least:
+                raise UsageError(
+                    f"{summary.n} {what} are too few for {METRICS.name_of(self)}, which needs {self.least}; give more, "
+                    "or leave it out"
+                )
+
+
+METRICS = Table("metric", Metric, "undiffuse.quality.metric")
+
+
+class Gathered:
+    """The summaries that some metrics need of one set of images, filled in one pass."""
+
+    def __init__(self, metrics: Iterable[Metric]):
+        self._summaries: dict[tuple[str, type[Summary]], Summary] = {
+            key: key[1]() for key in {(each.part, each.keeps): None for each in metrics}
+        }
+
+    def update(self, features: Features, index: Int[Tensor, "b"]) -> None:
+        """Adds a batch. Raises NotFiniteError, with the number of the first image at fault, for NaN and infinity."""
+        for part in {part for part, _ in self._summaries}:
+            refuse_not_finite(features[part], index, part)
+        for (part, _), summary in self._summaries.items():
+            summary.update(features[part], index)
+
+    def merge(self, other: "Gathered") -> None:
+        """Adds the images of another part of the same set."""
+        for key, summary in self._summaries.items():
+            summary.merge(other._summaries[key])
+
+    def of(self, metric: Metric) -> Summary:
+        """The summary that the metric looks at."""
+        return self._summaries[metric.part, metric.keeps]
+
+
+def refuse_not_finite(rows: Float[Tensor, "b d"], index: Int[Tensor, "b"], part: str) -> None:
+    """Raises NotFiniteError for features with NaN or infinity in them."""
+    bad = ~rows.isfinite().all(1)
+    if bool(bad.any()):
+        first = int(index.to(bad.device)[bad][0])
+        raise NotFiniteError(
+            f"the {part} features of image {first} are not finite, so no distance can be measured; look at that image, "
+            "and at the weights of the extractor"
+        )
+
+
+def compute(metric: Metric, samples: Gathered, reference: Gathered | None) -> dict[str, float]:
+    """The numbers of one metric on two gathered sets. Raises UsageError for sets too small for it."""
+    one, other = samples.of(metric), None if reference is None or not metric.compares else reference.of(metric)
+    metric.check(one, other)
+    return metric.compute(one, other)
