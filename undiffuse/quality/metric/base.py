@@ -6,7 +6,7 @@ summarised once for all sample sets and for the floor, and metrics that keep the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -56,6 +56,15 @@ class Summary(ABC):
     def merge(self, other: Any) -> None:
         """Adds the images of another summary of the same set."""
 
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds, to be sent to another process."""
+
+    @staticmethod
+    @abstractmethod
+    def of_tensors(tensors: Sequence[Tensor]) -> "Summary":
+        """The inverse."""
+
 
 class Moments(Summary):
     """Mean and covariance, in float64, by the pairwise rule of Chan, Golub & LeVeque 1979."""
@@ -97,6 +106,18 @@ class Moments(Summary):
         if other._scatter is not None:
             self._add(other._n, other._mean, other._scatter)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        scatter = torch.zeros(0, 0, dtype=F64, device="cpu") if self._scatter is None else self._scatter
+        return torch.tensor(self._n, dtype=torch.int64, device="cpu"), self._mean, scatter
+
+    @staticmethod
+    def of_tensors(tensors: Sequence[Tensor]) -> "Moments":
+        made = Moments()
+        n, mean, scatter = tensors
+        if int(n):
+            made._n, made._mean, made._scatter = int(n), mean, scatter
+        return made
+
     def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
         if self._scatter is None:
             self._n, self._mean, self._scatter = n, mean.clone(), scatter.clone()
@@ -125,6 +146,18 @@ class Rows(Summary):
     def merge(self, other: Any) -> None:
         self._rows += other._rows
         self._index += other._index
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        if not self._rows:
+            return torch.zeros(0, 0, dtype=torch.float32, device="cpu"), torch.zeros(0, dtype=torch.int64, device="cpu")
+        return torch.cat(self._rows), torch.cat(self._index)
+
+    @staticmethod
+    def of_tensors(tensors: Sequence[Tensor]) -> "Rows":
+        made = Rows()
+        if len(tensors[1]):
+            made.update(*tensors)
+        return made
 
     def rows(self) -> Float[Tensor, "n d"]:
         """All of them, sorted by number."""
@@ -184,6 +217,16 @@ class Gathered:
         """Adds the images of another part of the same set."""
         for key, summary in self._summaries.items():
             summary.merge(other._summaries[key])
+
+    def everywhere(self, exchange: Callable[[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]) -> "Gathered":
+        """The whole set, from the parts that several processes hold; `exchange` gives the tensors of each, in order."""
+        made = Gathered(())
+        for key, summary in sorted(self._summaries.items(), key=lambda item: (item[0][0], item[0][1].__name__)):
+            first, *others = (key[1].of_tensors(tensors) for tensors in exchange(summary.tensors()))
+            for other in others:
+                first.merge(other)
+            made._summaries[key] = first
+        return made
 
     def of(self, metric: Metric) -> Summary:
         """The summary that the metric looks at."""
