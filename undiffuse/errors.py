@@ -22,6 +22,10 @@ class DataError(Error):
     exit_code = 2
 
 
+class NoSplit(DataError):
+    """A data set has not the split that is asked for."""
+
+
 class NotFiniteError(Error):
     """A loss or gradient is NaN or infinite; raised before the update."""
 

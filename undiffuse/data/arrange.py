@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from undiffuse.data.listing import counting, look_like_splits, several_kinds, split_inside, splits, used
 from undiffuse.data.passed import LOOKS, Passed
-from undiffuse.errors import DataError
+from undiffuse.errors import DataError, NoSplit
 
 FILES = 'files named "{}"'
 SHOWN = 8  # folders, in an error
@@ -29,8 +29,8 @@ class Arranged:
     above: int = 0  # how many folders are above those of the classes
 
 
-def no_split(where: str, split: str) -> DataError:
-    return DataError(
+def no_split(where: str, split: str) -> NoSplit:
+    return NoSplit(
         f'{where} has no {split} split; give the path of the {split} images, or a folder with "train" and "test"'
     )
 
@@ -61,7 +61,7 @@ def arrange(spec: str, names: Sequence[str], split: str, by_folder: bool = True)
         return replace(found, passed=(*found.passed, *_unused(paths, root, words)))
     if split not in named:
         shown = [*(f"{name}/" for name in sorted(below)[:SHOWN]), *(["…"] if len(below) > SHOWN else [])]
-        raise DataError(
+        raise NoSplit(
             f"{spec} has no {split} split, only {', '.join(shown)}; "
             f"give one of these folders itself, or --split test for {named['test']}/"
         )

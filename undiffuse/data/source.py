@@ -27,7 +27,7 @@ from undiffuse.data.listing import Split
 from undiffuse.data.made import Made, summed, tally
 from undiffuse.data.passed import Passed
 from undiffuse.data.picture import PLAIN, Reading
-from undiffuse.errors import DataError, MemoryExhausted, UsageError, nearest
+from undiffuse.errors import DataError, MemoryExhausted, NoSplit, UsageError, nearest
 from undiffuse.machine import log
 from undiffuse.machine.disk import SMALL
 from undiffuse.strict import whole
@@ -175,7 +175,7 @@ def open_raw(spec: str | Path, split: str = "train", reading: Reading = PLAIN) -
     except OSError as error:
         raise DataError(f"{text} cannot be read: {error.strerror or error}") from error
     if len(source) == 0:
-        raise DataError(f"{text} has no images in its {split} split; expected at least one")
+        raise NoSplit(f"{text} has no images in its {split} split; expected at least one")
     return source
 
 

@@ -25,12 +25,12 @@ from undiffuse.figure import line_plot
 from undiffuse.key import Key
 from undiffuse.machine import disk, dist
 from undiffuse.machine.tensorfile import refuse_newer
+from undiffuse.measure.claim import FORMAT, QUERY, check
 from undiffuse.model.classes import ALL, RANDOM, Told, told_of
 from undiffuse.model.load import load, weights_of
 from undiffuse.model.model import Model, to_float
 from undiffuse.strict import whole
 
-FORMAT, QUERY = 1, "query.json"
 COLUMNS = ("prior", "bits", "mse", "index", "weights")
 
 
@@ -176,15 +176,12 @@ def evaluations(model: Model, source: Source, query: Nll) -> int:
 
 
 def _claim(out: Path, model: Model, source: Source, query: Nll, labels: Told) -> dict[str, Any]:
-    """What the folder is for. It belongs to one question; another one in it would mix two answers."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give the name of a folder")
+    """What the folder is for. Raises UsageError if it is for another question."""
     config = {name: value for name, value in plain(model.config).items() if name != "variance"}
     weights = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(weights_of(model.denoiser.network).items()):
         weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     claim = {
-        "format": FORMAT,
         "model": weights.hexdigest(),
         "data": source.fingerprint(),
         "draws": query.draws,
@@ -197,18 +194,7 @@ def _claim(out: Path, model: Model, source: Source, query: Nll, labels: Told) ->
     }
     if model.classes is not None:
         claim["labels"] = labels.words
-    path = out / QUERY
-    if path.exists():
-        before = disk.read_json(path)
-        if not isinstance(before, dict):
-            raise Corrupt(f"{path} is damaged: it is not a JSON object; give another --out")
-        refuse_newer(path, before.get("format"))
-        changed = [key for key in claim if before.get(key) != claim[key]]
-        if changed:
-            raise UsageError(
-                f"{out} holds another measurement (other {', '.join(changed)}); give the same settings or another --out"
-            )
-    return claim
+    return check(out, claim)
 
 
 def _write(path: Path, terms: Terms) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,9 @@ class Kept:
 
     def write(self, first: int, found: Found, images: UInt8[Tensor, "b c h w"]) -> None:
         """Whole or not at all. Raises StorageError."""
-        arrays = {f"{name}.{part}": each[part].numpy() for name, each in found.items() for part in each.parts()}
+        arrays: dict[str, Any] = {
+            f"{name}.{part}": each[part].numpy() for name, each in found.items() for part in each.parts()
+        }
         if self.images:
             arrays[IMAGES] = images.numpy()
         buffer = io.BytesIO()
@@ -124,7 +127,7 @@ def on_cpu(features: Features) -> Features:
 
 
 def exchange(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The tensors of every process, in their order; those that it holds itself are not sent to it."""
+    """The tensors of every process, in their order; the same in each."""
     if dist.size() == 1:
         return [tensors]
     return [tuple(_sent(tensor, source) for tensor in tensors) for source in range(dist.size())]

@@ -1,1 +1,117 @@
-"""Files of reference statistics: ours, and those of TTUR, pytorch-fid, EDM and ADM."""
+"""Files of reference statistics, so that a large reference is looked at once, and published ones can be compared with.
+
+An `.npz` with `mu` and `sigma`, as TTUR, pytorch-fid and EDM have it; in ADM's reference batches also `mu_s` and
+`sigma_s`, of the spatial features. Ours adds what makes two numbers comparable: how many images, which extractor by the
+sha256 of its weights, which resize, and of which data.
+"""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from undiffuse.errors import Corrupt, UsageError
+from undiffuse.machine import disk
+from undiffuse.machine.tensorfile import refuse_newer
+from undiffuse.quality.feature.base import Extractor
+from undiffuse.quality.metric.base import F64, Moments
+
+FORMAT = 1
+NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+OWN = ("extractor", "sha256", "resize", "data", "fingerprint")  # keys of ours, each one text
+LIMIT = 1 << 31  # bytes of a file that is read
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Moments by part of the features, and where they come from; `said` lacks what another tool's file does not say."""
+
+    moments: dict[str, Moments]
+    said: dict[str, str]
+
+    @property
+    def n(self) -> int | None:
+        """How many images, None where the file does not say."""
+        return self.moments["pool"].n if "extractor" in self.said else None
+
+    def check(self, extractor: Extractor, where: str) -> None:
+        """Raises UsageError that names both sides unless these are of that extractor's features."""
+        given = extractor.identity
+        other = [key for key in given if key in self.said and self.said[key] != given[key]]
+        if other:
+            theirs, ours = ([f"{key} {side[key][:16]}" for key in other] for side in (self.said, given))
+            raise UsageError(
+                f"{where} has the statistics of {', '.join(theirs)}, and these features are of {', '.join(ours)}, so no "
+                "distance between them means anything; make the statistics anew, or choose the --features that they are of"
+            )
+        if "extractor" not in self.said and extractor.title != "FID":
+            raise UsageError(
+                f"{where} does not say whose features its statistics are of, so that they are taken for those of FID's "
+                f"Inception; {extractor.name} cannot be compared with them. Give --features inception, or images"
+            )
+        for part, moments in self.moments.items():
+            if len(moments.mean) != extractor.dimensions.get(part, len(moments.mean)):
+                raise UsageError(
+                    f"{where} has statistics of {len(moments.mean)} {part} features, and {extractor.name} has "
+                    f"{extractor.dimensions[part]}; choose the --features that they are of"
+                )
+
+
+def is_statistics(path: str | Path) -> bool:
+    """Whether a file is an `.npz` with statistics in it, with or without images."""
+    if not str(path).lower().endswith(".npz") or not Path(path).is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return {"mu.npy", "sigma.npy"} <= names
+
+
+def read(path: Path) -> Statistics:
+    """Raises Corrupt for a damaged file, or one whose mean and covariance do not fit."""
+    try:
+        if path.stat().st_size > LIMIT:
+            raise Corrupt(f"{path} is larger than any statistics ({path.stat().st_size:,} bytes); give another file")
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            if "format" in arrays.files:
+                refuse_newer(path, arrays["format"].item())
+            n = int(arrays["n"]) if "n" in arrays.files else 2
+            said = {key: str(arrays[key]) for key in OWN if key in arrays.files}
+            moments = {
+                part: _moments(arrays, names, n, path) for part, names in NAMES.items() if names[0] in arrays.files
+            }
+    # What numpy and zip make of bytes that are not theirs.
+    except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise Corrupt(f"{path} cannot be read as statistics ({error}); make it anew") from error
+    return Statistics(moments, said)
+
+
+def _moments(arrays: Any, names: tuple[str, str], n: int, path: Path) -> Moments:
+    mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise Corrupt(
+            f"{path}: {names[0]} of {list(mean.shape)} and {names[1]} of {list(covariance.shape)} are no mean and "
+            "covariance of one set; expected [d] and [d, d]"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise Corrupt(f"{path}: {names[0]} or {names[1]} holds NaN or infinity; make it anew")
+    return Moments.of(n, *(torch.from_numpy(array).to(F64) for array in (mean, covariance)))
+
+
+def write(path: Path, statistics: Statistics) -> None:
+    """Whole or not at all; pytorch-fid and EDM read `mu` and `sigma` of it. Raises StorageError."""
+    arrays: dict[str, Any] = {"format": np.array(FORMAT), "n": np.array(statistics.n)}
+    for part, moments in statistics.moments.items():
+        tensors: tuple[Tensor, Tensor] = (moments.mean, moments.covariance)
+        arrays |= {name: tensor.numpy() for name, tensor in zip(NAMES[part], tensors, strict=True)}
+    arrays |= {key: np.array(statistics.said[key]) for key in OWN}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    disk.write_atomic(path, buffer.getvalue())

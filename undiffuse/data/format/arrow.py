@@ -13,7 +13,7 @@ from undiffuse.data.listing import counting, splits
 from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Source, Split
-from undiffuse.errors import DataError
+from undiffuse.errors import DataError, NoSplit
 from undiffuse.machine import disk
 from undiffuse.strict import extra
 
@@ -43,7 +43,7 @@ class SavedDataset(Format):
             parts = {word: root / name for word, name in splits(folders).items()}
             path = parts.get(split) or root / next((name for name in folders if name == split), split)
         if not (path / STATE).is_file():
-            raise DataError(f"{spec} has no {split} split; expected the folder {path} with {STATE}")
+            raise NoSplit(f"{spec} has no {split} split; expected the folder {path} with {STATE}")
         features = _json(path / INFO).get("features") or {}
         images, labels = image_column(str(path), features, reading.picture), label_column(features)
         table = _table(path, [images] if labels is None else [images, labels])

@@ -25,7 +25,7 @@ from undiffuse.data.made import Made
 from undiffuse.data.passed import Passed, beside, frames, merged
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Shape, Source, Split
-from undiffuse.errors import Corrupt, DataError, UsageError
+from undiffuse.errors import Corrupt, DataError, NoSplit, UsageError
 from undiffuse.machine import disk
 
 FORMAT = 1
@@ -136,8 +136,9 @@ class Packed(Format):
         else:
             path = root / parts.get(split, split)
         if not (path / MANIFEST).is_file():
-            hint = "is not packed to its end; run the same `undiffuse data pack` again"
-            raise DataError(f"{path} {hint if (path / PLAN).is_file() else f'is missing; {spec} has no {split} split'}")
+            if (path / PLAN).is_file():
+                raise DataError(f"{path} is not packed to its end; run the same `undiffuse data pack` again")
+            raise NoSplit(f"{path} is missing; {spec} has no {split} split")
         source = open_packed(path)
         _refuse_range(path, source.manifest.range, reading.range)
         folders = {"."} if path == root else set(parts.values())

@@ -1,0 +1,30 @@
+"""A folder of results belongs to one question: another one in it would mix two answers."""
+
+from pathlib import Path
+from typing import Any
+
+from undiffuse.errors import Corrupt, UsageError
+from undiffuse.machine import disk
+from undiffuse.machine.tensorfile import refuse_newer
+
+FORMAT, QUERY = 1, "query.json"
+
+
+def check(out: Path, question: dict[str, Any]) -> dict[str, Any]:
+    """The question with its format, which `disk.write_json` puts into the folder. UsageError if another is there."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give the name of a folder")
+    question = {"format": FORMAT} | question
+    path = out / QUERY
+    if not path.exists():
+        return question
+    before = disk.read_json(path)
+    if not isinstance(before, dict):
+        raise Corrupt(f"{path} is damaged: it is not a JSON object; give another --out")
+    refuse_newer(path, before.get("format"))
+    changed = [key for key in question if before.get(key) != question[key]]
+    if changed:
+        raise UsageError(
+            f"{out} holds another measurement (other {', '.join(changed)}); give the same settings or another --out"
+        )
+    return question

@@ -1,0 +1,171 @@
+"""The sets of images that an evaluation looks at: samples, the reference, and real images apart from it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+from undiffuse.config import plain
+from undiffuse.data.format.packed import PackedSource
+from undiffuse.data.made import done, listed
+from undiffuse.data.pack import open_data
+from undiffuse.data.picture import PLAIN, Reading
+from undiffuse.data.source import ArraySource, Source, open_source, spread
+from undiffuse.data.subset import Subset
+from undiffuse.diffusion.denoiser import Prediction
+from undiffuse.diffusion.sampler.base import SAMPLERS, sample
+from undiffuse.errors import NoSplit, UsageError
+from undiffuse.key import Key
+from undiffuse.model.classes import Label, drawn
+from undiffuse.model.load import weights_of
+from undiffuse.model.model import Model, Steps, to_uint8
+
+Real = ArraySource | PackedSource
+Shape = tuple[int, int, int]  # channels, height, width
+OTHER = {"train": "test", "test": "train"}
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images that are judged: `said` is what makes them so in words, `digest` changes with them."""
+
+    n: int
+    shape: Shape
+    said: dict[str, Any]
+    digest: str
+    images: Callable[[Int[Tensor, "b"]], UInt8[Tensor, "b c h w"]]
+    are_drawn: bool = True
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a model draws: what `undiffuse sample` is asked."""
+
+    steps: Steps = None
+    solver: str = "ancestral"
+    eta: float | int | None = None
+    label: Label = None
+
+
+def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
+    """n images of a model, drawn when they are asked for: the same as `sample` draws with that seed.
+
+    A model with classes is told each as often as in training, unless `how` says another.
+    """
+    times, sampler = model.times(how.steps), model.sampler(how.solver, how.eta)
+    told = drawn(model.classes, n, seed) if how.label is None else model.told(how.label, n, seed)
+    keys = Key(seed).fold("sample").rows(n)
+
+    def images(index: Int[Tensor, "b"]) -> UInt8[Tensor, "b c h w"]:
+        some = keys[slice(int(index[0]), int(index[-1]) + 1)]
+        return to_uint8(model.chain(some, times, sampler, told.conditioning.at(index)))
+
+    said: dict[str, Any] = {
+        "solver": SAMPLERS.name_of(sampler),
+        **({} if how.eta is None else {"eta": how.eta}),
+        "steps": len(times) - 1,
+        "evaluations": evaluations(model, how),
+        "times": [float(times[0]), float(times[-2])],
+        "clip": model.denoiser.clip,
+        "seed": seed,
+        **({} if model.classes is None else {"labels": told.words}),
+    }
+    claim = {"weights": digest_of(model), "config": plain(model.config), **said, "grid": times.tolist()}
+    digest = hashlib.sha256(json.dumps(claim, sort_keys=True, default=str).encode()).hexdigest()
+    return Samples(n, model.image_shape, said, digest, images)
+
+
+def digest_of(model: Model) -> str:
+    """sha256 of a model's weights, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights_of(model.denoiser.network).items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def evaluations(model: Model, how: Drawing) -> int:
+    """How often the network is asked for one image: counted on a chain of one value, which asks nobody."""
+    calls = 0
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        nonlocal calls
+        calls += 1
+        zero = torch.zeros_like(x_t)
+        return Prediction(zero, zero, zero, None)
+
+    sampler, times = model.sampler(how.solver, how.eta), model.times(how.steps)
+    sample(sampler, denoise, model.process, Key(0).rows(1), (1, 1, 1), times)
+    return calls
+
+
+def given(source: Real, n: int | None, spec: str) -> Samples:
+    """Images that are there already, by whatever they were made; the first n, or all."""
+    if n is not None and n > len(source):
+        raise UsageError(f"{spec} has {len(source):,} images, and -n {n} is more; give fewer, or leave -n out")
+    n = len(source) if n is None else n
+    return Samples(
+        n, source.image_shape, {"samples": spec}, source.fingerprint(), lambda index: source.gather(index)[0], False
+    )
+
+
+def open_samples(spec: str, size: int | tuple[int, int] | None, reading: Reading = PLAIN) -> ArraySource:
+    """The images of a folder, zip or npz in their own size. Raises DataError where they differ in size."""
+    return open_source(spec, size, None, reading)
+
+
+def open_real(spec: str, shape: Shape, split: str, reading: Reading, skip_bad: bool, show: bool) -> Real:
+    """The images of a data set in the shape of the samples."""
+    c, h, w = shape
+    return open_data(spec, (h, w), c, reading, skip_bad, workers=1, show_progress=show, split=split)
+
+
+def note_of(source: Source) -> str:
+    """What was made of the images, in words; empty for nothing."""
+    return listed(done(source.made))
+
+
+@dataclass(frozen=True, eq=False)
+class Floor:
+    """Real images that take the place of samples, apart from the reference: the least distance that can be reached.
+
+    They are `images`, or those of the reference where `apart` is true, which it then has to do without.
+    """
+
+    n: int
+    said: str
+    images: Source | None = None
+    apart: Bool[Tensor, "n"] | None = None
+
+
+def floor(source: Real, split: str, n: int, read: Callable[[str], Real]) -> Floor | None:
+    """At most n real images that are not in the reference: those of the other split, else a part of this one.
+
+    None where there are too few to divide.
+    """
+    try:
+        other = read(OTHER[split])
+    except NoSplit:
+        other = None
+    if other is not None and len(other) > 1:
+        n = min(n, len(other))
+        return Floor(n, f"{n:,} images of the {OTHER[split]} split", spread_over(other, n))
+    n = min(n, len(source) // 2)
+    if n < 2:
+        return None
+    apart = torch.zeros(len(source), dtype=torch.bool, device="cpu")
+    apart[torch.argsort(Key(0).fold("floor").uniform(len(source)))[:n]] = True
+    return Floor(n, f"{n:,} images of the set, apart from the other {len(source) - n:,}", apart=apart)
+
+
+def spread_over(source: Real, n: int) -> Source:
+    """n images of a source, evenly, since data may be in the order of their classes; all where there are no more."""
+    return (
+        source
+        if n >= len(source)
+        else Subset(source, torch.tensor(spread(len(source), n), dtype=torch.int64, device="cpu"))
+    )
