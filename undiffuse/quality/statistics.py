@@ -46,8 +46,8 @@ class Statistics:
         if other:
             theirs, ours = ([f"{key} {side[key][:16]}" for key in other] for side in (self.said, given))
             raise UsageError(
-                f"{where} has the statistics of {', '.join(theirs)}, and these features are of {', '.join(ours)}, so no "
-                "distance between them means anything; make the statistics anew, or choose the --features that they are of"
+                f"{where} has the statistics of {', '.join(theirs)}, and these features are of {', '.join(ours)}: no "
+                "distance between them means anything; make the statistics anew, or choose the --features they are of"
             )
         if "extractor" not in self.said and extractor.title != "FID":
             raise UsageError(
