@@ -35,7 +35,7 @@ ROWS = tuple(
         ("quality", "metric/ feature/ gather statistics"),
         ("model", "recipe average classes model load"),
         ("training", "plan tune trainer memory look health auto resume profile loop start"),
-        ("measure", "claim nll sets"),
+        ("measure", "claim nll sets passes scores evaluate"),
         ("view", "report explore demo"),
         ("cli", "options tools train sample measure data main"),
     )

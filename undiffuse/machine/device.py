@@ -28,6 +28,11 @@ def choose(name: str = "auto") -> torch.device:
     return device
 
 
+def name_of(device: torch.device) -> str:
+    """`cpu`, or the name of the card."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def making_float32(device: str | torch.device = "cpu") -> Iterator[None]:
     """Inside, what torch makes when it is told no more is float32 on that device, whatever its defaults are."""

@@ -238,6 +238,11 @@ class Run:
                     disk.remove(trash)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is named as the checkpoint of a run is."""
+    return STEP.fullmatch(path.resolve().name) is not None
+
+
 def locate(path: Path) -> tuple[Run, int]:
     """What a path means: a checkpoint, or the newest good one of a run folder. Raises UsageError if there is none."""
     place = path.resolve()

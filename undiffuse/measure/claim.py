@@ -1,5 +1,7 @@
 """A folder of results belongs to one question: another one in it would mix two answers."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +30,8 @@ def check(out: Path, question: dict[str, Any]) -> dict[str, Any]:
             f"{out} holds another measurement (other {', '.join(changed)}); give the same settings or another --out"
         )
     return question
+
+
+def digest(question: Any) -> str:
+    """sha256 of plain data, in hexadecimal."""
+    return hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,7 +1,6 @@
 """The sets of images that an evaluation looks at: samples, the reference, and real images apart from it."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,8 @@ from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.sampler.base import SAMPLERS, sample
 from undiffuse.errors import NoSplit, UsageError
 from undiffuse.key import Key
+from undiffuse.machine.device import name_of as device_name
+from undiffuse.measure.claim import digest
 from undiffuse.model.classes import Label, drawn
 from undiffuse.model.load import weights_of
 from undiffuse.model.model import Model, Steps, to_uint8
@@ -75,17 +76,31 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
         "seed": seed,
         **({} if model.classes is None else {"labels": told.words}),
     }
-    claim = {"weights": digest_of(model), "config": plain(model.config), **said, "grid": times.tolist()}
-    digest = hashlib.sha256(json.dumps(claim, sort_keys=True, default=str).encode()).hexdigest()
-    return Samples(n, model.image_shape, said, digest, images)
+    question = {"weights": digest_of(model), "config": plain(model.config), **said, "grid": times.tolist()}
+    return Samples(n, model.image_shape, said, digest(question), images)
 
 
 def digest_of(model: Model) -> str:
     """sha256 of a model's weights, by name."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in sorted(weights_of(model.denoiser.network).items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def said_of(model: Model, source: Any) -> dict[str, Any]:
+    """What a protocol says of a model."""
+    said = {"source": "from Python" if isinstance(source, Model) else str(source), "sha256": digest_of(model)}
+    known = {key: model.meta[key] for key in ("weights", "step") if key in model.meta}
+    return (
+        said
+        | known
+        | {
+            "parameterisation": plain(model.config)["parameterisation"]["name"],
+            "precision": "float32",
+            "device": device_name(model.device),
+        }
+    )
 
 
 def evaluations(model: Model, how: Drawing) -> int:
@@ -118,10 +133,10 @@ def open_samples(spec: str, size: int | tuple[int, int] | None, reading: Reading
     return open_source(spec, size, None, reading)
 
 
-def open_real(spec: str, shape: Shape, split: str, reading: Reading, skip_bad: bool, show: bool) -> Real:
+def open_real(spec: str, shape: Shape, split: str, reading: Reading, skip_bad: bool) -> Real:
     """The images of a data set in the shape of the samples."""
     c, h, w = shape
-    return open_data(spec, (h, w), c, reading, skip_bad, workers=1, show_progress=show, split=split)
+    return open_data(spec, (h, w), c, reading, skip_bad, split=split)
 
 
 def note_of(source: Source) -> str:

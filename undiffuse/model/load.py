@@ -14,6 +14,7 @@ from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.errors import Corrupt, UsageError, unknown
 from undiffuse.interop.diffusers import read_folder
 from undiffuse.interop.diffusers_files import absent, is_folder
+from undiffuse.interop.torchfile import PICKLES
 from undiffuse.machine import dist, log, store
 from undiffuse.machine.device import choose
 from undiffuse.machine.tensorfile import read_weights, write_weights
@@ -74,6 +75,16 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
+def holds_model(source: str | Path) -> bool:
+    """Whether a path or a name is that of a model, by what is there; nothing is read."""
+    path = Path(source)
+    if not path.exists():
+        return str(source) in shipped()
+    if path.is_file():
+        return path.suffix == ".safetensors" or path.suffix in PICKLES
+    return is_folder(path) or (path / BEST).exists() or store.is_checkpoint(path) or bool(store.Run(path).steps())
+
+
 def load(
     source: str | Path, device: str | torch.device = "auto", trusted: bool = False, weights: str | None = None
 ) -> Model:
@@ -98,7 +109,8 @@ def load(
             )
         path = shipped()[str(source)]
     if path.is_dir() and not is_folder(path):
-        tensors, meta = _from_run(path, weights)
+        tensors, meta, used = _from_run(path, weights)
+        meta = meta | {"weights": used}
     elif weights in ("raw", "best"):
         raise UsageError(f"{path} holds one set of weights; --weights {weights} needs a training run or its checkpoint")
     else:
@@ -107,10 +119,10 @@ def load(
     return parse_model(tensors, meta, str(path), device, trusted)
 
 
-def _from_run(path: Path, weights: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of the newest good checkpoint of a run, or of the checkpoint that is named."""
+def _from_run(path: Path, weights: str | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Weights of the newest good checkpoint of a run, or of the checkpoint that is named; and which they are."""
     if weights in (None, "best") and (path / BEST).exists() and not store.Run(path).steps():
-        return read_weights(path / BEST)  # the run was killed before its first checkpoint
+        return *read_weights(path / BEST), "best"  # the run was killed before its first checkpoint
     run, step = store.locate(path)
     part = PARTS.get(weights or "", "ema")
     parts, meta = run.load(step, only=(part,))
@@ -120,13 +132,13 @@ def _from_run(path: Path, weights: str | None) -> tuple[dict[str, Tensor], dict[
             raise UsageError(f"{path} is one checkpoint; --weights best needs the folder of the run")
         if not (run.path / BEST).exists():
             raise UsageError(f"{path} has no {BEST}; it is kept in the folder of a run with train.patience")
-        return read_weights(run.path / BEST)
+        return *read_weights(run.path / BEST), "best"
     if part not in parts:
         what = "model" if part == "ema" else "training run"
         raise (Corrupt if part == "ema" else UsageError)(
             f"{run.folder(step)} has no {part}.safetensors, so it is not a {what}"
         )
-    return parts[part], meta
+    return parts[part], meta, "raw" if part == "model" else "average"
 
 
 def _ends_by_itself(meta: dict[str, Any]) -> bool:

@@ -64,14 +64,20 @@ class Statistics:
 
 def is_statistics(path: str | Path) -> bool:
     """Whether a file is an `.npz` with statistics in it, with or without images."""
-    if not str(path).lower().endswith(".npz") or not Path(path).is_file():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-    return {"mu.npy", "sigma.npy"} <= names
+    return {"mu.npy", "sigma.npy"} <= _members(path)
+
+
+def has_images(path: str | Path) -> bool:
+    """Whether images are in it too, as in ADM's reference batches."""
+    return "arr_0.npy" in _members(path)
+
+
+def _members(path: str | Path) -> set[str]:
+    """The names in an `.npz`; none where it is something else, which whoever reads it will say."""
+    if not str(path).lower().endswith(".npz") or not zipfile.is_zipfile(path):
+        return set()
+    with zipfile.ZipFile(path) as archive:
+        return set(archive.namelist())
 
 
 def read(path: Path) -> Statistics:

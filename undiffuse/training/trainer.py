@@ -28,6 +28,7 @@ from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.key import Key
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
+from undiffuse.machine.device import name_of
 from undiffuse.machine.disk import SMALL
 from undiffuse.model.average import Ema, Profiles
 from undiffuse.model.classes import Classes
@@ -244,7 +245,7 @@ class Trainer:
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "device": name_of(self.device),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "micro_batch": self.micro,
             "processes": "any" if exact else dist.size(),

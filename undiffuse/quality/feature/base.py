@@ -56,12 +56,13 @@ class Extractor:
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "b c h w"]) -> Features:
         """The features in float32, on the device. Grey images are repeated for a network of three channels."""
-        self.check(images.shape[1])
+        self.check(tuple(images.shape[1:]))
         images = images.to(self.device)
         return self.network(images.repeat(1, self.channels, 1, 1) if images.shape[1] < self.channels else images)
 
-    def check(self, channels: int) -> None:
-        """Raises UsageError for images that it cannot see."""
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises UsageError for images of a shape (channels, height, width) that it cannot see."""
+        channels = shape[0]
         if channels not in (1, self.channels):
             raise UsageError(
                 f"images of {channels} channels cannot be seen by {self.name}, which takes "
@@ -88,9 +89,16 @@ class Extractor:
 
 
 def open_features(
-    name: str, device: str | torch.device = "cpu", weights: Path | None = None, resize: str | None = None
+    name: str,
+    device: str | torch.device = "cpu",
+    weights: Path | None = None,
+    resize: str | None = None,
+    shape: tuple[int, int, int] | None = None,
 ) -> Extractor:
-    """The extractor of that name, or `my_module:MyExtractor`; `weights` and `resize` where it has such options."""
+    """The extractor of that name, or `my_module:MyExtractor`; `weights` and `resize` where it has such options.
+
+    `auto` is the best that is there for images of that shape (channels, height, width).
+    """
     given = {"weights": None if weights is None else str(weights), "resize": resize}
     cls = FEATURES.find(name, trusted=True)
     for option, value in given.items():

@@ -6,12 +6,12 @@ summarised once for all sample sets and for the floor, and metrics that keep the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from undiffuse.config import Table
@@ -38,6 +38,10 @@ class Features:
     def parts(self) -> tuple[str, ...]:
         """Which of them there are."""
         return tuple(each.name for each in fields(self) if getattr(self, each.name) is not None)
+
+    def some(self, mask: Bool[Tensor, "b"]) -> "Features":
+        """Those of some of the images."""
+        return Features(**{part: self[part][mask] for part in self.parts()})
 
 
 class Summary(ABC):
@@ -171,7 +175,8 @@ class Metric(ABC):
     """One file each: a frozen dataclass whose fields are its options.
 
     The keys of `compute` are known by `labels`, where `{fd}` is what a Fréchet distance on the features is called (FID,
-    FD-EffLite0) and `{kd}` the kernel distance; `better` is "lower" or "higher".
+    FD-EffLite0) and `{kd}` the kernel distance; `better` is "lower" or "higher". What else `compute` gives, such as a
+    standard error, are details of these.
     """
 
     part: ClassVar[str] = "pool"  # of the features
@@ -227,6 +232,17 @@ class Gathered:
                 first.merge(other)
             made._summaries[key] = first
         return made
+
+    def known(self, moments: Mapping[str, Moments]) -> "Gathered":
+        """The same with these moments, by part of the features, for those that were taken."""
+        made = Gathered(())
+        made._summaries = self._summaries | {(part, Moments): each for part, each in moments.items()}
+        return made
+
+    def has(self, metric: Metric) -> bool:
+        """Whether there is such a summary, with images in it."""
+        found = self._summaries.get((metric.part, metric.keeps))
+        return found is not None and found.n > 0
 
     def of(self, metric: Metric) -> Summary:
         """The summary that the metric looks at."""

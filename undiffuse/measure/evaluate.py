@@ -1,0 +1,139 @@
+"""`undiffuse eval`: from what a user names to the scores of a model, or of pictures by whatever made them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from undiffuse.data import made, remark
+from undiffuse.data.format.several import join
+from undiffuse.data.picture import PLAIN, Reading
+from undiffuse.data.source import ArraySource
+from undiffuse.errors import DataError, UsageError
+from undiffuse.machine import log
+from undiffuse.machine.device import choose
+from undiffuse.measure import sets
+from undiffuse.measure.passes import Judge, Reference, Ticking, silent
+from undiffuse.measure.scores import Result, score
+from undiffuse.measure.sets import Drawing, Real, Samples, Shape
+from undiffuse.model.load import holds_model, load
+from undiffuse.model.model import Model, Steps
+from undiffuse.quality import statistics
+from undiffuse.quality.feature.base import open_features
+from undiffuse.strict import whole
+
+DRAWN = 10_000  # images of a model, unless n says another number
+
+Given = Model | Tensor | str | Path
+
+
+def evaluate(
+    samples: Given,
+    data: str | Path | Sequence[str | Path],
+    *,
+    n: SupportsIndex | None = None,
+    features: Sequence[str] = ("auto",),
+    metrics: Sequence[str] = (),
+    feature_weights: Path | None = None,
+    resize: str | None = None,
+    split: str = "train",
+    steps: Steps = None,
+    grid: str | None = None,
+    solver: str = "ancestral",
+    eta: float | int | None = None,
+    label: str | SupportsIndex | None = None,
+    seed: SupportsIndex = 0,
+    seeds: SupportsIndex = 1,
+    batch: SupportsIndex = 64,
+    reading: Reading | None = None,
+    skip_bad: bool = False,
+    out: Path | None = None,
+    keep_images: bool = False,
+    device: str = "auto",
+    ticking: Ticking = silent,
+    say: Callable[[str], None] = log.silent,
+) -> Result:
+    """How near samples are to real images, by every metric on the features of each extractor.
+
+    `samples` is a model, or its path or name; or uint8 images [n, c, h, w]; or a folder, zip or npz of pictures that
+    anything made. `data` is the reference, of which `split` is taken: images, or an npz of statistics. A model draws n
+    images for each of `seeds` seeds from `seed` on, as `Model.sample` does. With `out` a stopped evaluation goes on.
+    Raises UsageError, DataError, Corrupt, NotFiniteError.
+    """
+    first, count, batch = whole("seed", seed), whole("seeds", seeds, 1), whole("batch", batch, 1)
+    n = None if n is None else whole("n", n, 2)
+    model = samples if isinstance(samples, Model) else None
+    if isinstance(samples, (str, Path)) and holds_model(samples):
+        model = load(samples, device)
+    if model is not None:
+        how = Drawing(model.times(steps, grid), solver, eta, label)
+        every = [sets.drawn_by(model, how, n or DRAWN, first + k) for k in range(count)]
+        about: dict[str, Any] = {"model": sets.said_of(model, samples)}
+    else:
+        given = {"seeds": None if count == 1 else count, "steps": steps, "grid": grid, "eta": eta, "label": label}
+        _refuse_for_pictures(samples, given)
+        every, about = [_pictures(samples, n, reading or PLAIN, say)], {}
+    reading = reading or (PLAIN if model is None else model.data.reading)
+    spec = str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
+    read = partial(_real, spec, every[0].shape, reading, skip_bad, say)
+    reference = _reference(spec, split, read)
+    floor = None if reference.images is None else sets.floor(reference.images, split, every[0].n, read)
+    place = choose(device) if model is None else model.device
+    extractors = [open_features(name, place, feature_weights, resize, every[0].shape) for name in features]
+    for extractor in extractors:
+        extractor.check(every[0].shape)
+    judges = [Judge.of(extractor, metrics) for extractor in extractors]
+    return score(every, reference, floor, judges, batch, out, keep_images, about, ticking, say)
+
+
+def _refuse_for_pictures(samples: Given, given: dict[str, Any]) -> None:
+    """UsageError for what only a model can be asked."""
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        what = "the images" if isinstance(samples, Tensor) else str(samples)
+        raise UsageError(f"{name} is for a model that draws, and {what} is no model; leave it out, or give a model")
+
+
+def _pictures(samples: Any, n: int | None, reading: Reading, say: Callable[[str], None]) -> Samples:
+    """Images that are there already. Raises UsageError and DataError."""
+    if isinstance(samples, Tensor):
+        if samples.dtype != torch.uint8 or samples.ndim != 4 or not samples.numel():
+            raise UsageError(
+                f"images of {str(samples.dtype).removeprefix('torch.')} {list(samples.shape)} cannot be judged; give "
+                "uint8 [n, c, h, w], as sample() returns"
+            )
+        return sets.given(ArraySource(samples.cpu()), n, "images from Python")
+    if not isinstance(samples, (str, Path)):
+        raise UsageError(f"samples {samples!r} are not possible; give a model, a path, or uint8 images [n, c, h, w]")
+    try:
+        source = sets.open_samples(str(samples), None, reading)
+    except DataError as error:
+        raise DataError(f"samples: {error}") from error
+    say(f"samples: {len(source):,} images of {_shape(source.image_shape)} from {samples}")
+    return sets.given(source, n, str(samples))
+
+
+def _real(spec: str, shape: Shape, reading: Reading, skip_bad: bool, say: Callable[[str], None], split: str) -> Real:
+    """A split of the data in the shape of the samples; what is made of it is said."""
+    source = sets.open_real(spec, shape, split, reading, skip_bad)
+    remark.refuse(source, spec, split, reading, is_meant=reading.range is not None)
+    for text in (made.line(source.made, len(source), shape), remark.left_out(source)):
+        if text:
+            say(f"{split}: {text}")
+    return source
+
+
+def _reference(spec: str, split: str, read: Callable[[str], Real]) -> Reference:
+    if split not in sets.OTHER:
+        raise UsageError(f'split "{split}" is not known; expected train or test')
+    known = statistics.read(Path(spec)) if statistics.is_statistics(spec) else None
+    images = read(split) if known is None or statistics.has_images(spec) else None
+    return Reference(spec.replace("\n", ", "), split, images, known, "" if images is None else sets.note_of(images))
+
+
+def _shape(shape: Shape) -> str:
+    c, h, w = shape
+    return f"{w}×{h} {made.channels(c)}"

@@ -1,0 +1,155 @@
+"""The passes of an evaluation: over the reference, over real images in place of samples, and over the samples."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from undiffuse.data.source import Source
+from undiffuse.errors import UsageError
+from undiffuse.machine import disk, dist, log
+from undiffuse.measure import claim
+from undiffuse.measure.sets import Floor, Real, Samples
+from undiffuse.quality.feature.base import Extractor
+from undiffuse.quality.gather import Kept, exchange, gather
+from undiffuse.quality.metric.base import METRICS, Features, Gathered, Metric
+from undiffuse.quality.statistics import Statistics
+
+REAL_BATCH = 128  # images of a batch of real ones, whatever --batch is, so that what is kept of them can be used
+MOST_KEPT = 2 << 30  # bytes of features of real images that are kept in the cache
+
+# (what, how many) -> inside, what is told how many more are done
+Ticking = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Take = Callable[[str, Features, Int[Tensor, "b"]], None]
+
+
+def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows no progress."""
+    return nullcontext(lambda count: None)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """An extractor and the metrics on its features."""
+
+    extractor: Extractor
+    metrics: tuple[Metric, ...]
+    are_named: bool  # else those that are not possible are left out
+
+    @staticmethod
+    def of(extractor: Extractor, names: Sequence[str] = ()) -> "Judge":
+        """All metrics that these features allow, unless some are named. Raises UsageError for one that they do not."""
+        parts = extractor.dimensions.keys()
+        found = [METRICS.build(name, trusted=True) for name in names or METRICS.classes]
+        other = next((each for each in found if each.part not in parts), None)
+        if names and other is not None:
+            raise UsageError(
+                f"metric {METRICS.name_of(other)} needs {other.part}, and features {extractor.name} have only "
+                f"{', '.join(sorted(parts))}; choose other --features, or leave it out"
+            )
+        return Judge(extractor, tuple(each for each in found if each.part in parts), bool(names))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What samples are compared with: images, statistics of a file, or both (then these stand for the images')."""
+
+    spec: str
+    split: str
+    images: Real | None
+    statistics: Statistics | None = None
+    note: str = ""  # what was made of the images
+
+    def said(self) -> dict[str, Any]:
+        """For the protocol."""
+        found: dict[str, Any] = {"data": self.spec}
+        if self.images is not None:
+            found |= {"split": self.split, "images": len(self.images), "fingerprint": self.images.fingerprint()}
+        if self.statistics is not None:
+            found |= {"statistics": self.statistics.said or "of another tool, which does not say whose features"}
+        return found | ({"made": self.note} if self.note else {})
+
+
+@dataclass(frozen=True, eq=False)
+class Against:
+    """What samples are compared with on one extractor's features."""
+
+    reference: Gathered
+    floor: Gathered | None  # real images in place of samples
+    rest: Gathered  # the reference of the floor, which may have had to give images up
+
+
+def against(judge: Judge, reference: Reference, floor: Floor | None, ticking: Ticking = silent) -> Against:
+    """One pass over the reference, and one over the real images apart from it."""
+    whole, apart, rest = (Gathered(judge.metrics) for _ in range(3))
+    mask = None if floor is None else floor.apart
+
+    def take(_: str, features: Features, index: Int[Tensor, "b"]) -> None:
+        whole.update(features, index)
+        if mask is not None:
+            inside = mask[index]
+            apart.update(features.some(inside), index[inside])
+            rest.update(features.some(~inside), index[~inside])
+
+    if reference.images is not None:
+        _real(reference.images, judge.extractor, take, ticking, "reference images")
+    if floor is not None and floor.images is not None:
+        _real(floor.images, judge.extractor, lambda _, features, i: apart.update(features, i), ticking, "for the floor")
+    found = whole.everywhere(exchange)
+    if reference.statistics is not None:
+        found = found.known(reference.statistics.moments)
+    return Against(
+        found,
+        None if floor is None else apart.everywhere(exchange),
+        found if mask is None else rest.everywhere(exchange),
+    )
+
+
+def _real(source: Source, extractor: Extractor, take: Take, ticking: Ticking, what: str) -> None:
+    """The features of real images, kept in the cache by their fingerprint and the extractor's identity."""
+    n, kept = len(source), None
+    if n * sum(extractor.dimensions.values()) * 4 <= MOST_KEPT:
+        key = claim.digest({"data": source.fingerprint(), "batch": REAL_BATCH} | extractor.identity)
+        kept = Kept(disk.cache_folder() / "features" / key[:32])
+    with ticking(f"{extractor.name}, {n:,} {what}", n) as tick:
+        gather(lambda index: source.gather(index)[0], n, [extractor], take, REAL_BATCH, kept, tick)
+
+
+def over_samples(
+    samples: Samples,
+    judges: Sequence[Judge],
+    prefix: int | None = None,
+    batch: int = 64,
+    kept: Kept | None = None,
+    ticking: Ticking = silent,
+    say: Callable[[str], None] = log.silent,
+) -> tuple[dict[str, Gathered], dict[str, Gathered]]:
+    """One pass over samples: what is gathered of all, and of the first `prefix` of them, by the extractor's name."""
+    whole, first = ({judge.extractor.name: Gathered(judge.metrics) for judge in judges} for _ in range(2))
+    few = prefix is not None and prefix < samples.n
+
+    def take(name: str, features: Features, index: Int[Tensor, "b"]) -> None:
+        whole[name].update(features, index)
+        if few:
+            inside = index < (prefix or 0)
+            first[name].update(features.some(inside), index[inside])
+
+    def timed(seconds: float) -> None:
+        batches, each = -(-samples.n // batch), samples.said.get("evaluations")
+        cost = f", {samples.n * each:,} evaluations of the network" if each else ""
+        say(f"{samples.n:,} samples{cost}: about {log.duration(seconds * -(-batches // dist.size()))}")
+
+    extractors = [judge.extractor for judge in judges]
+    with ticking("samples", samples.n) as tick:
+        gather(samples.images, samples.n, extractors, take, batch, kept, tick, timed)
+    all_of = {name: each.everywhere(exchange) for name, each in whole.items()}
+    return all_of, {name: each.everywhere(exchange) for name, each in first.items()} if few else all_of
+
+
+def kept_of(out: Path | None, samples: Samples, images: bool) -> Kept | None:
+    """Where the finished batches of a set of samples are, in the folder of an evaluation."""
+    return None if out is None else Kept(out / "parts" / samples.digest[:16], images)

@@ -1,0 +1,188 @@
+"""How good samples are: every metric on every extractor's features, beside real images, with all that was chosen."""
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from undiffuse import __version__
+from undiffuse.data.made import channels
+from undiffuse.errors import UsageError
+from undiffuse.machine import disk, dist, log
+from undiffuse.measure import claim
+from undiffuse.measure.passes import Against, Judge, Reference, Ticking, against, kept_of, over_samples, silent
+from undiffuse.measure.sets import Floor, Samples
+from undiffuse.quality.metric.base import METRICS, Gathered, Metric, compute
+
+ENOUGH, ENOUGH_OF_FEW = 50_000, 10_000  # images that a distance wants; and where the reference has fewer than the first
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """`rows`: one for each number, with the same of real images; `protocol`: all that was chosen."""
+
+    rows: list[dict[str, Any]]
+    notes: list[str]
+    protocol: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"scores": self.rows, "notes": self.notes, "protocol": self.protocol}
+
+
+def score(
+    sets: Sequence[Samples],
+    reference: Reference,
+    floor: Floor | None,
+    judges: Sequence[Judge],
+    batch: int = 64,
+    out: Path | None = None,
+    keep_images: bool = False,
+    about: Mapping[str, Any] | None = None,
+    ticking: Ticking = silent,
+    say: Callable[[str], None] = log.silent,
+) -> Result:
+    """The scores of each set of samples (one for each seed), their mean and spread, and those of real images.
+
+    Every process of a run returns the same. With `out` a stopped evaluation goes on; `about` is put into the protocol.
+    """
+    if reference.statistics is not None:
+        for judge in judges:
+            reference.statistics.check(judge.extractor, reference.spec)
+    protocol = _protocol(sets, reference, floor, judges, batch, about or {})
+    if out is not None:
+        question = {"samples": [each.digest for each in sets], "n": sets[0].n, "batch": batch}
+        question |= {"features": [each.extractor.identity for each in judges], "keep_images": keep_images}
+        question = claim.check(out, question)
+        if dist.rank() == 0:
+            disk.write_json(out / claim.QUERY, question)
+    prefix = None if floor is None else floor.n
+    # Samples first: they cost most as a rule, and what they cost is told after their first batch.
+    passes = [
+        over_samples(each, judges, prefix, batch, kept_of(out, each, keep_images), ticking, cost)
+        for each, cost in zip(sets, [_of_all(say, len(sets)), *[log.silent] * (len(sets) - 1)], strict=True)
+    ]
+    others = {judge.extractor.name: against(judge, reference, floor, ticking) for judge in judges}
+    rows, notes = list[dict[str, Any]](), list[str]()
+    for judge in judges:
+        name = judge.extractor.name
+        pairs = [(whole[name], first[name]) for whole, first in passes]
+        for metric in judge.metrics:
+            rows += _rows(judge, metric, pairs, others[name], floor, notes)
+    notes += _warnings(rows, sets[0].n, reference)
+    result = Result(rows, notes, protocol)
+    if out is not None and dist.rank() == 0:
+        disk.write_json(out / "summary.json", {"format": claim.FORMAT} | result.plain())
+    return result
+
+
+def _of_all(say: Callable[[str], None], seeds: int) -> Callable[[str], None]:
+    """Says what one set of samples costs, and how many such there are."""
+    return lambda text: say(text + (f" for each of {seeds} seeds" if seeds > 1 else ""))
+
+
+def _rows(
+    judge: Judge,
+    metric: Metric,
+    samples: Sequence[tuple[Gathered, Gathered]],
+    other: Against,
+    floor: Floor | None,
+    notes: list[str],
+) -> list[dict[str, Any]]:
+    """What one metric says, a row for each of its numbers. Where it cannot be and nobody named it, why is noted."""
+    if metric.compares and not other.reference.has(metric):
+        return _left_out(judge, metric, "the reference is statistics and no images", notes)
+    try:
+        values = [compute(metric, whole, other.reference) for whole, _ in samples]
+    except UsageError as error:
+        if judge.are_named:
+            raise
+        return _left_out(judge, metric, str(error), notes)
+    best, least = _floor(metric, samples, other, floor, values)
+    rows = []
+    for key, label in metric.labels.items():
+        each = [value[key] for value in values]
+        row: dict[str, Any] = {"features": judge.extractor.name, "score": judge.extractor.named(label), "key": key}
+        row |= {"value": fmean(each), "better": metric.better[key]}
+        if len(each) > 1:
+            row |= {"sd": stdev(each), "each": each}
+        row |= {name: fmean(value[name] for value in values) for name in values[0] if name.startswith(f"{key}_")}
+        if best is not None and floor is not None:
+            row |= {"real": best[key], "real_n": floor.n}
+            if least is not None:
+                row |= {"value_at_real_n": fmean(value[key] for value in least)}
+        rows.append(row)
+    return rows
+
+
+def _left_out(judge: Judge, metric: Metric, why: str, notes: list[str]) -> list[dict[str, Any]]:
+    notes.append(f"{METRICS.name_of(metric)} on {judge.extractor.name} is left out: {why}")
+    return []
+
+
+def _floor(
+    metric: Metric,
+    samples: Sequence[tuple[Gathered, Gathered]],
+    other: Against,
+    floor: Floor | None,
+    values: Sequence[Numbers],
+) -> tuple[Numbers | None, Sequence[Numbers] | None]:
+    """What real images score, and what samples do beside them, where that is another number or another reference."""
+    if floor is None or other.floor is None or floor.n < metric.least:
+        return None, None
+    best = compute(metric, other.floor, other.rest)
+    if other.rest is other.reference and all(whole is first for whole, first in samples):
+        return best, None
+    return best, [compute(metric, first, other.rest) for _, first in samples]
+
+
+def _warnings(rows: Sequence[Mapping[str, Any]], n: int, reference: Reference) -> list[str]:
+    """Of few samples, with what is known of the bias."""
+    total = None if reference.images is None else len(reference.images)
+    enough = ENOUGH if total is None or total >= ENOUGH else min(ENOUGH_OF_FEW, total)
+    if n >= enough:
+        return []
+    bias = [f"{row['score']} by {row['fd_bias']:.3g}" for row in rows if "fd_bias" in row]
+    high = f", which is too high at this number ({', '.join(bias)}, by extrapolation)" if bias else ""
+    return [
+        f"{n:,} samples are fewer than the {enough:,} that a Fréchet distance is given with{high}; compare it only "
+        "with one of as many"
+    ]
+
+
+def _protocol(
+    sets: Sequence[Samples],
+    reference: Reference,
+    floor: Floor | None,
+    judges: Sequence[Judge],
+    batch: int,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What must be the same for the numbers to be the same."""
+    c, h, w = sets[0].shape
+    seeds = {} if len(sets) == 1 else {"seed": [each.said.get("seed") for each in sets]}
+    return {
+        "n": sets[0].n,
+        "images": f"{w}×{h} {channels(c)}, uint8",
+        "samples": sets[0].said | seeds,
+        **about,
+        "reference": reference.said(),
+        "floor": "none: no images apart from the reference" if floor is None else floor.said,
+        "features": [_features(judge, c) for judge in judges],
+        "batch": batch,
+        "versions": {"undiffuse": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _features(judge: Judge, count: int) -> dict[str, Any]:
+    it = judge.extractor
+    note = {} if it.note(count) is None else {"note": it.note(count)}
+    metrics = {METRICS.name_of(each): asdict(each) for each in judge.metrics}  # pyright: ignore[reportArgumentType]
+    said = {**it.identity, "dimensions": it.dimensions, "precision": "float32", "device": str(it.device), **note}
+    return said | {"metrics": metrics}
