@@ -37,7 +37,7 @@ ROWS = tuple(
         ("training", "plan tune trainer memory look health auto resume profile loop start"),
         ("measure", "claim nll sets passes scores evaluate"),
         ("view", "report explore demo"),
-        ("cli", "options tools train sample measure data main"),
+        ("cli", "options tools train sample measure evaluate data main"),
     )
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.

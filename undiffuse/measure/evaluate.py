@@ -13,7 +13,7 @@ from undiffuse.data.format.several import join
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import ArraySource
 from undiffuse.errors import DataError, UsageError
-from undiffuse.machine import log
+from undiffuse.machine import dist, log
 from undiffuse.machine.device import choose
 from undiffuse.measure import sets
 from undiffuse.measure.passes import Judge, Reference, Ticking, silent
@@ -23,6 +23,7 @@ from undiffuse.model.load import holds_model, load
 from undiffuse.model.model import Model, Steps
 from undiffuse.quality import statistics
 from undiffuse.quality.feature.base import open_features
+from undiffuse.quality.statistics import Statistics
 from undiffuse.strict import whole
 
 DRAWN = 10_000  # images of a model, unless n says another number
@@ -52,6 +53,8 @@ def evaluate(
     skip_bad: bool = False,
     out: Path | None = None,
     keep_images: bool = False,
+    save_statistics: Path | None = None,
+    named: str | None = None,
     device: str = "auto",
     ticking: Ticking = silent,
     say: Callable[[str], None] = log.silent,
@@ -60,7 +63,8 @@ def evaluate(
 
     `samples` is a model, or its path or name; or uint8 images [n, c, h, w]; or a folder, zip or npz of pictures that
     anything made. `data` is the reference, of which `split` is taken: images, or an npz of statistics. A model draws n
-    images for each of `seeds` seeds from `seed` on, as `Model.sample` does. With `out` a stopped evaluation goes on.
+    images for each of `seeds` seeds from `seed` on, as `Model.sample` does. With `out` a stopped evaluation goes on;
+    `save_statistics` is a file for those of the reference. `named` is what a protocol calls a model that is loaded.
     Raises UsageError, DataError, Corrupt, NotFiniteError.
     """
     first, count, batch = whole("seed", seed), whole("seeds", seeds, 1), whole("batch", batch, 1)
@@ -71,7 +75,7 @@ def evaluate(
     if model is not None:
         how = Drawing(model.times(steps, grid), solver, eta, label)
         every = [sets.drawn_by(model, how, n or DRAWN, first + k) for k in range(count)]
-        about: dict[str, Any] = {"model": sets.said_of(model, samples)}
+        about: dict[str, Any] = {"model": sets.said_of(model, named or samples)}
     else:
         given = {"seeds": None if count == 1 else count, "steps": steps, "grid": grid, "eta": eta, "label": label}
         _refuse_for_pictures(samples, given)
@@ -86,7 +90,18 @@ def evaluate(
     for extractor in extractors:
         extractor.check(every[0].shape)
     judges = [Judge.of(extractor, metrics) for extractor in extractors]
-    return score(every, reference, floor, judges, batch, out, keep_images, about, ticking, say)
+    if save_statistics is not None and (len(judges) > 1 or reference.images is None):
+        raise UsageError(
+            f"{save_statistics} can hold the statistics of one extractor's features of images; give one --features, "
+            "and images as DATA"
+        )
+    found = score(every, reference, floor, judges, batch, out, keep_images, about, ticking, say)
+    if save_statistics is not None and reference.images is not None and dist.rank() == 0:
+        said = extractors[0].identity | {"data": f"{reference.spec}, {split}"}
+        said |= {"fingerprint": reference.images.fingerprint()}
+        moments = found.references[extractors[0].name].moments()
+        statistics.write(save_statistics, Statistics(moments, said))
+    return found
 
 
 def _refuse_for_pictures(samples: Given, given: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
 """How good samples are: every metric on every extractor's features, beside real images, with all that was chosen."""
 
+import io
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 
 from undiffuse import __version__
@@ -16,6 +19,7 @@ from undiffuse.machine import disk, dist, log
 from undiffuse.measure import claim
 from undiffuse.measure.passes import Against, Judge, Reference, Ticking, against, kept_of, over_samples, silent
 from undiffuse.measure.sets import Floor, Samples
+from undiffuse.quality.gather import Kept
 from undiffuse.quality.metric.base import METRICS, Gathered, Metric, compute
 
 ENOUGH, ENOUGH_OF_FEW = 50_000, 10_000  # images that a distance wants; and where the reference has fewer than the first
@@ -25,15 +29,43 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """`rows`: one for each number, with the same of real images; `protocol`: all that was chosen."""
+    """`rows`: one for each number, with the same of real images; `protocol`: all that was chosen.
+
+    `references` are what was gathered of the reference, by the extractor's name.
+    """
 
     rows: list[dict[str, Any]]
     notes: list[str]
     protocol: dict[str, Any]
+    references: dict[str, Gathered]
+
+    def table(self) -> list[str]:
+        """Lines of text: each score, its spread over the seeds, and the same of real images."""
+        seeds = max((len(row.get("each", ())) for row in self.rows), default=0)
+        head = ["score", "samples"] + ([f"± ({seeds} seeds)"] if seeds else [])
+        floors = {row["real_n"] for row in self.rows if "real_n" in row}
+        fewer = any("value_at_real_n" in row for row in self.rows)
+        for n in sorted(floors):
+            head += [f"{n:,} real"] + ([f"{n:,} samples"] if fewer else [])
+        lines = [head]
+        for row in self.rows:
+            line = [row["score"], _number(row["value"])] + ([_number(row.get("sd"))] if seeds else [])
+            line += [_number(row.get("real"))] if floors else []
+            lines.append(line + ([_number(row.get("value_at_real_n"))] if floors and fewer else []))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return ["  ".join(_cells(line, widths)).rstrip() for line in lines]
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         return {"scores": self.rows, "notes": self.notes, "protocol": self.protocol}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.5g}" if abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def _cells(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
 
 
 def score(
@@ -68,6 +100,9 @@ def score(
         over_samples(each, judges, prefix, batch, kept_of(out, each, keep_images), ticking, cost)
         for each, cost in zip(sets, [_of_all(say, len(sets)), *[log.silent] * (len(sets) - 1)], strict=True)
     ]
+    if keep_images and out is not None and dist.rank() == 0:
+        for each in sets:
+            _write_images(out / f"samples-{each.said.get('seed', 0)}.npz", each, kept_of(out, each, True), batch)
     others = {judge.extractor.name: against(judge, reference, floor, ticking) for judge in judges}
     rows, notes = list[dict[str, Any]](), list[str]()
     for judge in judges:
@@ -76,10 +111,19 @@ def score(
         for metric in judge.metrics:
             rows += _rows(judge, metric, pairs, others[name], floor, notes)
     notes += _warnings(rows, sets[0].n, reference)
-    result = Result(rows, notes, protocol)
+    result = Result(rows, notes, protocol, {name: each.reference for name, each in others.items()})
     if out is not None and dist.rank() == 0:
         disk.write_json(out / "summary.json", {"format": claim.FORMAT} | result.plain())
     return result
+
+
+def _write_images(path: Path, samples: Samples, kept: Kept | None, batch: int) -> None:
+    """The images of the finished batches as one array, `arr_0` [n, h, w, c], as other tools read it."""
+    assert kept is not None
+    images = torch.cat([kept.read_images(first) for first in range(0, samples.n, batch)])
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
+    disk.write_atomic(path, buffer.getvalue())
 
 
 def _of_all(say: Callable[[str], None], seeds: int) -> Callable[[str], None]:
@@ -145,7 +189,7 @@ def _floor(
 def _warnings(rows: Sequence[Mapping[str, Any]], n: int, reference: Reference) -> list[str]:
     """Of few samples, with what is known of the bias."""
     total = None if reference.images is None else len(reference.images)
-    enough = ENOUGH if total is None or total >= ENOUGH else min(ENOUGH_OF_FEW, total)
+    enough = ENOUGH if total is None or total >= ENOUGH else ENOUGH_OF_FEW
     if n >= enough:
         return []
     bias = [f"{row['score']} by {row['fd_bias']:.3g}" for row in rows if "fd_bias" in row]
@@ -176,6 +220,7 @@ def _protocol(
         "floor": "none: no images apart from the reference" if floor is None else floor.said,
         "features": [_features(judge, c) for judge in judges],
         "batch": batch,
+        "date": date.today().isoformat(),
         "versions": {"undiffuse": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 

@@ -239,6 +239,10 @@ class Gathered:
         made._summaries = self._summaries | {(part, Moments): each for part, each in moments.items()}
         return made
 
+    def moments(self) -> dict[str, Moments]:
+        """Those that were taken, by part of the features."""
+        return {part: each for (part, _), each in self._summaries.items() if isinstance(each, Moments)}
+
     def has(self, metric: Metric) -> bool:
         """Whether there is such a summary, with images in it."""
         found = self._summaries.get((metric.part, metric.keeps))

@@ -1,0 +1,176 @@
+"""`undiffuse eval`: how near samples are to real images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.options import (
+    BatchOpt,
+    ClipOpt,
+    DataArg,
+    DeviceOpt,
+    EtaOpt,
+    GridOpt,
+    LabelOpt,
+    OverwriteOpt,
+    ReadOpt,
+    SeedOpt,
+    SkipBadOpt,
+    SolverOpt,
+    StepsOpt,
+    TimesOpt,
+    VarianceOpt,
+    WeightsOpt,
+    choose_steps,
+    open_model,
+    reading_of,
+    ticking,
+    writable,
+)
+from undiffuse.cli.tools import JsonOpt, show
+from undiffuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from undiffuse.measure.scores import Result
+
+SplitOpt = Annotated[str, typer.Option("--split", help="Compare with the training images (train) or the others (test)")]
+
+
+def evaluate(
+    samples: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|SAMPLES", help="A model; or a folder, zip or npz of pictures, however made"),
+    ],
+    data: DataArg,
+    n: Annotated[
+        int | None, typer.Option("-n", help="Samples to draw, 10,000 unless given; or the first n of SAMPLES")
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--features",
+            help="Extractor: inception (the only FID), dinov2, efflite0, classifier-28, classifier-emoji, or your own "
+            "my_module:MyExtractor; may be repeated. Unless given, the first of them that is there",
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="Only this metric, such as frechet or kernel; may be repeated. All unless given"),
+    ] = None,
+    feature_weights: Annotated[
+        Path | None,
+        typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option("--resize", help="How images get the size that the extractor wants: tf1, pil or torch"),
+    ] = None,
+    split: SplitOpt = "train",
+    steps: StepsOpt = None,
+    times: TimesOpt = None,
+    grid: GridOpt = None,
+    solver: SolverOpt = "ancestral",
+    eta: EtaOpt = None,
+    clip: ClipOpt = True,
+    variance: VarianceOpt = None,
+    weights: WeightsOpt = None,
+    label: LabelOpt = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Draw with so many seeds, and give mean and spread")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="A folder for the result; a stopped evaluation then continues"),
+    ] = None,
+    keep_images: Annotated[
+        bool, typer.Option("--keep-images", help="Write the samples to the folder of --out as well, as samples.npz")
+    ] = False,
+    save_statistics: Annotated[
+        Path | None,
+        typer.Option("--save-statistics", help="Write mean and covariance of the reference to this .npz, to be DATA"),
+    ] = None,
+    settings: ReadOpt = None,
+    skip_bad: SkipBadOpt = False,
+    overwrite: OverwriteOpt = False,
+    batch: BatchOpt = 64,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure how near samples are to real images: FID and its kin, with the protocol.
+
+    A model draws its samples, or pictures that are there already are judged. Each number stands beside the one that
+    real images get, which is the least that can be reached. What must be the same for the number to be the same is
+    printed with it. DATA may be an .npz of statistics, with mu and sigma.
+
+    Examples:
+
+    \b
+    - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --solver ddim --features classifier-28`
+    - `undiffuse eval runs/photos photos/ --features efflite0 --seeds 3 --out scores`
+    - `undiffuse eval samples.zip photos/ --features inception --feature-weights pt_inception-2015-12-05-6726825d.pth`
+    """
+    from undiffuse.machine import dist, log
+    from undiffuse.measure import evaluate
+    from undiffuse.model.load import holds_model
+
+    writable(save_statistics, overwrite, picture=False)
+    if keep_images and out is None:
+        raise UsageError("--keep-images has nowhere to write; give --out FOLDER")
+    given: Any = samples
+    options: dict[str, Any] = {"solver": solver, "eta": eta, "label": label}
+    if holds_model(samples):
+        given = open_model(samples, device, clip, variance, weights)
+        options["steps"] = choose_steps(given, steps, times, grid)
+    else:
+        _refuse_drawing(samples, {"--steps": steps, "--times": times, "--grid": grid, "--variance": variance,
+                                  "--weights": weights})  # fmt: skip
+    reading = reading_of(settings, None if given is samples else given.data, fixed=("channels",))
+    say = log.say if dist.is_first() and not as_json else log.silent
+    with dist.joined(dist.LONG):
+        found = evaluate.evaluate(
+            given, data, n=n, features=tuple(features or ("auto",)), metrics=tuple(metrics or ()),
+            feature_weights=feature_weights, resize=resize, split=split, seed=seed, seeds=seeds, batch=batch,
+            reading=reading, skip_bad=skip_bad, out=out, keep_images=keep_images, save_statistics=save_statistics,
+            named=samples, device=device, ticking=lambda what, total: ticking(total, what, as_json), say=say, **options,
+        )  # fmt: skip
+    if dist.is_first():
+        _show(found, out, as_json)
+
+
+def _refuse_drawing(samples: str, given: dict[str, Any]) -> None:
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        raise UsageError(f"{name} is for a model that draws, and {samples} is no model; leave it out, or give a model")
+
+
+def _show(found: "Result", out: Path | None, as_json: bool) -> None:
+    """A table of the scores, then the protocol; or all of it as JSON."""
+    from undiffuse.machine import log
+
+    if not as_json:
+        for line in found.table():
+            typer.echo(line)
+        for note in found.notes:
+            log.warn(note)
+        typer.echo("protocol:")
+    plain = found.plain()
+    where = {} if out is None else {"out": out}
+    show(plain | where if as_json else _flat(plain["protocol"]) | where, as_json)
+
+
+def _flat(said: dict[str, Any]) -> dict[str, str]:
+    """One line for each entry, whatever is in it."""
+    return {name: _words(value) for name, value in said.items()}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(each)}" for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ("; " if any(isinstance(each, dict) for each in value) else " ").join(map(_words, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this command to the application."""
+    app.command("eval")(evaluate)
