@@ -51,7 +51,8 @@ class Judge:
                 f"metric {METRICS.name_of(other)} needs {other.part}, and features {extractor.name} have only "
                 f"{', '.join(sorted(parts))}; choose other --features, or leave it out"
             )
-        return Judge(extractor, tuple(each for each in found if each.part in parts), bool(names))
+        possible = sorted((each for each in found if each.part in parts), key=lambda each: each.place)
+        return Judge(extractor, tuple(possible), bool(names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,8 @@ class Against:
 
 def against(judge: Judge, reference: Reference, floor: Floor | None, ticking: Ticking = silent) -> Against:
     """One pass over the reference, and one over the real images apart from it."""
-    whole, apart, rest = (Gathered(judge.metrics) for _ in range(3))
+    whole, rest = (Gathered(judge.metrics, is_reference=True) for _ in range(2))
+    apart = Gathered(judge.metrics)
     mask = None if floor is None else floor.apart
 
     def take(_: str, features: Features, index: Int[Tensor, "b"]) -> None:

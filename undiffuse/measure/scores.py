@@ -192,7 +192,8 @@ def _warnings(rows: Sequence[Mapping[str, Any]], n: int, reference: Reference) -
     enough = ENOUGH if total is None or total >= ENOUGH else ENOUGH_OF_FEW
     if n >= enough:
         return []
-    bias = [f"{row['score']} by {row['fd_bias']:.3g}" for row in rows if "fd_bias" in row]
+    key = "fd_infinity_bias"
+    bias = [f"{row['score'].removesuffix('∞')} by {row[key]:.3g}" for row in rows if key in row]
     high = f", which is too high at this number ({', '.join(bias)}, by extrapolation)" if bias else ""
     return [
         f"{n:,} samples are fewer than the {enough:,} that a Fréchet distance is given with{high}; compare it only "

@@ -18,6 +18,7 @@ from undiffuse.config import Table
 from undiffuse.errors import NotFiniteError, UsageError
 
 F64 = torch.float64
+MOST = 100_000  # images whose features are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +134,13 @@ class Moments(Summary):
 
 
 class Rows(Summary):
-    """The features themselves, in the order of the images' numbers, whoever computed them."""
+    """The features themselves, in the order of the images' numbers, whoever computed them.
 
-    def __init__(self) -> None:
+    Of more images than `most` only every second is kept, or every fourth, …, so that memory does not grow without end.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self.most, self.every = most, 1
         self._rows: list[Tensor] = []
         self._index: list[Tensor] = []
 
@@ -146,29 +151,47 @@ class Rows(Summary):
     def update(self, rows: Float[Tensor, "b d"], index: Int[Tensor, "b"]) -> None:
         self._rows.append(rows.to("cpu"))
         self._index.append(index.to("cpu"))
+        self._thin()
 
     def merge(self, other: Any) -> None:
         self._rows += other._rows
         self._index += other._index
+        self._thin(other.every)
+
+    def _thin(self, every: int = 1) -> None:
+        """Keeps the images whose numbers are multiples of `every`, which doubles until there are not too many."""
+        while self.n > self.most or self.every < every:
+            self.every *= 2
+            kept = [index % self.every == 0 for index in self._index]
+            self._rows = [rows[mask] for rows, mask in zip(self._rows, kept, strict=True)]
+            self._index = [index[mask] for index, mask in zip(self._index, kept, strict=True)]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        if not self._rows:
-            return torch.zeros(0, 0, dtype=torch.float32, device="cpu"), torch.zeros(0, dtype=torch.int64, device="cpu")
-        return torch.cat(self._rows), torch.cat(self._index)
+        every = torch.tensor(self.every, dtype=torch.int64, device="cpu")
+        if not self.n:
+            nothing = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
+            return nothing, torch.zeros(0, dtype=torch.int64, device="cpu"), every
+        return self.rows().to(torch.float32), self.index(), every
 
     @staticmethod
     def of_tensors(tensors: Sequence[Tensor]) -> "Rows":
-        made = Rows()
-        if len(tensors[1]):
-            made.update(*tensors)
+        made, (rows, index, every) = Rows(), tensors
+        made.every = int(every)
+        if len(index):
+            made.update(rows, index)
         return made
 
     def rows(self) -> Float[Tensor, "n d"]:
-        """All of them, sorted by number."""
+        """All that are kept, sorted by number."""
         index, rows = torch.cat(self._index), torch.cat(self._rows)
         order = torch.argsort(index, stable=True)
         self._index, self._rows = [index[order]], [rows[order]]
         return self._rows[0]
+
+    def index(self) -> Int[Tensor, "n"]:
+        """The numbers of these images."""
+        self.rows()
+        return self._index[0]
 
 
 class Metric(ABC):
@@ -181,14 +204,16 @@ class Metric(ABC):
 
     part: ClassVar[str] = "pool"  # of the features
     keeps: ClassVar[type[Summary]] = Rows
+    keeps_reference: ClassVar[type[Summary] | None] = None  # where it is another kind
     least: ClassVar[int] = 2  # images, of either set
     compares: ClassVar[bool] = True  # with a reference; else the samples alone are looked at
+    place: ClassVar[int] = 9  # in a table of scores, the least first
     labels: ClassVar[dict[str, str]]
     better: ClassVar[dict[str, str]]
 
     @abstractmethod
     def compute(self, samples: Any, reference: Any) -> dict[str, float]:
-        """The numbers; `samples` and `reference` are summaries of the kind that it keeps (None without reference)."""
+        """The numbers; `samples` and `reference` are summaries of the kinds that it keeps (None without reference)."""
 
     def check(self, samples: Summary, reference: Summary | None) -> None:
         """Raises UsageError for sets too small for this metric."""
@@ -206,10 +231,15 @@ METRICS = Table("metric", Metric, "undiffuse.quality.metric")
 class Gathered:
     """The summaries that some metrics need of one set of images, filled in one pass."""
 
-    def __init__(self, metrics: Iterable[Metric]):
+    def __init__(self, metrics: Iterable[Metric], is_reference: bool = False):
+        self.is_reference = is_reference
         self._summaries: dict[tuple[str, type[Summary]], Summary] = {
-            key: key[1]() for key in {(each.part, each.keeps): None for each in metrics}
+            key: key[1]() for key in {self._key(each): None for each in metrics if each.compares or not is_reference}
         }
+
+    def _key(self, metric: Metric) -> tuple[str, type[Summary]]:
+        kind = metric.keeps_reference if self.is_reference else None
+        return metric.part, kind or metric.keeps
 
     def update(self, features: Features, index: Int[Tensor, "b"]) -> None:
         """Adds a batch. Raises NotFiniteError, with the number of the first image at fault, for NaN and infinity."""
@@ -225,7 +255,7 @@ class Gathered:
 
     def everywhere(self, exchange: Callable[[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]) -> "Gathered":
         """The whole set, from the parts that several processes hold; `exchange` gives the tensors of each, in order."""
-        made = Gathered(())
+        made = Gathered((), self.is_reference)
         for key, summary in sorted(self._summaries.items(), key=lambda item: (item[0][0], item[0][1].__name__)):
             first, *others = (key[1].of_tensors(tensors) for tensors in exchange(summary.tensors()))
             for other in others:
@@ -235,7 +265,7 @@ class Gathered:
 
     def known(self, moments: Mapping[str, Moments]) -> "Gathered":
         """The same with these moments, by part of the features, for those that were taken."""
-        made = Gathered(())
+        made = Gathered((), self.is_reference)
         made._summaries = self._summaries | {(part, Moments): each for part, each in moments.items()}
         return made
 
@@ -245,12 +275,12 @@ class Gathered:
 
     def has(self, metric: Metric) -> bool:
         """Whether there is such a summary, with images in it."""
-        found = self._summaries.get((metric.part, metric.keeps))
+        found = self._summaries.get(self._key(metric))
         return found is not None and found.n > 0
 
     def of(self, metric: Metric) -> Summary:
         """The summary that the metric looks at."""
-        return self._summaries[metric.part, metric.keeps]
+        return self._summaries[self._key(metric)]
 
 
 def refuse_not_finite(rows: Float[Tensor, "b d"], index: Int[Tensor, "b"], part: str) -> None:
