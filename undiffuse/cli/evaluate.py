@@ -33,39 +33,55 @@ from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
     from undiffuse.measure.scores import Result
+    from undiffuse.model.model import Model
 
+SamplesArg = Annotated[
+    str, typer.Argument(metavar="MODEL|SAMPLES", help="A model; or a folder, zip or npz of pictures, however made")
+]
+CountOpt = Annotated[
+    int | None, typer.Option("-n", help="Samples to draw, 10,000 unless given; or the first n of SAMPLES")
+]
+FeaturesOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features",
+        help="Extractor: inception (the only FID), dinov2, efflite0, classifier-28, classifier-emoji, or your own "
+        "my_module:MyExtractor; may be repeated. Unless given, the first of them that is there",
+    ),
+]
+MetricOpt = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="Only this metric, such as frechet or kernel; may be repeated. All unless given"),
+]
+FeatureWeightsOpt = Annotated[
+    Path | None,
+    typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
+]
+ResizeOpt = Annotated[
+    str | None, typer.Option("--resize", help="How images get the size that the extractor wants: tf1, pil or torch")
+]
 SplitOpt = Annotated[str, typer.Option("--split", help="Compare with the training images (train) or the others (test)")]
+SeedsOpt = Annotated[int, typer.Option("--seeds", help="Draw with so many seeds, and give mean and spread")]
+OutOpt = Annotated[
+    Path | None, typer.Option("--out", "-o", help="A folder for the result; a stopped evaluation then continues")
+]
+KeepOpt = Annotated[
+    bool, typer.Option("--keep-images", help="Write the samples to the folder of --out as well, as samples-SEED.npz")
+]
+SaveOpt = Annotated[
+    Path | None,
+    typer.Option("--save-statistics", help="Write mean and covariance of the reference to this .npz, to be DATA"),
+]
 
 
 def evaluate(
-    samples: Annotated[
-        str,
-        typer.Argument(metavar="MODEL|SAMPLES", help="A model; or a folder, zip or npz of pictures, however made"),
-    ],
+    samples: SamplesArg,
     data: DataArg,
-    n: Annotated[
-        int | None, typer.Option("-n", help="Samples to draw, 10,000 unless given; or the first n of SAMPLES")
-    ] = None,
-    features: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--features",
-            help="Extractor: inception (the only FID), dinov2, efflite0, classifier-28, classifier-emoji, or your own "
-            "my_module:MyExtractor; may be repeated. Unless given, the first of them that is there",
-        ),
-    ] = None,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option("--metric", help="Only this metric, such as frechet or kernel; may be repeated. All unless given"),
-    ] = None,
-    feature_weights: Annotated[
-        Path | None,
-        typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
-    ] = None,
-    resize: Annotated[
-        str | None,
-        typer.Option("--resize", help="How images get the size that the extractor wants: tf1, pil or torch"),
-    ] = None,
+    n: CountOpt = None,
+    features: FeaturesOpt = None,
+    metrics: MetricOpt = None,
+    feature_weights: FeatureWeightsOpt = None,
+    resize: ResizeOpt = None,
     split: SplitOpt = "train",
     steps: StepsOpt = None,
     times: TimesOpt = None,
@@ -76,18 +92,10 @@ def evaluate(
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
     label: LabelOpt = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Draw with so many seeds, and give mean and spread")] = 1,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="A folder for the result; a stopped evaluation then continues"),
-    ] = None,
-    keep_images: Annotated[
-        bool, typer.Option("--keep-images", help="Write the samples to the folder of --out as well, as samples.npz")
-    ] = False,
-    save_statistics: Annotated[
-        Path | None,
-        typer.Option("--save-statistics", help="Write mean and covariance of the reference to this .npz, to be DATA"),
-    ] = None,
+    seeds: SeedsOpt = 1,
+    out: OutOpt = None,
+    keep_images: KeepOpt = False,
+    save_statistics: SaveOpt = None,
     settings: ReadOpt = None,
     skip_bad: SkipBadOpt = False,
     overwrite: OverwriteOpt = False,
@@ -110,37 +118,36 @@ def evaluate(
     - `undiffuse eval samples.zip photos/ --features inception --feature-weights pt_inception-2015-12-05-6726825d.pth`
     """
     from undiffuse.machine import dist, log
-    from undiffuse.measure import evaluate
-    from undiffuse.model.load import holds_model
+    from undiffuse.measure.evaluate import Query, evaluate
 
     writable(save_statistics, overwrite, picture=False)
-    if keep_images and out is None:
-        raise UsageError("--keep-images has nowhere to write; give --out FOLDER")
-    given: Any = samples
-    options: dict[str, Any] = {"solver": solver, "eta": eta, "label": label}
-    if holds_model(samples):
-        given = open_model(samples, device, clip, variance, weights)
-        options["steps"] = choose_steps(given, steps, times, grid)
-    else:
-        _refuse_drawing(samples, {"--steps": steps, "--times": times, "--grid": grid, "--variance": variance,
-                                  "--weights": weights})  # fmt: skip
-    reading = reading_of(settings, None if given is samples else given.data, fixed=("channels",))
+    drawing: dict[str, Any] = {"steps": steps, "times": times, "grid": grid, "variance": variance, "weights": weights}
+    model = _model(samples, drawing, device, clip)
+    chosen = None if model is None else choose_steps(model, steps, times, grid)
+    reading = reading_of(settings, None if model is None else model.data, fixed=("channels",))
+    names = tuple(features or ("auto",)), tuple(metrics or ())
+    query = Query(*names, feature_weights, resize, split, reading, skip_bad)
     say = log.say if dist.is_first() and not as_json else log.silent
     with dist.joined(dist.LONG):
-        found = evaluate.evaluate(
-            given, data, n=n, features=tuple(features or ("auto",)), metrics=tuple(metrics or ()),
-            feature_weights=feature_weights, resize=resize, split=split, seed=seed, seeds=seeds, batch=batch,
-            reading=reading, skip_bad=skip_bad, out=out, keep_images=keep_images, save_statistics=save_statistics,
-            named=samples, device=device, ticking=lambda what, total: ticking(total, what, as_json), say=say, **options,
+        found = evaluate(
+            model or samples, data, query, n=n, steps=chosen, solver=solver, eta=eta, label=label, seed=seed,
+            seeds=seeds, batch=batch, out=out, keep_images=keep_images, save_statistics=save_statistics,
+            named=samples, device=device, ticking=lambda what, total: ticking(total, what, as_json), say=say,
         )  # fmt: skip
     if dist.is_first():
         _show(found, out, as_json)
 
 
-def _refuse_drawing(samples: str, given: dict[str, Any]) -> None:
-    name = next((name for name, value in given.items() if value is not None), None)
+def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "Model | None":
+    """The model that is named; None for pictures, of which nothing can be asked that only a model does."""
+    from undiffuse.model.load import holds_model
+
+    if holds_model(samples):
+        return open_model(samples, device, clip, drawing["variance"], drawing["weights"])
+    name = next((name for name, value in drawing.items() if value is not None), None)
     if name is not None:
-        raise UsageError(f"{name} is for a model that draws, and {samples} is no model; leave it out, or give a model")
+        raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")
+    return None
 
 
 def _show(found: "Result", out: Path | None, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """`undiffuse eval`: from what a user names to the scores of a model, or of pictures by whatever made them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -23,6 +24,7 @@ from undiffuse.model.load import holds_model, load
 from undiffuse.model.model import Model, Steps
 from undiffuse.quality import statistics
 from undiffuse.quality.feature.base import open_features
+from undiffuse.quality.metric.base import Gathered
 from undiffuse.quality.statistics import Statistics
 from undiffuse.strict import whole
 
@@ -31,26 +33,42 @@ DRAWN = 10_000  # images of a model, unless n says another number
 Given = Model | Tensor | str | Path
 
 
+@dataclass(frozen=True)
+class Query:
+    """What samples are judged by: extractors, metrics (all that are possible unless some are named), and reference.
+
+    `feature_weights` and `resize` are those of extractors that have such options; `reading` says how pictures are read.
+    """
+
+    features: tuple[str, ...] = ("auto",)
+    metrics: tuple[str, ...] = ()
+    feature_weights: Path | None = None
+    resize: str | None = None
+    split: str = "train"
+    reading: Reading | None = None
+    skip_bad: bool = False
+
+    def judges(self, device: torch.device, shape: Shape) -> list[Judge]:
+        """With their weights. Raises UsageError for images that one of them cannot see."""
+        found = [open_features(name, device, self.feature_weights, self.resize, shape) for name in self.features]
+        for extractor in found:
+            extractor.check(shape)
+        return [Judge.of(extractor, self.metrics) for extractor in found]
+
+
 def evaluate(
     samples: Given,
     data: str | Path | Sequence[str | Path],
+    query: Query | None = None,
     *,
     n: SupportsIndex | None = None,
-    features: Sequence[str] = ("auto",),
-    metrics: Sequence[str] = (),
-    feature_weights: Path | None = None,
-    resize: str | None = None,
-    split: str = "train",
     steps: Steps = None,
-    grid: str | None = None,
-    solver: str = "ancestral",
+    solver: str | None = None,
     eta: float | int | None = None,
     label: str | SupportsIndex | None = None,
     seed: SupportsIndex = 0,
     seeds: SupportsIndex = 1,
     batch: SupportsIndex = 64,
-    reading: Reading | None = None,
-    skip_bad: bool = False,
     out: Path | None = None,
     keep_images: bool = False,
     save_statistics: Path | None = None,
@@ -62,46 +80,56 @@ def evaluate(
     """How near samples are to real images, by every metric on the features of each extractor.
 
     `samples` is a model, or its path or name; or uint8 images [n, c, h, w]; or a folder, zip or npz of pictures that
-    anything made. `data` is the reference, of which `split` is taken: images, or an npz of statistics. A model draws n
-    images for each of `seeds` seeds from `seed` on, as `Model.sample` does. With `out` a stopped evaluation goes on;
-    `save_statistics` is a file for those of the reference. `named` is what a protocol calls a model that is loaded.
+    anything made. `data` is the reference: images, or an npz of statistics. A model draws n images for each of `seeds`
+    seeds from `seed` on, as `Model.sample` does. With `out` a stopped evaluation goes on, and its `keep_images` writes
+    them there; `save_statistics` is a file for those of the reference. `named` is what a protocol calls the model.
     Raises UsageError, DataError, Corrupt, NotFiniteError.
     """
-    first, count, batch = whole("seed", seed), whole("seeds", seeds, 1), whole("batch", batch, 1)
+    query, count, batch = query or Query(), whole("seeds", seeds, 1), whole("batch", batch, 1)
     n = None if n is None else whole("n", n, 2)
+    if keep_images and out is None:
+        raise UsageError("the images that are kept have no place; give --out FOLDER too")
     model = samples if isinstance(samples, Model) else None
     if isinstance(samples, (str, Path)) and holds_model(samples):
         model = load(samples, device)
     if model is not None:
-        how = Drawing(model.times(steps, grid), solver, eta, label)
+        how, first = Drawing(steps, solver or "ancestral", eta, label), whole("seed", seed)
         every = [sets.drawn_by(model, how, n or DRAWN, first + k) for k in range(count)]
-        about: dict[str, Any] = {"model": sets.said_of(model, named or samples)}
     else:
-        given = {"seeds": None if count == 1 else count, "steps": steps, "grid": grid, "eta": eta, "label": label}
+        given = {"seeds": None if count == 1 else count, "steps": steps, "eta": eta, "label": label}
         _refuse_for_pictures(samples, given)
-        every, about = [_pictures(samples, n, reading or PLAIN, say)], {}
-    reading = reading or (PLAIN if model is None else model.data.reading)
-    spec = str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
-    read = partial(_real, spec, every[0].shape, reading, skip_bad, say)
-    reference = _reference(spec, split, read)
-    floor = None if reference.images is None else sets.floor(reference.images, split, every[0].n, read)
-    place = choose(device) if model is None else model.device
-    extractors = [open_features(name, place, feature_weights, resize, every[0].shape) for name in features]
-    for extractor in extractors:
-        extractor.check(every[0].shape)
-    judges = [Judge.of(extractor, metrics) for extractor in extractors]
-    if save_statistics is not None and (len(judges) > 1 or reference.images is None):
-        raise UsageError(
-            f"{save_statistics} can hold the statistics of one extractor's features of images; give one --features, "
-            "and images as DATA"
-        )
+        every = [_pictures(samples, n, query.reading or PLAIN, say)]
+    reading = query.reading or (PLAIN if model is None else model.data.reading)
+    read = partial(_real, _spec(data), every[0].shape, reading, query.skip_bad, say)
+    reference = _reference(_spec(data), query.split, read)
+    floor = None if reference.images is None else sets.floor(reference.images, query.split, every[0].n, read)
+    judges = query.judges(choose(device) if model is None else model.device, every[0].shape)
+    if save_statistics is not None:
+        _refuse_statistics(save_statistics, judges, reference)
+    about = {} if model is None else {"model": sets.said_of(model, named or samples)}
     found = score(every, reference, floor, judges, batch, out, keep_images, about, ticking, say)
-    if save_statistics is not None and reference.images is not None and dist.rank() == 0:
-        said = extractors[0].identity | {"data": f"{reference.spec}, {split}"}
-        said |= {"fingerprint": reference.images.fingerprint()}
-        moments = found.references[extractors[0].name].moments()
-        statistics.write(save_statistics, Statistics(moments, said))
+    if save_statistics is not None and dist.rank() == 0:
+        _write_statistics(save_statistics, found, judges[0], reference)
     return found
+
+
+def _spec(data: str | Path | Sequence[str | Path]) -> str:
+    return str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
+
+
+def _refuse_statistics(path: Path, judges: Sequence[Judge], reference: Reference) -> None:
+    if len(judges) > 1 or reference.images is None or not Gathered(judges[0].metrics, True).moments():
+        raise UsageError(
+            f"{path} can hold the statistics of one extractor's features of images; give one --features with metric "
+            "frechet, and images as DATA"
+        )
+
+
+def _write_statistics(path: Path, found: Result, judge: Judge, reference: Reference) -> None:
+    assert reference.images is not None
+    said = judge.extractor.identity | {"data": f"{reference.spec}, {reference.split}"}
+    said |= {"fingerprint": reference.images.fingerprint()}
+    statistics.write(path, Statistics(found.references[judge.extractor.name].moments(), said))
 
 
 def _refuse_for_pictures(samples: Given, given: dict[str, Any]) -> None:
