@@ -307,7 +307,14 @@ def test_a_wrong_setting_is_named(setting, message):
 
 @pytest.mark.parametrize(
     "name, expected",
-    [("FixedLarge", "fixed-large"), ("UNet", "unet"), ("Warmup10", "warmup10"), ("DDIM", "ddim"), ("X0", "x0")],
+    [
+        ("FixedLarge", "fixed-large"),
+        ("UNet", "unet"),
+        ("Warmup10", "warmup10"),
+        ("DDIM", "ddim"),
+        ("X0", "x0"),
+        ("Classifier_28", "classifier-28"),
+    ],
 )
 def test_names_of_classes(name, expected):
     assert kebab(name) == expected

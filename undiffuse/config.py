@@ -39,8 +39,8 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed
 
 
 def kebab(name: str) -> str:
-    """`FixedLarge` -> `fixed-large`, `UNet` -> `unet`, `Warmup10` -> `warmup10`."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
+    """`FixedLarge` -> `fixed-large`, `UNet` -> `unet`, `Warmup10` -> `warmup10`, `Classifier_28` -> `classifier-28`."""
+    return re.sub(r"(?<=[a-z0-9])(?:_|(?=[A-Z]))", "-", name).lower()
 
 
 class Table(Generic[T]):

@@ -62,12 +62,19 @@ class Extractor:
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises UsageError for images of a shape (channels, height, width) that it cannot see."""
-        channels = shape[0]
+        channels, side = shape[0], shape[1:]
         if channels not in (1, self.channels):
             raise UsageError(
                 f"images of {channels} channels cannot be seen by {self.name}, which takes "
                 f"{'grey' if self.channels == 1 else 'grey and RGB'} images; give --set data.channels={self.channels}, "
                 "or other --features"
+            )
+        if self.resize == "none" and self.size is not None and self.size != side:
+            height, width = self.size
+            wanted = height if height == width else f"[{height},{width}]"
+            raise UsageError(
+                f"images of {'×'.join(map(str, side))} cannot be seen by {self.name}, which takes {height}×{width} and "
+                f"resizes none; give --set data.size={wanted}, or other --features"
             )
 
     def note(self, channels: int) -> str | None:
