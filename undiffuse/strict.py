@@ -37,9 +37,9 @@ def whole(what: str, value: Any, least: int | None = None) -> int:
     return number
 
 
-def extra(module: str, name: str) -> ModuleType:
+def extra(module: str, name: str, what: str = "this data") -> ModuleType:
     """A module that only the optional dependencies `undiffuse[name]` bring; UsageError where they are missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f'this data needs {module}; install the extra: pip install "undiffuse[{name}]"') from error
+        raise UsageError(f'{what} needs {module}; install the extra: pip install "undiffuse[{name}]"') from error

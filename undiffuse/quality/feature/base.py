@@ -31,6 +31,11 @@ class FeatureExtractor(ABC):
     def open(self, device: torch.device) -> "Extractor":
         """Reads the weights. Raises UsageError where they are missing, Corrupt where they are others."""
 
+    @staticmethod
+    def suits(shape: tuple[int, int, int]) -> int:
+        """Of those that `auto` finds, the one with the highest number is taken for images [c, h, w]; 0 is no."""
+        return 0
+
 
 FEATURES = Table("features", FeatureExtractor, "undiffuse.quality.feature")
 
@@ -106,6 +111,8 @@ def open_features(
 
     `auto` is the best that is there for images of that shape (channels, height, width).
     """
+    if name == "auto":
+        name = auto_features((3, 1, 1) if shape is None else shape)
     given = {"weights": None if weights is None else str(weights), "resize": resize}
     cls = FEATURES.find(name, trusted=True)
     for option, value in given.items():
@@ -113,6 +120,18 @@ def open_features(
             raise UsageError(f"features {name} have no option {option}; leave it out")
     spec = {"name": name} | {option: value for option, value in given.items() if value is not None}
     return FEATURES.build(spec, trusted=True).open(torch.device(device))
+
+
+def auto_features(shape: tuple[int, int, int]) -> str:
+    """The name of the best extractor whose weights are at hand for images [c, h, w]. Raises UsageError for none."""
+    names = sorted(FEATURES.classes, key=lambda name: FEATURES.classes[name].suits(shape))
+    if not FEATURES.classes[names[-1]].suits(shape):
+        colours = f"images of {shape[0]} channels" if shape[0] not in (1, 3) else "these images"
+        raise UsageError(
+            f"no features are at hand for {colours}; for grey and RGB images install the extra: "
+            'pip install "undiffuse[eval]", or give --features my_module:MyExtractor'
+        )
+    return names[-1]
 
 
 def hash_of_file(path: Path) -> str:

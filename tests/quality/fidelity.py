@@ -1,0 +1,77 @@
+"""torch-fidelity's Inception with random weights, and without torchvision, which it imports and nothing here uses."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from unittest import mock
+
+import torch
+from sklearn.datasets import load_sample_images
+from torch import nn
+
+USED = {
+    "torchvision.datasets": ("CIFAR10", "STL10", "CIFAR100"),
+    "torchvision.transforms": ("Compose",),
+    "torchvision.transforms.functional": (),
+    "torchvision.models": (),
+}
+
+
+@contextmanager
+def a_bare_torchvision() -> Iterator[None]:
+    """Only while torch-fidelity is imported: later a package that looks for torchvision must find none."""
+    stubs = {"torchvision": ModuleType("torchvision")}
+    for name, classes in USED.items():
+        stubs[name] = ModuleType(name)
+        setattr(stubs[name.rpartition(".")[0]], name.rpartition(".")[2], stubs[name])
+        for each in classes:
+            setattr(stubs[name], each, type(each, (), {}))
+    with mock.patch.dict(sys.modules, stubs):
+        yield
+        kept = {name: module for name, module in sys.modules.items() if name.startswith("torch_fidelity")}
+    sys.modules.update(kept)
+
+
+with a_bare_torchvision():
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+resize_of_tensorflow = interpolate_bilinear_2d_like_tensorflow1x
+
+
+@cache
+def pictures(count: int = 4, size: int = 32) -> torch.Tensor:
+    """uint8 [count, 3, size, size]: parts of two photographs, which are much less alike than noise is."""
+    china, flower = (torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images)
+    places = [(china, 40, 60), (flower, 150, 250), (china, 250, 300), (flower, 20, 20), (china, 120, 420)]
+    return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in places[:count]])
+
+
+@cache
+def random_inception() -> nn.Module:
+    """Weights of the size of trained ones: each layer keeps the spread of what it gets, as batch-norm saw to."""
+    with mock.patch.object(theirs, "load_state_dict_from_url"), mock.patch.object(nn.Module, "load_state_dict"):
+        network = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased", "logits"])
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(norm: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        std, mean = torch.std_mean(inputs[0])
+        one, two, three, four = torch.rand(4, inputs[0].shape[1], generator=generator)
+        norm.running_var.copy_(std**2 * (0.5 + one))
+        norm.running_mean.copy_(mean + std * (two - 0.5))
+        norm.weight.copy_(0.5 + three)
+        norm.bias.copy_(four - 0.5)
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data.normal_(0, (2 / layer.weight[0].numel()) ** 0.5, generator=generator)
+    hooks = [m.register_forward_pre_hook(draw) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        network.fc.weight.normal_(0, 0.03, generator=generator)
+        network.fc.bias.normal_(0, 0.3, generator=generator)
+        network(pictures())
+    for hook in hooks:
+        hook.remove()
+    return network
