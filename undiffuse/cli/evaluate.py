@@ -33,7 +33,7 @@ from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
     from undiffuse.measure.scores import Result
-    from undiffuse.model.model import Model
+    from undiffuse.model.model import Model, Steps
 
 SamplesArg = Annotated[
     str, typer.Argument(metavar="MODEL|SAMPLES", help="A model; or a folder, zip or npz of pictures, however made")
@@ -122,11 +122,10 @@ def evaluate(
 
     writable(save_statistics, overwrite, picture=False)
     drawing: dict[str, Any] = {"steps": steps, "times": times, "grid": grid, "variance": variance, "weights": weights}
-    model = _model(samples, drawing, device, clip)
-    chosen = None if model is None else choose_steps(model, steps, times, grid)
-    reading = reading_of(settings, None if model is None else model.data, fixed=("channels",))
-    names = tuple(features or ("auto",)), tuple(metrics or ())
-    query = Query(*names, feature_weights, resize, split, reading, skip_bad)
+    model, chosen = _model(samples, drawing, device, clip)
+    reading = reading_of(settings, model.data if model else None, fixed=("channels",))
+    named = tuple(features or ("auto",)), tuple(metrics or ())
+    query = Query(*named, feature_weights, resize, split, reading, skip_bad)
     say = log.say if dist.is_first() and not as_json else log.silent
     with dist.joined(dist.LONG):
         found = evaluate(
@@ -134,26 +133,28 @@ def evaluate(
             seeds=seeds, batch=batch, out=out, keep_images=keep_images, save_statistics=save_statistics,
             named=samples, device=device, ticking=lambda what, total: ticking(total, what, as_json), say=say,
         )  # fmt: skip
-    if dist.is_first():
-        _show(found, out, as_json)
+    _show(found, out, as_json)
 
 
-def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "Model | None":
-    """The model that is named; None for pictures, of which nothing can be asked that only a model does."""
+def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "tuple[Model | None, Steps]":
+    """The model that is named and its times; None for pictures, which cannot be asked what only a model can."""
     from undiffuse.model.load import holds_model
 
     if holds_model(samples):
-        return open_model(samples, device, clip, drawing["variance"], drawing["weights"])
+        model = open_model(samples, device, clip, drawing["variance"], drawing["weights"])
+        return model, choose_steps(model, drawing["steps"], drawing["times"], drawing["grid"])
     name = next((name for name, value in drawing.items() if value is not None), None)
     if name is not None:
         raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")
-    return None
+    return None, None
 
 
 def _show(found: "Result", out: Path | None, as_json: bool) -> None:
-    """A table of the scores, then the protocol; or all of it as JSON."""
-    from undiffuse.machine import log
+    """A table of the scores, then the protocol; or all of it as JSON. One process of a run speaks."""
+    from undiffuse.machine import dist, log
 
+    if not dist.is_first():
+        return
     if not as_json:
         for line in found.table():
             typer.echo(line)

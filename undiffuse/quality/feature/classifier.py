@@ -88,6 +88,10 @@ class Classifier_28(FeatureExtractor):
     title: ClassVar[str] = "FD-classifier"
     sha256: ClassVar[str] = "2f223501ac915d24d95b89e89e5e179643716c3005b44387766266219d20a285"
 
+    @staticmethod
+    def suits(shape: tuple[int, int, int]) -> int:
+        return int(shape == (1, 28, 28))
+
     def open(self, device: torch.device) -> Extractor:
         """Raises Corrupt for weights that are missing or others."""
         return _open("classifier-28", self.title, self.sha256, 28, device)
@@ -102,6 +106,10 @@ class ClassifierEmoji(FeatureExtractor):
 
     title: ClassVar[str] = "FD-classifier"
     sha256: ClassVar[str] = "631a6670a37c1709d45b355eec6c3357c316bdad76fdd8ccc01b58525a5276ef"
+
+    @staticmethod
+    def suits(shape: tuple[int, int, int]) -> int:
+        return int(shape == (3, 32, 32))
 
     def open(self, device: torch.device) -> Extractor:
         """Raises Corrupt for weights that are missing or others."""

@@ -55,7 +55,7 @@ class Dinov2(FeatureExtractor):
 
 def _folder(given: str | None) -> Path:
     """The folder, with both files in it. Raises UsageError, and Corrupt where there is a pickle instead."""
-    ask = f"give a folder with {FILES[0]} and {FILES[1]} of DINOv2 ViT-L/14 (facebook/dinov2-large) with --feature-weights"
+    ask = f"give --feature-weights, a folder with {FILES[0]} and {FILES[1]} of DINOv2 ViT-L/14 (facebook/dinov2-large)"
     if given is None:
         raise UsageError(f"features dinov2 need weights, which are not downloaded; {ask}")
     folder = Path(given)
