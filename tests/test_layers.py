@@ -25,7 +25,7 @@ ROWS = tuple(
         ("", "errors strict key config figure"),
         ("machine", "disk log lock tensorfile store sink dist watch device"),
         ("network", "base block attention resample unet"),
-        ("diffusion", "process grid density gaussian denoiser objective likelihood sampler/"),
+        ("diffusion", "process grid density gaussian denoiser objective likelihood flow sampler/"),
         (
             "data",
             "levels deep colour picture made listing passed arrange labelfile source remark order subset loader "
@@ -35,7 +35,7 @@ ROWS = tuple(
         ("quality", "metric/ feature/ gather statistics"),
         ("model", "recipe average classes model load"),
         ("training", "plan tune trainer memory look health auto resume profile loop start"),
-        ("measure", "claim nll sets passes scores evaluate"),
+        ("measure", "claim parts nll flow sets passes scores evaluate"),
         ("view", "report explore demo"),
         ("cli", "options tools train sample measure evaluate data main"),
     )
@@ -46,8 +46,8 @@ TABLES = ("diffusion.sampler", "data.format", "quality.metric", "quality.feature
 # Closed lists, for what is to know less than its row allows.
 ONLY = {
     "network.*": {"undiffuse.errors", "undiffuse.config", "undiffuse.network", "torch", "jaxtyping"},
-    "diffusion.*": {"undiffuse.errors", "undiffuse.config", "undiffuse.key", "undiffuse.network.base",
-                    "undiffuse.diffusion", "torch", "numpy", "jaxtyping"},
+    "diffusion.*": {"undiffuse.errors", "undiffuse.strict", "undiffuse.config", "undiffuse.key", "undiffuse.diffusion",
+                    "undiffuse.network.base", "torch", "numpy", "jaxtyping"},
     "errors": set(),
 }  # fmt: skip
 BASE = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "typer", "rich", "tomli_w"}

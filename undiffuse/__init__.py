@@ -9,6 +9,7 @@ _LAZY = {
     "open_data": "undiffuse.data.pack",
     "train": "undiffuse.training.start",
     "nll": "undiffuse.measure.nll",
+    "nll_ode": "undiffuse.measure.flow",
     "show": "undiffuse.figure",
     "Model": "undiffuse.model.model",
     "Key": "undiffuse.key",

@@ -122,6 +122,21 @@ def test_nll_writes_its_terms_and_goes_on(call, run_folder, tmp_path):
     assert code == 0 and json.loads(text)["standard_error"] > 0
 
 
+def test_nll_by_the_ode_goes_on_too_and_says_how_it_was_found(call, run_folder, tmp_path):
+    out = tmp_path / "ode"
+    words = ["nll", run_folder, "digits", "-n", 4, "--batch", 2, "--ode", "--tolerance", 1e-2, "--out", out, "--json"]
+    code, text, err = call(*words)
+    assert code == 0, err
+    first = json.loads(text)
+    assert first["images"] == 4 and first["tolerance"] == 0.01 and first["probes"] == 1 and first["evaluations"] > 10
+    (out / "part-00000000.npz").unlink()
+    assert call(*words)[:2] == (0, text)
+    code, _, err = call(*words, "--probes", 2)
+    assert code == 2 and "holds another measurement (other ode)" in one_line(err)
+    code, _, err = call(*words[:-3], "--no-clip")
+    assert code == 0 and "images 4/4 (100 %)" in err
+
+
 def test_export_and_import_keep_the_model(call, run_folder, tmp_path):
     assert call("export", run_folder, tmp_path / "one.safetensors", "--to", "file")[0] == 0
     assert torch.equal(load(tmp_path / "one.safetensors").sample(2), load(run_folder).sample(2))

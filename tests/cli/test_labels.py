@@ -58,6 +58,8 @@ def test_the_command_that_a_run_ends_with_can_be_pasted(call, runs, tmp_path, mo
         ("nll RUNS/some RUNS/pets", "of the data"),
         ("nll RUNS/some RUNS/pets --label none", "none"),
         ("nll RUNS/always digits -n 2 --label cat", "1 cat"),
+        ("nll RUNS/always digits -n 2 --label cat --ode --tolerance 0.1", "1 cat"),
+        ("nll RUNS/some RUNS/pets --ode --tolerance 0.1", "of the data"),
     ],
 )
 def test_every_command_says_which_labels_it_took(call, runs, tmp_path, monkeypatch, words, labels):

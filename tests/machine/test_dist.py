@@ -325,7 +325,7 @@ def test_drawing_and_measuring_are_divided_and_give_the_same(tmp_path):
         out = tmp_path / str(processes)
         drawn = finish(start(processes, "sample", str(tmp_path / "run"), "-n", "7", "--batch", "2", "--out", str(out)))
         assert [code for code, _, _ in drawn] == [0] * processes, drawn
-        for more in ([], ["--draws", "3"]):
+        for more in ([], ["--draws", "3"], ["--ode", "--tolerance", "0.01"]):
             words = ["nll", str(tmp_path / "run"), "digits", "-n", "7", "--batch", "2", *more, "--json"]
             folder = ["--out", str(out / f"nll{len(more)}")]
             measured = finish(start(processes, *words, *folder))
@@ -335,7 +335,7 @@ def test_drawing_and_measuring_are_divided_and_give_the_same(tmp_path):
     alone, together = tmp_path / "1", tmp_path / "3"
     pictures = sorted(path.name for path in alone.glob("*.png"))
     assert len(pictures) == 8  # and their grid
-    for file in [*pictures, "0.json", "2.json", "nll0/terms.tsv"]:
+    for file in [*pictures, "0.json", "2.json", "3.json", "nll0/terms.tsv"]:
         assert (alone / file).read_bytes() == (together / file).read_bytes(), file
 
 

@@ -70,13 +70,6 @@ class Terms:
         ]
 
 
-def concatenate(parts: list[Terms]) -> Terms:
-    """The terms of several batches of images."""
-    columns = ("prior", "bits", "mse", "index")
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
-    return Terms(**joined, weights=parts[0].weights)
-
-
 def chain(process: Process, steps: int | None = None, grid: Grid | None = None) -> Float[Tensor, "times"]:
     """The times of the bound, ascending from 0; 1/T is always one of them, because the decoder stands there."""
     times = (grid or suited(process)).times(process, steps).flip(0)
