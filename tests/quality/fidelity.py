@@ -1,4 +1,4 @@
-"""torch-fidelity's Inception with random weights, and without torchvision, which it imports and nothing here uses."""
+"""Other tools' functions, and torch-fidelity's Inception with random weights: without torchvision, their import."""
 
 import sys
 from collections.abc import Iterator
@@ -11,11 +11,13 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import nn
 
+OTHERS = ("torch_fidelity", "pytorch_fid")
 USED = {
     "torchvision.datasets": ("CIFAR10", "STL10", "CIFAR100"),
     "torchvision.transforms": ("Compose",),
     "torchvision.transforms.functional": (),
     "torchvision.models": (),
+    "torchvision.models.inception": ("InceptionA", "InceptionC", "InceptionE"),
 }
 
 
@@ -30,14 +32,23 @@ def a_bare_torchvision() -> Iterator[None]:
             setattr(stubs[name], each, type(each, (), {}))
     with mock.patch.dict(sys.modules, stubs):
         yield
-        kept = {name: module for name, module in sys.modules.items() if name.startswith("torch_fidelity")}
+        kept = {name: module for name, module in sys.modules.items() if name.startswith(OTHERS)}
     sys.modules.update(kept)
 
 
 with a_bare_torchvision():
+    from pytorch_fid import fid_score
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
+    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from torchmetrics.image import fid  # noqa: E402, which finds torch-fidelity imported
+
+distance_of_torchmetrics, distance_of_pytorch_fid = fid._compute_fid, fid_score.calculate_frechet_distance
+statistics_of_fidelity = metric_fid.fid_features_to_statistics
+distance_of_fidelity = metric_fid.fid_statistics_to_metric
+score_of_fidelity, kernel_of_fidelity = metric_isc.isc_features_to_metric, metric_kid.kid_features_to_metric
+precision_of_fidelity = metric_prc.prc_features_to_metric
 resize_of_tensorflow = interpolate_bilinear_2d_like_tensorflow1x
 
 

@@ -149,19 +149,24 @@ class Rows(Summary):
         return sum(len(each) for each in self._index)
 
     def update(self, rows: Float[Tensor, "b d"], index: Int[Tensor, "b"]) -> None:
-        self._rows.append(rows.to("cpu"))
-        self._index.append(index.to("cpu"))
+        index = index.to("cpu")
+        kept = index % self.every == 0
+        self._rows.append(rows.to("cpu")[kept])
+        self._index.append(index[kept])
         self._thin()
 
     def merge(self, other: Any) -> None:
-        self._rows += other._rows
-        self._index += other._index
         self._thin(other.every)
+        for rows, index in zip(other._rows, other._index, strict=True):
+            kept = index % self.every == 0
+            self._rows.append(rows[kept])
+            self._index.append(index[kept])
+        self._thin()
 
     def _thin(self, every: int = 1) -> None:
         """Keeps the images whose numbers are multiples of `every`, which doubles until there are not too many."""
-        while self.n > self.most or self.every < every:
-            self.every *= 2
+        while self.every < every or self.n > self.most:
+            self.every = max(every, self.every if self.every < every else 2 * self.every)
             kept = [index % self.every == 0 for index in self._index]
             self._rows = [rows[mask] for rows, mask in zip(self._rows, kept, strict=True)]
             self._index = [index[mask] for index, mask in zip(self._index, kept, strict=True)]
