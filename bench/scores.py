@@ -1,0 +1,104 @@
+"""Scores of the shipped model: `undiffuse eval` on two extractors, for chains of several lengths.
+
+    python bench/scores.py --n 10000 --seeds 3 --batch 2500
+
+Writes `bench/scores.json`, with the protocol of each row, and the table of docs/benchmarks.md. A chain that is there
+already, of the same weights and the same settings, is not drawn again.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from machine import machine, publish
+
+from undiffuse.machine import disk
+from undiffuse.machine.device import choose, name_of
+from undiffuse.measure.evaluate import Query, evaluate
+from undiffuse.measure.sets import digest_of
+from undiffuse.model.load import load
+
+HERE = Path(__file__).parent
+CHAINS = {
+    "ancestral, 1,000 steps": {"steps": None, "solver": "ancestral"},
+    "ancestral, 50 steps": {"steps": 50, "solver": "ancestral"},
+    "ddim, 50 steps": {"steps": 50, "solver": "ddim"},
+}
+FEATURES = ("efflite0", "classifier-28")
+
+
+def table(result: dict[str, Any]) -> str:
+    """A row for each score and a column for each chain; real images last."""
+    chains, found = list(result["chains"]), result["chains"].values()
+    keys = [(row["features"], row["score"]) for row in next(iter(found))["scores"]]
+    floor = next(iter(found))["protocol"]["floor"]
+    lines = [f"| | {' | '.join(chains)} | real images |", "|---|" + "---|" * (len(chains) + 1)]
+    for features, score in keys:
+        rows = [
+            next(row for row in each["scores"] if (row["features"], row["score"]) == (features, score))
+            for each in found
+        ]
+        cells = [f"{row['value']:.4g}" + (f" ± {row['sd']:.2g}" if "sd" in row else "") for row in rows]
+        name = score if features in score.lower() or score.startswith("FD") else f"{score}, {features}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {rows[0]['real']:.4g} |")
+    first = next(iter(found))["protocol"]
+    seeds = first["samples"]["seed"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{first['n']:,} samples for each of {len(seeds)} seeds (mean ± standard deviation over them) against the "
+            f"{first['reference']['images']:,} training images; real images are {floor}. Drawn on "
+            f"{result['device']}, torch {result['torch']}, {result['date']}: "
+            + ", ".join(f"{name} in {each['seconds']:.0f} s" for name, each in result["chains"].items())
+            + f". Weights `{result['weights'][:16]}`. Made by `{result['command']}`.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=int, default=10_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=HERE / "scores.json")
+    parser.add_argument("--table", action="store_true", help="only write the table again")
+    options = parser.parse_args()
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if not options.table:
+        model = load("fashion-mnist", options.device)
+        asked = {"n": options.n, "seeds": options.seeds, "weights": digest_of(model)}
+        if {key: result.get(key) for key in asked} != asked:
+            result = {"chains": {}}
+        result |= asked | {"command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat()}
+        result |= machine() | {"device": name_of(choose(options.device))}
+        for name, how in CHAINS.items():
+            if name in result["chains"]:
+                continue
+            began = time.monotonic()
+            found = evaluate(
+                model,
+                "fashion-mnist",
+                Query(FEATURES),
+                n=options.n,
+                seeds=options.seeds,
+                batch=options.batch,
+                named="fashion-mnist",
+                say=print,
+                **how,
+            )
+            result["chains"][name] = found.plain() | {"seconds": time.monotonic() - began}
+            disk.write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
+            print("\n".join(found.table()), flush=True)
+    if options.out.resolve().parent == HERE:
+        publish("benchmarks.md", "scores", table(result))
+
+
+if __name__ == "__main__":
+    main()
