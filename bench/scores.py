@@ -25,9 +25,9 @@ from undiffuse.model.load import load
 
 HERE = Path(__file__).parent
 CHAINS = {
-    "ancestral, 1,000 steps": {"steps": None, "solver": "ancestral"},
     "ancestral, 50 steps": {"steps": 50, "solver": "ancestral"},
     "ddim, 50 steps": {"steps": 50, "solver": "ddim"},
+    "ancestral, 1,000 steps": {"steps": None, "solver": "ancestral"},
 }
 FEATURES = ("efflite0", "classifier-28")
 
