@@ -35,6 +35,7 @@ from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.figure import grid, png
 from undiffuse.interop.diffusers import read_folder, write_folder
 from undiffuse.key import Key, normal_table
+from undiffuse.measure.flow import nll_ode
 from undiffuse.measure.nll import nll
 from undiffuse.model.average import fit
 from undiffuse.model.load import averaged, load, save
@@ -206,6 +207,11 @@ def bits(path: Path) -> Any:
     whole = {"draws": None, "out": path / "nll"}
     found = nll(model(), digits(), label=1, **whole), nll(model(), digits(), label="none", draws=3)
     return found, (path / "nll" / "rate-distortion.tsv").read_bytes()
+
+
+@case
+def ode(path: Path) -> Any:
+    return nll_ode(model(), digits(), label=1, tolerance=1e-2, out=path / "ode")
 
 
 @case
