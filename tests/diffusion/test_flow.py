@@ -216,6 +216,7 @@ ROUGH = torch.zeros(256, dtype=F64).index_fill(0, torch.tensor([0, 10, 11, 200, 
         (Linear(), SMOOTH, 0.0, 3e-3),  # as the levels look at sigma = 0.01: nearly a density
         (Linear(), UNIFORM, 0.0, 0.02),  # what leaks out of both ends
         (Cosine(), ROUGH, 0.6, 1.2),  # a level that stands alone is blurred over its neighbours
+        (Jsd(50), SMOOTH, 0.05, 0.2),  # sigma = 0.14 is nearly as wide as the law, and alpha is 0.99
         (Straight(), SMOOTH, 0.0, 4e-3),
         (Edm(), UNIFORM, 0.0, 4e-3),
         (Straight(), ROUGH, 0.0, 4e-3),  # −log2 erf(3/√2) = 0.0039
