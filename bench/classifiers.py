@@ -108,8 +108,9 @@ def table(result: dict) -> str:
         )
     for name, row in result.items():
         ran = row["machine"]
-        made = f"torch {ran['torch']}, {row['date']}; made by `{row['command']}`. {row['note']}".rstrip()
-        lines += ["", f"`{name}`: {ran['processor']}, {ran['threads']} thread{'s' * (ran['threads'] > 1)}, {made}"]
+        made = f"torch {ran['torch']}, {row['date']}; made by `{row['command']}`. {row.get('note', '')}".rstrip()
+        threads = f"{ran['threads']} thread{'s' if ran['threads'] > 1 else ''}"
+        lines += ["", f"`{name}`: {ran['processor']}, {threads}, {made}"]
     return "\n".join(lines)
 
 

@@ -152,6 +152,7 @@ def test_the_shipped_sample_is_told_apart():
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_the_accuracy_on_fashion_mnist_is_the_one_that_is_stated():
     test = open_source("fashion-mnist", split="test")
     extractor = open_features("classifier-28")
