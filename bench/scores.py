@@ -54,8 +54,8 @@ def table(result: dict[str, Any]) -> str:
             "",
             f"{first['n']:,} samples for each of {len(seeds)} seeds (mean ± standard deviation over them) against the "
             f"{first['reference']['images']:,} training images; real images are {floor}. Drawn on "
-            f"{result['device']}, torch {result['torch']}, {result['date']}: "
-            + ", ".join(f"{name} in {each['seconds']:.0f} s" for name, each in result["chains"].items())
+            f"{result['device']}, torch {result['torch']}, {result['date']}; the whole evaluation took "
+            + ", ".join(f"{each['seconds']:.0f} s ({name})" for name, each in result["chains"].items())
             + f". Weights `{result['weights'][:16]}`. Made by `{result['command']}`.",
         ]
     )

@@ -31,6 +31,7 @@ BRIEF = {
     "interpolate": "--count 3 --steps 2",
     "neighbours": "-n 2 -k 2 --steps 2",
     "nll": "-n 2 --steps 8",
+    "eval": "-n 12 --steps 2",
 }
 
 

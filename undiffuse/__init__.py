@@ -8,6 +8,7 @@ _LAZY = {
     "load": "undiffuse.model.load",
     "open_data": "undiffuse.data.pack",
     "train": "undiffuse.training.start",
+    "evaluate": "undiffuse.measure.evaluate",
     "nll": "undiffuse.measure.nll",
     "nll_ode": "undiffuse.measure.flow",
     "show": "undiffuse.figure",
