@@ -73,7 +73,9 @@ PYTHON = (DOCS / "python.md").read_text("utf-8")
 SURFACE = list(zip(blocks(PYTHON, "python"), blocks(PYTHON, "text"), strict=True))
 
 
-@pytest.mark.parametrize("code, text", SURFACE, ids=["load", "show", "open_data", "train", "nll", "nll_ode", "evaluate"])
+@pytest.mark.parametrize(
+    "code, text", SURFACE, ids=["load", "show", "open_data", "train", "nll", "nll_ode", "evaluate"]
+)
 def test_the_python_page_prints_what_it_says(code, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert printed(code, "docs/python.md") == text
