@@ -39,7 +39,7 @@ from undiffuse.model.load import load as load_model
 from undiffuse.model.recipe import Recipe, load_recipe
 from undiffuse.network.base import NETWORKS, NOTHING
 from undiffuse.quality.feature.base import FEATURES
-from undiffuse.quality.metric.base import METRICS
+from undiffuse.quality.metric.base import METRICS, Features, Gathered, compute
 from undiffuse.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +103,7 @@ CLASSES = {
     "sampler": (SAMPLERS, "my_sampler:Midpoint"),
     "grid": (GRIDS, "my_grid:EvenLogsnr"),
     "density": (DENSITIES, "my_density:Power"),
+    "metric": (METRICS, "my_metric:MeanShift"),
 }
 
 
@@ -192,6 +193,16 @@ def test_the_density(mine):
     keys = Key(3).rows(1000)
     expected = keys.fold("t").uniform().numpy() ** 3
     assert mine("density", power=3.0).t(Straight(), keys).numpy() == pytest.approx(expected.clip(1e-5))
+
+
+def test_the_metric(mine):
+    x = Key(4).rows(50).normal(6)
+    sets = []
+    for rows, is_reference in ((2 * x + 1, False), (2 * x, True)):
+        sets.append(Gathered([mine("metric")], is_reference))
+        sets[-1].update(Features(rows), torch.arange(50))
+    spread = 2 * x.double().numpy().std(0, ddof=1)
+    assert compute(mine("metric"), *sets) == {"shift": pytest.approx((spread**-2).mean() ** 0.5)}
 
 
 def test_the_network(mine):

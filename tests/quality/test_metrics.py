@@ -29,8 +29,8 @@ from undiffuse.quality.metric.frechet import (
     root,
 )
 from undiffuse.quality.metric.inception_score import InceptionScore, inception_score
-from undiffuse.quality.metric.kernel import Kernel, kernel_distance
-from undiffuse.quality.metric.precision_recall import PrecisionRecall, coverage_of
+from undiffuse.quality.metric.kernel import Kernel, kernel_distance, kernel_distances, kernel_error
+from undiffuse.quality.metric.precision_recall import PrecisionRecall, precision_recall
 
 F64 = torch.float64
 NAMES = {
@@ -144,10 +144,10 @@ def test_the_kernel_distance_is_that_of_torch_fidelity_on_its_subsets():
     x, y = some("x", 200), some("y", 260, shift=0.1)
     theirs = kernel_of_fidelity(x, y, kid_subsets=7, kid_subset_size=50, rng_seed=3, verbose=False)
     draw = np.random.RandomState(3)
-    ours = []
-    for _ in range(7):
-        i, j = draw.choice(200, 50, replace=False), draw.choice(260, 50, replace=False)
-        ours.append(kernel_distance(x[i], y[j]))
+    pairs = [(draw.choice(200, 50, replace=False), draw.choice(260, 50, replace=False)) for _ in range(7)]
+    subsets = [torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True)]
+    ours = kernel_distances(x, y, *subsets).tolist()
+    assert kernel_distances(x, y, *(side[:1] for side in subsets)).tolist() == pytest.approx(ours[:1])  # not made once
     assert np.mean(ours) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
     assert np.std(ours) == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
     assert kernel_distance(x[:50], y[:51]) != pytest.approx(ours[0], rel=1e-3)
@@ -177,7 +177,23 @@ def test_subsets_are_stated_and_no_larger_than_a_set():
     assert found["kd_subset"] == 120 and found["kd_sd"] > 0
     assert measured(Kernel(subsets=5, seed=1), x, y)["kd"] != found["kd"]
     whole = measured(Kernel(subsets=5), x, y[:120])
-    assert whole == {"kd": kernel_distance(x, y[:120]), "kd_subset": 120.0}
+    assert whole == {"kd": kernel_distance(x, y[:120]), "kd_se": kernel_error(x, y[:120]), "kd_subset": 120.0}
+
+
+def test_the_error_of_the_kernel_distance_is_its_spread_over_draws():
+    for shift in (0.0, 1.0):
+        draws = [(normal(f"one {i}", 200, 6), normal(f"two {i}", 240, 6) + shift) for i in range(30)]
+        spread = np.std([kernel_distance(*draw) for draw in draws], ddof=1)
+        errors = [kernel_error(*draw) for draw in draws]
+        # 30 draws know their spread to 13 %; without a shift the distance is degenerate, and a jackknife too wide.
+        assert 0.7 < np.mean(errors) / spread < (1.5 if shift else 2.5)
+
+
+def test_the_error_of_the_kernel_distance_is_that_of_sets_without_a_part():
+    x, y = some("x", 45), some("y", 61, shift=0.1)
+    numbers = [torch.arange(len(rows)) for rows in (x, y)]
+    each = [kernel_distance(x[numbers[0] % 20 != group], y[numbers[1] % 20 != group]) for group in range(20)]
+    assert kernel_error(x, y) == pytest.approx(np.sqrt(19 * np.var(each)), rel=1e-6)
 
 
 # Inception score
@@ -208,6 +224,7 @@ def test_precision_and_recall_are_those_of_torch_fidelity():
     assert found["precision"] == pytest.approx(float(theirs["precision"]), abs=1e-6)  # a mean in float32
     assert found["recall"] == pytest.approx(float(theirs["recall"]), abs=1e-6)
     assert 0 < found["precision"] != found["recall"] < 1
+    assert measured(PrecisionRecall(k=2), x, y)["precision"] < found["precision"] - 1e-3
 
 
 def test_density_and_coverage_are_those_of_prdc(capsys):
@@ -217,7 +234,8 @@ def test_density_and_coverage_are_those_of_prdc(capsys):
     found = measured(DensityCoverage(), x, y)
     assert found["density"] == pytest.approx(theirs["density"], rel=1e-9)
     assert found["coverage"] == pytest.approx(theirs["coverage"], rel=1e-9)
-    assert coverage_of(x, y, 5) == pytest.approx(theirs["precision"]) and 0 < found["coverage"] < 1
+    assert precision_recall(x, y, 5) == pytest.approx((theirs["precision"], theirs["recall"]))
+    assert 0 < found["coverage"] < 1
     assert density_coverage(x, y, 4) != pytest.approx((theirs["density"], theirs["coverage"]))
 
 
@@ -238,10 +256,6 @@ def modes(name, count, n=600):
     angle = 2 * math.pi * (torch.arange(n) % count) / 8
     centre = torch.stack([angle.cos(), angle.sin(), torch.zeros(n), torch.zeros(n)], 1).to(F64)
     return 4 * centre + 0.5 * normal(name, n, 4)
-
-
-def neighbourhoods(x, y):
-    return {**measured(PrecisionRecall(), x, y), **measured(DensityCoverage(), x, y)}
 
 
 def test_dropped_modes_move_recall_and_coverage_only():
@@ -332,15 +346,30 @@ def test_features_that_are_not_finite_are_refused_with_the_number_of_the_image()
         made.update(Features(rows), torch.arange(100, 120))
 
 
-@pytest.mark.parametrize("name, least", [("frechet-infinity", 50), ("precision-recall", 4), ("inception-score", 10)])
-def test_too_few_images_are_refused(name, least):
-    metric, x = METRICS.build(name), some("x", 60)
+FEW = [
+    (METRICS.build(name), name, least)
+    for name, least in [
+        *(("frechet", 2), ("frechet-infinity", 50), ("kernel", 4), ("precision-recall", 4), ("density-coverage", 6)),
+        ("inception-score", 10),
+    ]
+] + [
+    (PrecisionRecall(k=9), "precision-recall", 10),
+    (DensityCoverage(k=1), "density-coverage", 2),
+    (InceptionScore(splits=20), "inception-score", 20),
+]
+
+
+@pytest.mark.parametrize("metric, name, least", FEW, ids=str)
+def test_too_few_images_are_refused(metric, name, least):
+    x = some("x", 60)
     with pytest.raises(UsageError) as caught:
         measured(metric, x[: least - 1], x)
-    assert str(caught.value) == (
-        f"{least - 1} samples are too few for {name}, which needs {least}; give more, or leave it out"
-    )
-    measured(metric, x[:least], x)
+    given = "1 sample is" if least == 2 else f"{least - 1} samples are"
+    assert str(caught.value) == (f"{given} too few for {name}, which needs {least}; give more, or leave it out")
+    if metric.compares:
+        with pytest.raises(UsageError, match=f"^{given.replace('sample', 'reference image')} too few for {name}"):
+            measured(metric, x, x[: least - 1])
+    assert all(math.isfinite(value) for value in measured(metric, x[:least], x).values())
 
 
 def test_a_part_that_is_not_there_is_named():

@@ -210,7 +210,6 @@ class Metric(ABC):
     part: ClassVar[str] = "pool"  # of the features
     keeps: ClassVar[type[Summary]] = Rows
     keeps_reference: ClassVar[type[Summary] | None] = None  # where it is another kind
-    least: ClassVar[int] = 2  # images, of either set
     compares: ClassVar[bool] = True  # with a reference; else the samples alone are looked at
     place: ClassVar[int] = 9  # in a table of scores, the least first
     labels: ClassVar[dict[str, str]]
@@ -220,13 +219,18 @@ class Metric(ABC):
     def compute(self, samples: Any, reference: Any) -> dict[str, float]:
         """The numbers; `samples` and `reference` are summaries of the kinds that it keeps (None without reference)."""
 
+    @property
+    def least(self) -> int:
+        """How many images each set must have."""
+        return 2
+
     def check(self, samples: Summary, reference: Summary | None) -> None:
         """Raises UsageError for sets too small for this metric."""
-        for summary, what in ((samples, "samples"), (reference, "reference images")):
+        for summary, what in ((samples, "sample"), (reference, "reference image")):
             if summary is not None and summary.n < self.least:
+                given = f"1 {what} is" if summary.n == 1 else f"{summary.n} {what}s are"
                 raise UsageError(
-                    f"{summary.n} {what} are too few for {METRICS.name_of(self)}, which needs {self.least}; give more, "
-                    "or leave it out"
+                    f"{given} too few for {METRICS.name_of(self)}, which needs {self.least}; give more, or leave it out"
                 )
 
 

@@ -33,10 +33,13 @@ class DensityCoverage(Metric):
 
     k: Count = 5
     most: Count = 10_000
-    least = 6
     place = 6
     labels: ClassVar[dict[str, str]] = {"density": "density", "coverage": "coverage"}
     better: ClassVar[dict[str, str]] = {"density": "higher", "coverage": "higher"}
+
+    @property
+    def least(self) -> int:
+        return self.k + 1
 
     def compute(self, samples: Rows, reference: Rows) -> dict[str, float]:
         x, y = few(samples.rows(), self.most), few(reference.rows(), self.most)

@@ -14,7 +14,8 @@ def blocks(n: int, m: int) -> range:
 
 def squared(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
     """‖x_i − y_j‖²; rounding can make one of zero slightly negative, which is held at zero."""
-    return (x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)).clamp_(min=0)
+    found = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
+    return found.add_(x.square().sum(1)[:, None]).clamp_(min=0)
 
 
 def nearest(

@@ -30,10 +30,13 @@ class InceptionScore(Metric):
     splits: Count = 10
     part = "logits"
     compares = False
-    least = 10
     place = 3
     labels: ClassVar[dict[str, str]] = {"is": "{is}"}
     better: ClassVar[dict[str, str]] = {"is": "higher"}
+
+    @property
+    def least(self) -> int:
+        return self.splits
 
     def compute(self, samples: Rows, reference: None) -> dict[str, float]:
         scores = inception_score(samples.rows(), self.splits)

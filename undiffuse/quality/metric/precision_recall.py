@@ -3,21 +3,29 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import Count
-from undiffuse.quality.metric.base import Metric, Rows
+from undiffuse.quality.metric.base import F64, Metric, Rows
 from undiffuse.quality.metric.distances import blocks, few, radii, squared
 
 
-def coverage_of(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], k: int) -> float:
-    """The share of x that lies inside the ball of some row of y, up to its k-th nearest other row of y."""
-    inside, radius = 0, radii(y, k).square()
+def precision_recall(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], k: int) -> tuple[float, float]:
+    """Of samples x beside real y: the share of x that lies inside a ball of y, and of y inside a ball of x.
+
+    The ball of a row reaches to its k-th nearest other row of the same set.
+    """
+    ours, theirs = radii(x, k).square(), radii(y, k).square()
+    precise, recalled = 0, torch.zeros(len(y), dtype=torch.bool, device="cpu")
     first_of = blocks(len(x), len(y))
     for first in first_of:
-        inside += int((squared(x[first : first + first_of.step], y) <= radius).any(1).sum())
-    return inside / len(x)
+        rows = slice(first, first + first_of.step)
+        near = squared(x[rows], y)
+        precise += int((near <= theirs).any(1).sum())
+        recalled |= (near <= ours[rows, None]).any(0)
+    return precise / len(x), float(recalled.to(F64).mean())
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,15 @@ class PrecisionRecall(Metric):
 
     k: Count = 3
     most: Count = 10_000
-    least = 4
     place = 5
     labels: ClassVar[dict[str, str]] = {"precision": "precision", "recall": "recall"}
     better: ClassVar[dict[str, str]] = {"precision": "higher", "recall": "higher"}
 
+    @property
+    def least(self) -> int:
+        return self.k + 1
+
     def compute(self, samples: Rows, reference: Rows) -> dict[str, float]:
         x, y = few(samples.rows(), self.most), few(reference.rows(), self.most)
-        return {"precision": coverage_of(x, y, self.k), "recall": coverage_of(y, x, self.k)}
+        precision, recall = precision_recall(x, y, self.k)
+        return {"precision": precision, "recall": recall}
