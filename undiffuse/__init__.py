@@ -11,6 +11,7 @@ _LAZY = {
     "evaluate": "undiffuse.measure.evaluate",
     "nll": "undiffuse.measure.nll",
     "nll_ode": "undiffuse.measure.flow",
+    "Query": "undiffuse.measure.evaluate",
     "show": "undiffuse.figure",
     "Model": "undiffuse.model.model",
     "Key": "undiffuse.key",

@@ -15,15 +15,14 @@ from undiffuse.cli.options import (
     LabelOpt,
     OverwriteOpt,
     ReadOpt,
-    SeedOpt,
     SkipBadOpt,
-    SolverOpt,
     StepsOpt,
     TimesOpt,
     VarianceOpt,
     WeightsOpt,
     choose_steps,
     open_model,
+    parse_sides,
     reading_of,
     ticking,
     writable,
@@ -61,6 +60,15 @@ ResizeOpt = Annotated[
     str | None, typer.Option("--resize", help="How images get the size that the extractor wants: tf1, pil or torch")
 ]
 SplitOpt = Annotated[str, typer.Option("--split", help="Compare with the training images (train) or the others (test)")]
+SeedOpt = Annotated[int | None, typer.Option("--seed", help="The first seed, 0 unless given, as that of `sample`")]
+SolverOpt = Annotated[
+    str | None,
+    typer.Option("--solver", help="Sampler: ancestral (the paper's, unless given), ddim or heun"),
+]
+SizeOpt = Annotated[
+    str | None,
+    typer.Option("--size", help="Crop and resize SAMPLES and DATA to this many pixels: a side, or HEIGHTxWIDTH"),
+]
 SeedsOpt = Annotated[int, typer.Option("--seeds", help="Draw with so many seeds, and give mean and spread")]
 OutOpt = Annotated[
     Path | None, typer.Option("--out", "-o", help="A folder for the result; a stopped evaluation then continues")
@@ -86,7 +94,7 @@ def evaluate(
     steps: StepsOpt = None,
     times: TimesOpt = None,
     grid: GridOpt = None,
-    solver: SolverOpt = "ancestral",
+    solver: SolverOpt = None,
     eta: EtaOpt = None,
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
@@ -96,11 +104,12 @@ def evaluate(
     out: OutOpt = None,
     keep_images: KeepOpt = False,
     save_statistics: SaveOpt = None,
+    size: SizeOpt = None,
     settings: ReadOpt = None,
     skip_bad: SkipBadOpt = False,
     overwrite: OverwriteOpt = False,
     batch: BatchOpt = 64,
-    seed: SeedOpt = 0,
+    seed: SeedOpt = None,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
@@ -123,9 +132,11 @@ def evaluate(
     writable(save_statistics, overwrite, picture=False)
     drawing: dict[str, Any] = {"steps": steps, "times": times, "grid": grid, "variance": variance, "weights": weights}
     model, chosen = _model(samples, drawing, device, clip)
-    reading = reading_of(settings, model.data if model else None, fixed=("channels",))
+    reading = reading_of(settings, model.data if model else None, fixed=("channels",) if model else ())
     named = tuple(features or ("auto",)), tuple(metrics or ())
-    query = Query(*named, feature_weights, resize, split, reading, skip_bad)
+    sides = None if size is None else parse_sides("--size", size)
+    pair = None if sides is None else (sides[0], sides[-1])
+    query = Query(*named, feature_weights, resize, split, pair, reading, skip_bad)
     say = log.say if dist.is_first() and not as_json else log.silent
     with dist.joined(dist.LONG):
         found = evaluate(
@@ -143,7 +154,8 @@ def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "t
     if holds_model(samples):
         model = open_model(samples, device, clip, drawing["variance"], drawing["weights"])
         return model, choose_steps(model, drawing["steps"], drawing["times"], drawing["grid"])
-    name = next((name for name, value in drawing.items() if value is not None), None)
+    given = drawing | {"no-clip": None if clip else True}
+    name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")
     return None, None
@@ -173,7 +185,7 @@ def _flat(said: dict[str, Any]) -> dict[str, str]:
 
 def _words(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(each)}" for name, each in value.items())
+        return ", ".join(f"{name} {_words(each)}".rstrip() for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return ("; " if any(isinstance(each, dict) for each in value) else " ").join(map(_words, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

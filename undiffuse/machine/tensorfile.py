@@ -52,6 +52,13 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     return length
 
 
+def begins_as_weights(path: Path) -> bool:
+    """Whether the first bytes of a file are those of safetensors, whatever its name."""
+    with reading(path) as file:
+        head, size = file.read(9), os.fstat(file.fileno()).st_size
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= min(size - 8, SMALL)
+
+
 def decode(path: Path, data: bytes) -> Loaded:
     _header_length(path, data[:9], len(data))
     try:

@@ -12,15 +12,16 @@ from torch import Tensor
 from undiffuse.data import made, remark
 from undiffuse.data.format.several import join
 from undiffuse.data.picture import PLAIN, Reading
-from undiffuse.data.source import ArraySource
-from undiffuse.errors import DataError, UsageError
+from undiffuse.data.source import is_readable
+from undiffuse.diffusion.sampler.base import Sampler
+from undiffuse.errors import Error, UsageError, nearest
 from undiffuse.machine import dist, log
 from undiffuse.machine.device import choose
 from undiffuse.measure import sets
 from undiffuse.measure.passes import Judge, Reference, Ticking, silent
 from undiffuse.measure.scores import Result, score
-from undiffuse.measure.sets import Drawing, Real, Samples, Shape
-from undiffuse.model.load import holds_model, load
+from undiffuse.measure.sets import Drawing, Real, Samples, Shape, Size
+from undiffuse.model.load import holds_model, load, shipped
 from undiffuse.model.model import Model, Steps
 from undiffuse.quality import statistics
 from undiffuse.quality.feature.base import open_features
@@ -37,7 +38,8 @@ Given = Model | Tensor | str | Path
 class Query:
     """What samples are judged by: extractors, metrics (all that are possible unless some are named), and reference.
 
-    `feature_weights` and `resize` are those of extractors that have such options; `reading` says how pictures are read.
+    `feature_weights` and `resize` are those of extractors that have such options; `size` and `reading` say how pictures
+    are read, with `reading.channels` what samples that are there already and DATA are made into.
     """
 
     features: tuple[str, ...] = ("auto",)
@@ -45,33 +47,38 @@ class Query:
     feature_weights: Path | None = None
     resize: str | None = None
     split: str = "train"
+    size: Size = None
     reading: Reading | None = None
     skip_bad: bool = False
 
     def judges(self, device: torch.device, shape: Shape) -> list[Judge]:
         """With their weights. Raises UsageError for images that one of them cannot see."""
-        found = [open_features(name, device, self.feature_weights, self.resize, shape) for name in self.features]
+        names = dict.fromkeys(self.features)
+        found = [open_features(name, device, self.feature_weights, self.resize, shape) for name in names]
         for extractor in found:
             extractor.check(shape)
+        same = next((each.name for i, each in enumerate(found) if each.name in [e.name for e in found[:i]]), None)
+        if same is not None:
+            raise UsageError(f"two extractors are called {same}; give one of them, or another name to one")
         return [Judge.of(extractor, self.metrics) for extractor in found]
 
 
 def evaluate(
     samples: Given,
     data: str | Path | Sequence[str | Path],
-    query: Query | None = None,
+    query: Query | str | Sequence[str] | None = None,
     *,
     n: SupportsIndex | None = None,
     steps: Steps = None,
-    solver: str | None = None,
+    solver: str | Sampler | None = None,
     eta: float | int | None = None,
     label: str | SupportsIndex | None = None,
-    seed: SupportsIndex = 0,
+    seed: SupportsIndex | None = None,
     seeds: SupportsIndex = 1,
     batch: SupportsIndex = 64,
-    out: Path | None = None,
+    out: str | Path | None = None,
     keep_images: bool = False,
-    save_statistics: Path | None = None,
+    save_statistics: str | Path | None = None,
     named: str | None = None,
     device: str = "auto",
     ticking: Ticking = silent,
@@ -80,27 +87,30 @@ def evaluate(
     """How near samples are to real images, by every metric on the features of each extractor.
 
     `samples` is a model, or its path or name; or uint8 images [n, c, h, w]; or a folder, zip or npz of pictures that
-    anything made. `data` is the reference: images, or an npz of statistics. A model draws n images for each of `seeds`
-    seeds from `seed` on, as `Model.sample` does. With `out` a stopped evaluation goes on, and its `keep_images` writes
-    them there; `save_statistics` is a file for those of the reference. `named` is what a protocol calls the model.
-    Raises UsageError, DataError, Corrupt, NotFiniteError.
+    anything made. `data` is the reference: images, or an npz of statistics. `query` may be the names of the features.
+    A model draws n images (10,000) for each of `seeds` seeds from `seed` (0) on, as `Model.sample` does. With `out` a
+    stopped evaluation goes on, and `keep_images` writes the samples there; `save_statistics` is a file for those of
+    the reference. `named` is what a protocol calls the model. Raises UsageError, DataError, Corrupt, NotFiniteError.
     """
-    query, count, batch = query or Query(), whole("seeds", seeds, 1), whole("batch", batch, 1)
+    query, count, batch = _query(query), whole("seeds", seeds, 1), whole("batch", batch, 1)
     n = None if n is None else whole("n", n, 2)
+    out, save_statistics = (None if path is None else Path(path) for path in (out, save_statistics))
     if keep_images and out is None:
         raise UsageError("the images that are kept have no place; give --out FOLDER too")
     model = samples if isinstance(samples, Model) else None
     if isinstance(samples, (str, Path)) and holds_model(samples):
         model = load(samples, device)
     if model is not None:
-        how, first = Drawing(steps, solver or "ancestral", eta, label), whole("seed", seed)
+        if query.size is not None:
+            raise UsageError("size is for samples that are there already; a model draws in its own, so leave it out")
+        how, first = Drawing(steps, solver or "ancestral", eta, label), whole("seed", 0 if seed is None else seed)
         every = [sets.drawn_by(model, how, n or DRAWN, first + k) for k in range(count)]
     else:
-        given = {"seeds": None if count == 1 else count, "steps": steps, "eta": eta, "label": label}
-        _refuse_for_pictures(samples, given)
-        every = [_pictures(samples, n, query.reading or PLAIN, say)]
+        given = {"seeds": None if count == 1 else count, "seed": seed, "steps": steps, "solver": solver, "eta": eta}
+        _refuse_for_pictures(samples, given | {"label": label, "keep_images": keep_images or None})
+        every = [_pictures(samples, n, query, say)]
     reading = query.reading or (PLAIN if model is None else model.data.reading)
-    read = partial(_real, _spec(data), every[0].shape, reading, query.skip_bad, say)
+    read = partial(_real, _spec(data), every[0], reading, query.skip_bad, say)
     reference = _reference(_spec(data), query.split, read)
     floor = None if reference.images is None else sets.floor(reference.images, query.split, every[0].n, read)
     judges = query.judges(choose(device) if model is None else model.device, every[0].shape)
@@ -113,12 +123,21 @@ def evaluate(
     return found
 
 
+def _query(given: Query | str | Sequence[str] | None) -> Query:
+    if given is None or isinstance(given, Query):
+        return given or Query()
+    if not isinstance(given, (str, Sequence)):
+        raise UsageError(f"features = {given!r} is not possible; give a name, a list of names, or a Query")
+    return Query((given,) if isinstance(given, str) else tuple(given))
+
+
 def _spec(data: str | Path | Sequence[str | Path]) -> str:
     return str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
 
 
 def _refuse_statistics(path: Path, judges: Sequence[Judge], reference: Reference) -> None:
-    if len(judges) > 1 or reference.images is None or not Gathered(judges[0].metrics, True).moments():
+    given = reference.images is not None and reference.statistics is None
+    if len(judges) > 1 or not given or "pool" not in Gathered(judges[0].metrics, True).moments():
         raise UsageError(
             f"{path} can hold the statistics of one extractor's features of images; give one --features with metric "
             "frechet, and images as DATA"
@@ -128,7 +147,7 @@ def _refuse_statistics(path: Path, judges: Sequence[Judge], reference: Reference
 def _write_statistics(path: Path, found: Result, judge: Judge, reference: Reference) -> None:
     assert reference.images is not None
     said = judge.extractor.identity | {"data": f"{reference.spec}, {reference.split}"}
-    said |= {"fingerprint": reference.images.fingerprint()}
+    said |= {"fingerprint": reference.images.fingerprint(), "images": _shape(reference.images.image_shape)}
     statistics.write(path, Statistics(found.references[judge.extractor.name].moments(), said))
 
 
@@ -140,28 +159,45 @@ def _refuse_for_pictures(samples: Given, given: dict[str, Any]) -> None:
         raise UsageError(f"{name} is for a model that draws, and {what} is no model; leave it out, or give a model")
 
 
-def _pictures(samples: Any, n: int | None, reading: Reading, say: Callable[[str], None]) -> Samples:
+def _pictures(samples: Any, n: int | None, query: Query, say: Callable[[str], None]) -> Samples:
     """Images that are there already. Raises UsageError and DataError."""
+    reading = query.reading or PLAIN
     if isinstance(samples, Tensor):
         if samples.dtype != torch.uint8 or samples.ndim != 4 or not samples.numel():
             raise UsageError(
                 f"images of {str(samples.dtype).removeprefix('torch.')} {list(samples.shape)} cannot be judged; give "
                 "uint8 [n, c, h, w], as sample() returns"
             )
-        return sets.given(ArraySource(samples.cpu()), n, "images from Python")
+        return sets.given(sets.open_samples(samples, query.size, reading), n, "images from Python")
     if not isinstance(samples, (str, Path)):
         raise UsageError(f"samples {samples!r} are not possible; give a model, a path, or uint8 images [n, c, h, w]")
+    spec = str(samples)
+    if statistics.is_statistics(spec) and not statistics.has_images(spec):
+        raise UsageError(f"{spec} holds statistics and no images, which are for DATA; give the samples themselves")
+    if not Path(spec).exists() and not is_readable(spec):
+        raise UsageError(
+            f"samples {spec} are neither a model nor pictures: there is no such file or folder, and no such name."
+            + nearest(spec, shipped())
+        )
     try:
-        source = sets.open_samples(str(samples), None, reading)
-    except DataError as error:
-        raise DataError(f"samples: {error}") from error
-    say(f"samples: {len(source):,} images of {_shape(source.image_shape)} from {samples}")
-    return sets.given(source, n, str(samples))
+        source = sets.open_samples(spec, query.size, reading, query.skip_bad)
+    except Error as error:
+        raise type(error)(f"samples: {error}") from error
+    what = made.line(source.made, len(source), source.image_shape)
+    say(f"samples from {spec}: {what or f'{len(source):,} images of {_shape(source.image_shape)}'}")
+    if left_out := remark.left_out(source):
+        say(f"samples from {spec}: {left_out}")
+    return sets.given(source, n, spec)
 
 
-def _real(spec: str, shape: Shape, reading: Reading, skip_bad: bool, say: Callable[[str], None], split: str) -> Real:
+def _real(
+    spec: str, samples: Samples, reading: Reading, skip_bad: bool, say: Callable[[str], None], split: str
+) -> Real:
     """A split of the data in the shape of the samples; what is made of it is said."""
+    shape = samples.shape
     source = sets.open_real(spec, shape, split, reading, skip_bad)
+    if not samples.are_drawn and reading.channels is None:
+        sets.refuse_other_colours(source, shape[0], spec)
     remark.refuse(source, spec, split, reading, is_meant=reading.range is not None)
     for text in (made.line(source.made, len(source), shape), remark.left_out(source)):
         if text:

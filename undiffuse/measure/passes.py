@@ -16,7 +16,7 @@ from undiffuse.measure import claim
 from undiffuse.measure.sets import Floor, Real, Samples
 from undiffuse.quality.feature.base import Extractor
 from undiffuse.quality.gather import Kept, exchange, gather
-from undiffuse.quality.metric.base import METRICS, Features, Gathered, Metric
+from undiffuse.quality.metric.base import METRICS, Features, Gathered, Metric, Moments
 from undiffuse.quality.statistics import Statistics
 
 REAL_BATCH = 128  # images of a batch of real ones, whatever --batch is, so that what is kept of them can be used
@@ -51,7 +51,7 @@ class Judge:
                 f"metric {METRICS.name_of(other)} needs {other.part}, and features {extractor.name} have only "
                 f"{', '.join(sorted(parts))}; choose other --features, or leave it out"
             )
-        possible = sorted((each for each in found if each.part in parts), key=lambda each: each.place)
+        possible = sorted({each: None for each in found if each.part in parts}, key=lambda each: each.place)
         return Judge(extractor, tuple(possible), bool(names))
 
 
@@ -64,6 +64,20 @@ class Reference:
     images: Real | None
     statistics: Statistics | None = None
     note: str = ""  # what was made of the images
+
+    def refuse(self, judge: Judge, n: int) -> None:
+        """UsageError where these statistics are of other features, or n samples too few for a metric that is named."""
+        known = {} if self.statistics is None else self.statistics.moments
+        if self.statistics is not None:
+            self.statistics.check(judge.extractor, self.spec)
+        for metric in judge.metrics if judge.are_named else ():
+            has_moments = metric.part in known and (metric.keeps_reference or metric.keeps) is Moments
+            if metric.compares and self.images is None and not has_moments:
+                raise UsageError(
+                    f"{METRICS.name_of(metric)} looks at each reference image, and {self.spec} has statistics alone; "
+                    "give images as DATA, or leave it out"
+                )
+            metric.enough(n, None if not metric.compares or has_moments or self.images is None else len(self.images))
 
     def said(self) -> dict[str, Any]:
         """For the protocol."""
@@ -140,13 +154,22 @@ def over_samples(
             inside = index < (prefix or 0)
             first[name].update(features.some(inside), index[inside])
 
+    done = 0
+
     def timed(seconds: float) -> None:
-        batches, each = -(-samples.n // batch), samples.said.get("evaluations")
-        cost = f", {samples.n * each:,} evaluations of the network" if each else ""
-        say(f"{samples.n:,} samples{cost}: about {log.duration(seconds * -(-batches // dist.size()))}")
+        left, each = samples.n - done * dist.size(), samples.said.get("evaluations")
+        cost = f", {left * each:,} evaluations of the network" if each else ""
+        there = f" ({samples.n - left:,} are there)" if done else ""
+        say(f"{left:,} samples{there}{cost}: about {log.duration(seconds * -(-left // (batch * dist.size())))}")
 
     extractors = [judge.extractor for judge in judges]
-    with ticking("samples", samples.n) as tick:
+    with ticking("samples", samples.n) as advance:
+
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            advance(count)
+
         gather(samples.images, samples.n, extractors, take, batch, kept, tick, timed)
     all_of = {name: each.everywhere(exchange) for name, each in whole.items()}
     return all_of, {name: each.everywhere(exchange) for name, each in first.items()} if few else all_of

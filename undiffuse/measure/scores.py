@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -41,6 +42,20 @@ class Result:
 
     def table(self) -> list[str]:
         """Lines of text: each score, its spread over the seeds, and the same of real images."""
+        lines = self.cells()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return ["  ".join(_cells(line, widths)).rstrip() for line in lines]
+
+    def __str__(self) -> str:
+        return "\n".join(self.table())
+
+    def _repr_html_(self) -> str:
+        head, *lines = (tuple(map(escape, line)) for line in self.cells())
+        rows = "".join(f"<tr><th>{name}</th><td>{'</td><td>'.join(rest)}</td></tr>" for name, *rest in lines)
+        return f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>{rows}</table>"
+
+    def cells(self) -> list[list[str]]:
+        """The table by rows, the first of which says what stands in the others."""
         seeds = max((len(row.get("each", ())) for row in self.rows), default=0)
         head = ["score", "samples"] + ([f"± ({seeds} seeds)"] if seeds else [])
         floors = {row["real_n"] for row in self.rows if "real_n" in row}
@@ -52,8 +67,7 @@ class Result:
             line = [row["score"], _number(row["value"])] + ([_number(row.get("sd"))] if seeds else [])
             line += [_number(row.get("real"))] if floors else []
             lines.append(line + ([_number(row.get("value_at_real_n"))] if floors and fewer else []))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return ["  ".join(_cells(line, widths)).rstrip() for line in lines]
+        return lines
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -61,7 +75,7 @@ class Result:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}" if abs(value) >= 0.001 else f"{value:.2e}"
+    return "" if value is None else f"{value:.5g}" if abs(value) >= 0.001 or value == 0 else f"{value:.2e}"
 
 
 def _cells(line: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -84,14 +98,11 @@ def score(
 
     Every process of a run returns the same. With `out` a stopped evaluation goes on; `about` is put into the protocol.
     """
-    if reference.statistics is not None:
-        for judge in judges:
-            reference.statistics.check(judge.extractor, reference.spec)
+    for judge in judges:
+        reference.refuse(judge, sets[0].n)
     protocol = _protocol(sets, reference, floor, judges, batch, about or {})
     if out is not None:
-        question = {"samples": [each.digest for each in sets], "n": sets[0].n, "batch": batch}
-        question |= {"features": [each.extractor.identity for each in judges], "keep_images": keep_images}
-        question = claim.check(out, question)
+        question = claim.check(out, _question(sets, reference, judges, batch, keep_images))
         if dist.rank() == 0:
             disk.write_json(out / claim.QUERY, question)
     prefix = None if floor is None else floor.n
@@ -110,7 +121,7 @@ def score(
         pairs = [(whole[name], first[name]) for whole, first in passes]
         for metric in judge.metrics:
             rows += _rows(judge, metric, pairs, others[name], floor, notes)
-    notes += _warnings(rows, sets[0].n, reference)
+    notes += _warnings(rows, sets[0], reference)
     result = Result(rows, notes, protocol, {name: each.reference for name, each in others.items()})
     if out is not None and dist.rank() == 0:
         disk.write_json(out / "summary.json", {"format": claim.FORMAT} | result.plain())
@@ -186,18 +197,34 @@ def _floor(
     return best, [compute(metric, first, other.rest) for _, first in samples]
 
 
-def _warnings(rows: Sequence[Mapping[str, Any]], n: int, reference: Reference) -> list[str]:
-    """Of few samples, with what is known of the bias."""
-    total = None if reference.images is None else len(reference.images)
+def _question(
+    sets: Sequence[Samples], reference: Reference, judges: Sequence[Judge], batch: int, keep_images: bool
+) -> dict[str, Any]:
+    """What a folder is for."""
+    features = [judge.extractor.identity | {"metrics": sorted(map(METRICS.name_of, judge.metrics))} for judge in judges]
+    asked = {"samples": [each.digest for each in sets], "n": sets[0].n, "batch": batch, "features": features}
+    return asked | {"reference": claim.digest(reference.said()), "keep_images": keep_images}
+
+
+def _warnings(rows: Sequence[Mapping[str, Any]], samples: Samples, reference: Reference) -> list[str]:
+    """Of samples that are the reference or of another size, and of few, with what is known of the bias."""
+    n, total = samples.n, None if reference.images is None else len(reference.images)
+    notes = []
+    if reference.images is not None and reference.images.fingerprint() == samples.digest:
+        notes.append(f"the samples are the images of {reference.spec} themselves, so that these scores say nothing")
+    shape, other = _images(samples), None if reference.statistics is None else reference.statistics.said.get("images")
+    if other not in (None, shape):
+        notes.append(f"{reference.spec} was made of images of {other}, and these samples are {shape}")
     enough = ENOUGH if total is None or total >= ENOUGH else ENOUGH_OF_FEW
     if n >= enough:
-        return []
+        return notes
     key = "fd_infinity_bias"
-    bias = [f"{row['score'].removesuffix('∞')} by {row[key]:.3g}" for row in rows if key in row]
+    bias = [f"{row['score'].removesuffix('∞')} by {row[key]:.3g}" for row in rows if row.get(key, 0) > 0]
     high = f", which is too high at this number ({', '.join(bias)}, by extrapolation)" if bias else ""
     return [
+        *notes,
         f"{n:,} samples are fewer than the {enough:,} that a Fréchet distance is given with{high}; compare it only "
-        "with one of as many"
+        "with one of as many",
     ]
 
 
@@ -210,11 +237,11 @@ def _protocol(
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What must be the same for the numbers to be the same."""
-    c, h, w = sets[0].shape
+    c = sets[0].shape[0]
     seeds = {} if len(sets) == 1 else {"seed": [each.said.get("seed") for each in sets]}
     return {
         "n": sets[0].n,
-        "images": f"{w}×{h} {channels(c)}, uint8",
+        "images": f"{_images(sets[0])}, uint8",
         "samples": sets[0].said | seeds,
         **about,
         "reference": reference.said(),
@@ -224,6 +251,11 @@ def _protocol(
         "date": date.today().isoformat(),
         "versions": {"undiffuse": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def _images(samples: Samples) -> str:
+    c, h, w = samples.shape
+    return f"{w}×{h} {channels(c)}"
 
 
 def _features(judge: Judge, count: int) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from undiffuse.config import plain
 from undiffuse.data.format.packed import PackedSource
-from undiffuse.data.made import done, listed
+from undiffuse.data.made import channels, count, done, listed
 from undiffuse.data.pack import open_data
 from undiffuse.data.picture import PLAIN, Reading
-from undiffuse.data.source import ArraySource, Source, open_source, spread
+from undiffuse.data.source import ArraySource, Source, open_source, spread, unify
 from undiffuse.data.subset import Subset
 from undiffuse.diffusion.denoiser import Prediction
-from undiffuse.diffusion.sampler.base import SAMPLERS, sample
-from undiffuse.errors import NoSplit, UsageError
+from undiffuse.diffusion.grid import GRIDS
+from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
+from undiffuse.errors import DataError, NoSplit, UsageError
 from undiffuse.key import Key
 from undiffuse.machine.device import name_of as device_name
 from undiffuse.measure.claim import digest
@@ -28,6 +29,7 @@ from undiffuse.model.model import Model, Steps, to_uint8
 
 Real = ArraySource | PackedSource
 Shape = tuple[int, int, int]  # channels, height, width
+Size = int | tuple[int, int] | None
 OTHER = {"train": "test", "test": "train"}
 
 
@@ -48,7 +50,7 @@ class Drawing:
     """How a model draws: what `undiffuse sample` is asked."""
 
     steps: Steps = None
-    solver: str = "ancestral"
+    solver: str | Sampler = "ancestral"
     eta: float | int | None = None
     label: Label = None
 
@@ -56,9 +58,9 @@ class Drawing:
 def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
     """n images of a model, drawn when they are asked for: the same as `sample` draws with that seed.
 
-    A model with classes is told each as often as in training, unless `how` says another.
+    A model with classes is told each as often as in training, unless `how` says another; `all` gives n of each class.
     """
-    times, sampler = model.times(how.steps), model.sampler(how.solver, how.eta)
+    times, sampler, n = model.times(how.steps), model.sampler(how.solver, how.eta), model.count(n, how.label)
     told = drawn(model.classes, n, seed) if how.label is None else model.told(how.label, n, seed)
     keys = Key(seed).fold("sample").rows(n)
 
@@ -68,16 +70,25 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
 
     said: dict[str, Any] = {
         "solver": SAMPLERS.name_of(sampler),
-        **({} if how.eta is None else {"eta": how.eta}),
+        **plain(sampler),
         "steps": len(times) - 1,
         "evaluations": evaluations(model, how),
-        "times": [float(times[0]), float(times[-2])],
+        **_walk(model, times),
         "clip": model.denoiser.clip,
         "seed": seed,
         **({} if model.classes is None else {"labels": told.words}),
     }
-    question = {"weights": digest_of(model), "config": plain(model.config), **said, "grid": times.tolist()}
+    question = {"weights": digest_of(model), "config": plain(model.config), **said, "walk": times.tolist()}
     return Samples(n, model.image_shape, said, digest(question), images)
+
+
+def _walk(model: Model, times: Tensor) -> dict[str, Any]:
+    """The grid that gives these times, by name; else the times themselves."""
+    for name in GRIDS.classes:
+        found = model.times(len(times) - 1, name)
+        if len(found) == len(times) and bool((found == times).all()):
+            return {"grid": name}
+    return {"times": times[:-1].tolist()}
 
 
 def digest_of(model: Model) -> str:
@@ -119,24 +130,38 @@ def evaluations(model: Model, how: Drawing) -> int:
 
 
 def given(source: Real, n: int | None, spec: str) -> Samples:
-    """Images that are there already, by whatever they were made; the first n, or all."""
+    """Images that are there already, by whatever they were made; the first n, or all. UsageError for less than 2."""
     if n is not None and n > len(source):
         raise UsageError(f"{spec} has {len(source):,} images, and -n {n} is more; give fewer, or leave -n out")
     n = len(source) if n is None else n
-    return Samples(
-        n, source.image_shape, {"samples": spec}, source.fingerprint(), lambda index: source.gather(index)[0], False
-    )
+    if n < 2:
+        raise UsageError(f"{spec} has 1 image, and a distance needs 2 or more; give more")
+    digest, note = source.fingerprint(), note_of(source)
+    said = {"source": spec, "fingerprint": digest} | ({"made": note} if note else {})
+    return Samples(n, source.image_shape, said, digest, lambda index: source.gather(index)[0], False)
 
 
-def open_samples(spec: str, size: int | tuple[int, int] | None, reading: Reading = PLAIN) -> ArraySource:
-    """The images of a folder, zip or npz in their own size. Raises DataError where they differ in size."""
-    return open_source(spec, size, None, reading)
+def open_samples(spec: str | Tensor, size: Size, reading: Reading = PLAIN, skip_bad: bool = False) -> ArraySource:
+    """The images of a folder, zip, npz or tensor in that size, or in their own. DataError where these differ."""
+    if isinstance(spec, Tensor):
+        return unify(ArraySource(spec.cpu()), size, reading.channels)
+    return open_source(spec, size, reading.channels, reading, skip_bad=skip_bad)
 
 
 def open_real(spec: str, shape: Shape, split: str, reading: Reading, skip_bad: bool) -> Real:
     """The images of a data set in the shape of the samples."""
     c, h, w = shape
     return open_data(spec, (h, w), c, reading, skip_bad, split=split)
+
+
+def refuse_other_colours(source: Source, c: int, spec: str) -> None:
+    """DataError for a reference that had to be made grey or RGB, as the samples are, in most of its images."""
+    other = 3 if c == 1 else 1
+    if 2 * count(source.made, "made grey" if c == 1 else "made RGB") > len(source):
+        raise DataError(
+            f"the samples are {channels(c)} and {spec} is {channels(other)}, so a distance would mostly say that; give "
+            "--set data.channels=1 to compare both in grey, or 3 for RGB, if that is meant"
+        )
 
 
 def note_of(source: Source) -> str:

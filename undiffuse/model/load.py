@@ -17,7 +17,7 @@ from undiffuse.interop.diffusers_files import absent, is_folder
 from undiffuse.interop.torchfile import PICKLES
 from undiffuse.machine import dist, log, store
 from undiffuse.machine.device import choose
-from undiffuse.machine.tensorfile import read_weights, write_weights
+from undiffuse.machine.tensorfile import begins_as_weights, read_weights, write_weights
 from undiffuse.model import average
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
@@ -76,12 +76,12 @@ def shipped() -> dict[str, Path]:
 
 
 def holds_model(source: str | Path) -> bool:
-    """Whether a path or a name is that of a model, by what is there; nothing is read."""
+    """Whether a path or a name is that of a model, by what is there; of a file its first bytes are read."""
     path = Path(source)
     if not path.exists():
         return str(source) in shipped()
     if path.is_file():
-        return path.suffix == ".safetensors" or path.suffix in PICKLES
+        return path.suffix == ".safetensors" or path.suffix in PICKLES or begins_as_weights(path)
     return is_folder(path) or (path / BEST).exists() or store.is_checkpoint(path) or bool(store.Run(path).steps())
 
 

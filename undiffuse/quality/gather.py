@@ -21,7 +21,7 @@ from undiffuse.errors import Corrupt
 from undiffuse.machine import disk, dist
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.quality.feature.base import Extractor
-from undiffuse.quality.metric.base import Features
+from undiffuse.quality.metric.base import Features, refuse_not_finite
 
 FORMAT, IMAGES = 1, "images"
 
@@ -95,7 +95,8 @@ def gather(
 ) -> None:
     """Gives the features of this process's share of n images to `take(extractor's name, features, numbers)`.
 
-    `timed` is told the seconds of the first batch that is not read from `kept`.
+    `timed` is told the seconds of the first batch that is not read from `kept`. Raises NotFiniteError, before anything
+    of that batch is kept, for features with NaN or infinity in them.
     """
     for first in firsts(n, batch):
         index = torch.arange(first, min(first + batch, n), dtype=torch.int64, device="cpu")
@@ -104,6 +105,9 @@ def gather(
             began = time.monotonic()
             pictures = images(index)
             found = {each.name: on_cpu(each(pictures)) for each in extractors}
+            for features in found.values():
+                for part in features.parts():
+                    refuse_not_finite(features[part], index, part)
             if kept is not None:
                 kept.write(first, found, pictures)
             if timed is not None:
@@ -138,7 +142,7 @@ def _sent(tensor: Tensor, source: int) -> Tensor:
     shape = torch.tensor(tensor.shape, dtype=torch.int64, device="cpu")
     dist.share([shape], source)
     sent = (
-        tensor.contiguous() if dist.rank() == source else torch.empty(*shape.tolist(), dtype=tensor.dtype, device="cpu")
+        tensor.contiguous() if dist.rank() == source else torch.empty(shape.tolist(), dtype=tensor.dtype, device="cpu")
     )
     if sent.numel():
         dist.share([sent], source)

@@ -23,8 +23,9 @@ from undiffuse.quality.metric.base import F64, Moments
 
 FORMAT = 1
 NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-OWN = ("extractor", "sha256", "resize", "data", "fingerprint")  # keys of ours, each one text
+OWN = ("extractor", "sha256", "resize", "data", "fingerprint", "images")  # keys of ours, each one text
 LIMIT = 1 << 31  # bytes of a file that is read
+MANY = 1 << 30  # images of a file that does not say how many, so that none of its metrics finds them too few
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Statistics:
     @property
     def n(self) -> int | None:
         """How many images, None where the file does not say."""
-        return self.moments["pool"].n if "extractor" in self.said else None
+        return None if self.moments["pool"].n == MANY else self.moments["pool"].n
 
     def check(self, extractor: Extractor, where: str) -> None:
         """Raises UsageError that names both sides unless these are of that extractor's features."""
@@ -88,7 +89,7 @@ def read(path: Path) -> Statistics:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             if "format" in arrays.files:
                 refuse_newer(path, arrays["format"].item())
-            n = int(arrays["n"]) if "n" in arrays.files else 2
+            n = int(arrays["n"]) if "n" in arrays.files else MANY
             said = {key: str(arrays[key]) for key in OWN if key in arrays.files}
             moments = {
                 part: _moments(arrays, names, n, path) for part, names in NAMES.items() if names[0] in arrays.files
@@ -96,18 +97,23 @@ def read(path: Path) -> Statistics:
     # What numpy and zip make of bytes that are not theirs.
     except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise Corrupt(f"{path} cannot be read as statistics ({error}); make it anew") from error
+    if "pool" not in moments or n < 2:
+        what = "it has no mu" if "pool" not in moments else f"n = {n}, which has no covariance"
+        raise Corrupt(f"{path} cannot be read as statistics: {what}; make it anew")
     return Statistics(moments, said)
 
 
 def _moments(arrays: Any, names: tuple[str, str], n: int, path: Path) -> Moments:
     mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not mean.size or covariance.shape != (len(mean), len(mean)):
         raise Corrupt(
             f"{path}: {names[0]} of {list(mean.shape)} and {names[1]} of {list(covariance.shape)} are no mean and "
             "covariance of one set; expected [d] and [d, d]"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise Corrupt(f"{path}: {names[0]} or {names[1]} holds NaN or infinity; make it anew")
+    if not np.allclose(covariance, covariance.T, rtol=1e-6) or covariance.diagonal().min() < 0:
+        raise Corrupt(f"{path}: {names[1]} is no covariance: it is not symmetric, or a variance is negative")
     return Moments.of(n, *(torch.from_numpy(array).to(F64) for array in (mean, covariance)))
 
 

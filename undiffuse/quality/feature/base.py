@@ -78,10 +78,10 @@ class Extractor:
             )
         if self.resize == "none" and self.size is not None and self.size != side:
             height, width = self.size
-            wanted = height if height == width else f"[{height},{width}]"
+            wanted = height if height == width else f"{height}x{width}"
             raise UsageError(
                 f"images of {'×'.join(map(str, side))} cannot be seen by {self.name}, which takes {height}×{width} and "
-                f"resizes none; give --set data.size={wanted}, or other --features"
+                f"resizes none; give --size {wanted} for pictures, or other --features"
             )
 
     def note(self, channels: int) -> str | None:

@@ -226,9 +226,13 @@ class Metric(ABC):
 
     def check(self, samples: Summary, reference: Summary | None) -> None:
         """Raises UsageError for sets too small for this metric."""
-        for summary, what in ((samples, "sample"), (reference, "reference image")):
-            if summary is not None and summary.n < self.least:
-                given = f"1 {what} is" if summary.n == 1 else f"{summary.n} {what}s are"
+        self.enough(samples.n, None if reference is None else reference.n)
+
+    def enough(self, samples: int, reference: int | None) -> None:
+        """The same for so many images."""
+        for n, what in ((samples, "sample"), (reference, "reference image")):
+            if n is not None and n < self.least:
+                given = f"1 {what} is" if n == 1 else f"{n} {what}s are"
                 raise UsageError(
                     f"{given} too few for {METRICS.name_of(self)}, which needs {self.least}; give more, or leave it out"
                 )
