@@ -104,6 +104,7 @@ CLASSES = {
     "grid": (GRIDS, "my_grid:EvenLogsnr"),
     "density": (DENSITIES, "my_density:Power"),
     "metric": (METRICS, "my_metric:MeanShift"),
+    "features": (FEATURES, "my_features:Colours"),
 }
 
 
@@ -140,6 +141,14 @@ def test_the_schedule(mine):
     assert (betas ** (1 / 3)).diff().std() < 1e-15
     assert torch.allclose(process.time(process.logsnr(t)), t, rtol=1e-9)
     assert (process.logsnr(t).diff() < 0).all()
+
+
+def test_the_features(mine):
+    extractor = mine("features", levels=4).open(torch.device("cpu"))
+    images = torch.tensor([0, 63, 64, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+    wanted = torch.tensor([[0.5, 0.25, 0, 0.25]] * 3).view(1, 12)
+    assert torch.equal(extractor(images).pool, wanted) and extractor.dimensions == {"pool": 12}
+    assert extractor.name == CLASSES["features"][1] and extractor.named("{fd}") == "FD-colours"
 
 
 @pytest.mark.parametrize("process", [Linear(), Cosine(), Edm(), Straight()])

@@ -10,6 +10,7 @@ from undiffuse.diffusion.objective import OBJECTIVES
 from undiffuse.diffusion.process import PROCESSES
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.network.base import NETWORKS
+from undiffuse.quality.feature.base import FEATURES
 
 NAMES = {
     GRIDS: "even karras",
@@ -20,6 +21,7 @@ NAMES = {
     NETWORKS: "unet",
     OBJECTIVES: "simple vlb hybrid min-snr",
     SAMPLERS: "ancestral ddim heun",
+    FEATURES: "inception dinov2 efflite0 classifier-28 classifier-emoji",
 }
 MEMBERS = [pytest.param(table, name, id=f"{table.kind}-{name}") for table in NAMES for name in NAMES[table].split()]
 

@@ -11,7 +11,7 @@ from undiffuse.quality.feature import inception
 from undiffuse.quality.feature.base import open_features
 from undiffuse.quality.feature.inception import AVERAGE, BLOCKS, FILES, MAXIMUM, POOLS, SHA256, InceptionNetwork
 from undiffuse.quality.feature.resize import tf1
-from undiffuse.quality.feature.weights import ready, weights_folder
+from undiffuse.quality.feature.weights import in_cache, ready, weights_folder
 
 CPU = torch.device("cpu")
 
@@ -33,10 +33,10 @@ def wanted():
 
 
 @torch.no_grad()
-def ours(weights):
+def ours(weights, count=2):
     network = InceptionNetwork()
     network.take(weights)
-    return ready(network, CPU)((tf1(pictures(), (299, 299)) - 128) / 128)
+    return ready(network, CPU)((tf1(pictures()[:count], (299, 299)) - 128) / 128)
 
 
 def apart(one, other):
@@ -45,18 +45,18 @@ def apart(one, other):
 
 def test_the_network_is_torch_fidelitys(weights, wanted):
     pool, logits, biased, _ = wanted
-    made = ours(weights)
+    made = ours(weights, 4)
     assert made.pool.shape == (4, 2048) and made.logits.shape == (4, 1008)
     assert apart(made.pool, pool) < 1e-5 and apart(made.logits, logits) < 1e-5
     assert apart(made.logits, biased) > 0.1
     # The weights are such that this says something: features are of the order of one, and each image has its own.
     assert 0.5 < pool.std() < 2 and 0.5 < logits.std() < 2
-    assert pool.std(0).mean() > 1000 * 1e-5 and logits.std(0).mean() > 1000 * 1e-5
+    assert pool.std(0).mean() > 0.02 and logits.std(0).mean() > 0.02
 
 
 def test_spatial_features_are_the_seven_first_channels_of_mixed_6_conv(weights, wanted):
     """ADM takes mixed_6/conv:0 [..., :7] of [b, 17, 17, 192]; in that graph mixed_6 is what is called Mixed_6d here."""
-    made, inside = ours(weights).spatial, wanted[3]
+    made, inside = ours(weights, 4).spatial, wanted[3]
     assert inside.shape == (4, 192, 17, 17) and made.shape == (4, 17 * 17 * 7)
     assert apart(made, inside.permute(0, 2, 3, 1)[..., :7].reshape(4, -1)) < 1e-5
     assert float(made[2, (5 * 17 + 11) * 7 + 3]) == pytest.approx(float(inside[2, 3, 5, 11]), abs=1e-5)
@@ -65,18 +65,18 @@ def test_spatial_features_are_the_seven_first_channels_of_mixed_6_conv(weights, 
 
 def test_averages_that_count_the_padding_would_be_seen(weights, wanted, monkeypatch):
     monkeypatch.setitem(POOLS, AVERAGE, torch.nn.AvgPool2d(3, 1, 1))
-    assert apart(ours(weights).pool, wanted[0]) > 1e-2
+    assert apart(ours(weights).pool, wanted[0][:2]) > 1e-2
 
 
 @pytest.mark.parametrize("block, pool", [("Mixed_7b", MAXIMUM), ("Mixed_7c", AVERAGE)])
 def test_the_other_pool_in_a_last_block_would_be_seen(weights, wanted, monkeypatch, block, pool):
     monkeypatch.setitem(BLOCKS, block, inception._e(pool))
-    assert apart(ours(weights).pool, wanted[0]) > 1e-2
+    assert apart(ours(weights).pool, wanted[0][:2]) > 1e-2
 
 
 def test_branches_in_another_order_would_be_seen(weights, wanted, monkeypatch):
     monkeypatch.setitem(BLOCKS, "Mixed_7c", BLOCKS["Mixed_7c"][::-1])
-    assert apart(ours(weights).pool, wanted[0]) > 1e-2
+    assert apart(ours(weights).pool, wanted[0][:2]) > 1e-2
 
 
 def test_all_tensors_of_the_file_are_used(weights):
@@ -97,21 +97,26 @@ def pinned(weights, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_whole_way_from_a_file_in_the_cache(pinned, wanted, tmp_path, monkeypatch, name):
+def test_the_whole_way_from_a_file_in_the_cache(pinned, wanted, tmp_path, monkeypatch):
     monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path))
-    path = pinned(weights_folder() / name)
-    assert path == tmp_path / "weights" / name
-    extractor = open_features("inception")
-    made = extractor(pictures())
-    assert apart(made.pool, wanted[0]) < 1e-5 and apart(made.logits, wanted[1]) < 1e-5
+    path = pinned(weights_folder() / FILES[1])
+    assert path == tmp_path / "weights" / FILES[1]
+    extractor, another = open_features("inception"), open_features("inception", weights=path, resize="torch")
+    made = extractor(pictures()[:2])
+    assert apart(made.pool, wanted[0][:2]) < 1e-5 and apart(made.logits, wanted[1][:2]) < 1e-5
+    assert apart(another(pictures()[:2]).pool, made.pool) > 1e-3
     assert extractor.title == "FID" and extractor.named("{is}") == "IS" and extractor.named("{sfd}") == "sFID"
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert extractor.identity == {"extractor": "inception", "sha256": sha256, "resize": "tf1 299x299"}
-    others = [open_features("inception", weights=path, resize=resize) for resize in ("pil", "torch")]
-    assert [each.resize for each in others] == ["pil 299x299", "torch 299x299"]
-    for other in others if name == FILES[0] else ():
-        assert apart(other(pictures()).pool, made.pool) > 1e-3
+    assert extractor.identity == {"extractor": "inception", "sha256": inception.SHA256, "resize": "tf1 299x299"}
+    assert another.resize == "torch 299x299"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_both_known_names_are_looked_for(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path))
+    assert in_cache(FILES) is None
+    weights_folder().mkdir()
+    (weights_folder() / name).touch()
+    assert in_cache(FILES) == tmp_path / "weights" / name
 
 
 def test_what_is_pinned_is_the_published_file():

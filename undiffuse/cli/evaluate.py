@@ -57,7 +57,8 @@ FeatureWeightsOpt = Annotated[
     typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
 ]
 ResizeOpt = Annotated[
-    str | None, typer.Option("--resize", help="How images get the size that the extractor wants: tf1, pil or torch")
+    str | None,
+    typer.Option("--resize", help="How images get the size that the extractor wants: tf1, pil, pil-uint8 or torch"),
 ]
 SplitOpt = Annotated[str, typer.Option("--split", help="Compare with the training images (train) or the others (test)")]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="The first seed, 0 unless given, as that of `sample`")]
