@@ -135,17 +135,21 @@ def evaluate(
     model, chosen = _model(samples, drawing, device, clip)
     reading = reading_of(settings, model.data if model else None, fixed=("channels",) if model else ())
     named = tuple(features or ("auto",)), tuple(metrics or ())
-    sides = None if size is None else parse_sides("--size", size)
-    pair = None if sides is None else (sides[0], sides[-1])
-    query = Query(*named, feature_weights, resize, split, pair, reading, skip_bad)
-    say = log.say if dist.is_first() and not as_json else log.silent
+    query = Query(*named, feature_weights, resize, split, _pair(size), reading, skip_bad)
     with dist.joined(dist.LONG):
         found = evaluate(
             model or samples, data, query, n=n, steps=chosen, solver=solver, eta=eta, label=label, seed=seed,
             seeds=seeds, batch=batch, out=out, keep_images=keep_images, save_statistics=save_statistics,
-            named=samples, device=device, ticking=lambda what, total: ticking(total, what, as_json), say=say,
+            named=samples, device=device, ticking=lambda what, total: ticking(total, what, as_json),
+            say=log.say if dist.is_first() and not as_json else log.silent,
         )  # fmt: skip
     _show(found, out, as_json)
+
+
+def _pair(size: str | None) -> tuple[int, int] | None:
+    """(height, width) of --size."""
+    sides = None if size is None else parse_sides("--size", size)
+    return None if sides is None else (sides[0], sides[-1])
 
 
 def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "tuple[Model | None, Steps]":
