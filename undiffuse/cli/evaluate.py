@@ -31,6 +31,7 @@ from undiffuse.cli.tools import JsonOpt, show
 from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
+    from undiffuse.data.picture import Reading
     from undiffuse.measure.scores import Result
     from undiffuse.model.model import Model, Steps
 
@@ -133,9 +134,8 @@ def evaluate(
     writable(save_statistics, overwrite, picture=False)
     drawing: dict[str, Any] = {"steps": steps, "times": times, "grid": grid, "variance": variance, "weights": weights}
     model, chosen = _model(samples, drawing, device, clip)
-    reading = reading_of(settings, model.data if model else None, fixed=("channels",) if model else ())
     named = tuple(features or ("auto",)), tuple(metrics or ())
-    query = Query(*named, feature_weights, resize, split, _pair(size), reading, skip_bad)
+    query = Query(*named, feature_weights, resize, split, _pair(size), _reading(settings, model), skip_bad)
     with dist.joined(dist.LONG):
         found = evaluate(
             model or samples, data, query, n=n, steps=chosen, solver=solver, eta=eta, label=label, seed=seed,
@@ -144,6 +144,11 @@ def evaluate(
             say=log.say if dist.is_first() and not as_json else log.silent,
         )  # fmt: skip
     _show(found, out, as_json)
+
+
+def _reading(settings: list[str] | None, model: "Model | None") -> "Reading":
+    """How DATA is read, as --set says; a model knows the rest, and its channels."""
+    return reading_of(settings, model.data if model else None, fixed=("channels",) if model else ())
 
 
 def _pair(size: str | None) -> tuple[int, int] | None:
