@@ -117,9 +117,8 @@ def evaluate(
 ) -> None:
     """Measure how near samples are to real images: FID and its kin, with the protocol.
 
-    A model draws its samples, or pictures that are there already are judged. Each number stands beside the one that
-    real images get, which is the least that can be reached. What must be the same for the number to be the same is
-    printed with it. DATA may be an .npz of statistics, with mu and sigma.
+    A model draws, or pictures that are there already are judged. Each score stands beside that of real images, which is
+    the least that can be reached, and with all that it depends on. DATA may be an .npz of statistics (mu and sigma).
 
     Examples:
 

@@ -101,16 +101,13 @@ def evaluate(
     if isinstance(samples, (str, Path)) and holds_model(samples):
         model = load(samples, device)
     if model is not None:
-        if query.size is not None:
-            raise UsageError("size is for samples that are there already; a model draws in its own, so leave it out")
-        how, first = Drawing(steps, solver or "ancestral", eta, label), whole("seed", 0 if seed is None else seed)
+        first, how = whole("seed", 0 if seed is None else seed), Drawing(steps, solver or "ancestral", eta, label)
         every = [sets.drawn_by(model, how, n or DRAWN, first + k) for k in range(count)]
     else:
         given = {"seeds": None if count == 1 else count, "seed": seed, "steps": steps, "solver": solver, "eta": eta}
         _refuse_for_pictures(samples, given | {"label": label, "keep_images": keep_images or None})
         every = [_pictures(samples, n, query, say)]
-    reading = query.reading or (PLAIN if model is None else model.data.reading)
-    read = partial(_real, _spec(data), every[0], reading, query.skip_bad, say)
+    read = partial(_real, _spec(data), every[0], _reading(query, model), query.skip_bad, say)
     reference = _reference(_spec(data), query.split, read)
     floor = None if reference.images is None else sets.floor(reference.images, query.split, every[0].n, read)
     judges = query.judges(choose(device) if model is None else model.device, every[0].shape)
@@ -129,6 +126,18 @@ def _query(given: Query | str | Sequence[str] | None) -> Query:
     if not isinstance(given, (str, Sequence)):
         raise UsageError(f"features = {given!r} is not possible; give a name, a list of names, or a Query")
     return Query((given,) if isinstance(given, str) else tuple(given))
+
+
+def _reading(query: Query, model: Model | None) -> tuple[Reading, bool]:
+    """How DATA is read, and whether its range was given for it, not for what the model was trained on."""
+    if model is None:
+        reading = query.reading or PLAIN
+        return reading, reading.range is not None
+    if query.size is not None:
+        raise UsageError("size is for samples that are there already; a model draws in its own, so leave it out")
+    trained = model.data.reading
+    reading = query.reading or trained
+    return reading, reading.range not in (None, trained.range)
 
 
 def _spec(data: str | Path | Sequence[str | Path]) -> str:
@@ -191,14 +200,16 @@ def _pictures(samples: Any, n: int | None, query: Query, say: Callable[[str], No
 
 
 def _real(
-    spec: str, samples: Samples, reading: Reading, skip_bad: bool, say: Callable[[str], None], split: str
+    spec: str, samples: Samples, how: tuple[Reading, bool], skip_bad: bool, say: Callable[[str], None], split: str
 ) -> Real:
     """A split of the data in the shape of the samples; what is made of it is said."""
-    shape = samples.shape
+    shape, (reading, is_meant) = samples.shape, how
     source = sets.open_real(spec, shape, split, reading, skip_bad)
     if not samples.are_drawn and reading.channels is None:
         sets.refuse_other_colours(source, shape[0], spec)
-    remark.refuse(source, spec, split, reading, is_meant=reading.range is not None)
+    remark.refuse(source, spec, split, reading, is_meant)
+    if not is_meant:
+        remark.refuse_clipped(source, reading)
     for text in (made.line(source.made, len(source), shape), remark.left_out(source)):
         if text:
             say(f"{split}: {text}")
