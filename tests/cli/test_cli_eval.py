@@ -68,8 +68,7 @@ def test_statistics_that_are_saved_are_data(folder, call, tmp_path):
 
 
 def test_size_and_channels_are_for_both(folder, call):
-    # Noise below transparency, on white: three channels.
-    found = score(call, folder / "SHEET", "digits", "--size", "4x6", "--set", "data.channels=3")
+    found = score(call, folder / "SHEET", "digits", "--metric", "frechet", "--size", "4x6", "--set", "data.channels=3")
     assert found["protocol"]["images"] == "6×4 RGB, uint8"
     assert "1,500 made RGB" in found["protocol"]["reference"]["made"]
     assert "8 made RGB" in found["protocol"]["samples"]["made"]
