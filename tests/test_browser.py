@@ -139,7 +139,7 @@ def test_the_site_fits_a_phone(site, tmp_path, dark):
 def test_the_home_page_on_a_desk(site, tmp_path):
     (page,), _ = look([site[0] / "index.html"], tmp_path, False, (1280, 900))
     assert complaints(page, False, 1280) == []
-    assert page["links"][:4] == ["Home", "Getting started", "Concepts", "The paper"]
+    assert page["links"][:4] == ["Home", "Getting started", "Concepts", "Evaluation"]
 
 
 def test_the_search_works_from_a_disk(site, tmp_path):

@@ -98,9 +98,9 @@ def test_features_by_hand():
     "name, shape, said",
     [
         ("classifier-28", (1, 32, 32), "images of 32×32 cannot be seen by classifier-28, which takes 28×28 and resizes "
-         "none; give --set data.size=28, or other --features"),
+         "none; give --size 28 for pictures, or other --features"),
         ("classifier-emoji", (3, 32, 40), "images of 32×40 cannot be seen by classifier-emoji, which takes 32×32 and "
-         "resizes none; give --set data.size=32, or other --features"),
+         "resizes none; give --size 32 for pictures, or other --features"),
         ("classifier-28", (3, 28, 28), "images of 3 channels cannot be seen by classifier-28, which takes grey images; "
          "give --set data.channels=1, or other --features"),
         ("classifier-emoji", (4, 32, 32), "images of 4 channels cannot be seen by classifier-emoji, which takes grey "
