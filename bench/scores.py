@@ -20,8 +20,7 @@ from machine import machine, publish
 from undiffuse.machine import disk
 from undiffuse.machine.device import choose, name_of
 from undiffuse.measure.evaluate import Query, evaluate
-from undiffuse.measure.sets import digest_of
-from undiffuse.model.load import load
+from undiffuse.model.load import digest_of, load
 
 HERE = Path(__file__).parent
 CHAINS = {

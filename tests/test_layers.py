@@ -23,7 +23,7 @@ ROWS = tuple(
     (place, tuple(names.split()))
     for place, names in (
         ("", "errors strict key config figure"),
-        ("machine", "disk log lock tensorfile store sink dist watch device"),
+        ("machine", "disk log lock tensorfile arrayfile store sink dist watch device"),
         ("network", "base block attention resample unet"),
         ("diffusion", "process grid density gaussian denoiser objective likelihood flow sampler/"),
         (

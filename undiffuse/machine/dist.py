@@ -41,6 +41,11 @@ def together() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def turns(count: int, batch: int) -> range:
+    """The first of each batch that is this process's, where the processes take turns at `count` in batches."""
+    return range(rank() * batch, count, size() * batch)
+
+
 @contextmanager
 def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
     """Inside, the processes that were started together can sum; a process started alone is not affected.

@@ -156,7 +156,7 @@ def _refuse_statistics(path: Path, judges: Sequence[Judge], reference: Reference
 def _write_statistics(path: Path, found: Result, judge: Judge, reference: Reference) -> None:
     assert reference.images is not None
     said = judge.extractor.identity | {"data": f"{reference.spec}, {reference.split}"}
-    said |= {"fingerprint": reference.images.fingerprint(), "images": _shape(reference.images.image_shape)}
+    said |= {"fingerprint": reference.fingerprint or "", "images": sets.words_of(reference.images.image_shape)}
     statistics.write(path, Statistics(found.references[judge.extractor.name].moments(), said))
 
 
@@ -193,7 +193,7 @@ def _pictures(samples: Any, n: int | None, query: Query, say: Callable[[str], No
     except Error as error:
         raise type(error)(f"samples: {error}") from error
     what = made.line(source.made, len(source), source.image_shape)
-    say(f"samples from {spec}: {what or f'{len(source):,} images of {_shape(source.image_shape)}'}")
+    say(f"samples from {spec}: {what or f'{len(source):,} images of {sets.words_of(source.image_shape)}'}")
     if left_out := remark.left_out(source):
         say(f"samples from {spec}: {left_out}")
     return sets.given(source, n, spec)
@@ -222,8 +222,3 @@ def _reference(spec: str, split: str, read: Callable[[str], Real]) -> Reference:
     known = statistics.read(Path(spec)) if statistics.is_statistics(spec) else None
     images = read(split) if known is None or statistics.has_images(spec) else None
     return Reference(spec.replace("\n", ", "), split, images, known, "" if images is None else sets.note_of(images))
-
-
-def _shape(shape: Shape) -> str:
-    c, h, w = shape
-    return f"{w}×{h} {made.channels(c)}"

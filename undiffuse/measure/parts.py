@@ -3,10 +3,7 @@
 The processes of a run take turns at the batches.
 """
 
-import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,12 +16,13 @@ from torch import Tensor
 
 from undiffuse.config import plain
 from undiffuse.data.source import Source
-from undiffuse.errors import Corrupt, UsageError
+from undiffuse.errors import UsageError
 from undiffuse.machine import disk, dist
+from undiffuse.machine.arrayfile import reading_arrays, write_arrays
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.measure.claim import FORMAT, QUERY, check
 from undiffuse.model.classes import ALL, RANDOM, Told, told_of
-from undiffuse.model.load import weights_of
+from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model
 
 P = TypeVar("P")
@@ -57,21 +55,13 @@ class Parts(Generic[P]):
         )
 
     def write(self, path: Path, part: P) -> None:
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {"format": np.array(FORMAT), **self.columns(part)}
-        np.savez(buffer, **arrays)
-        disk.write_atomic(path, buffer.getvalue())
+        write_arrays(path, {"format": np.array(FORMAT)} | self.columns(part))
 
     def read(self, path: Path, rows: int) -> P | None:
         """The first `rows` images of a finished batch; None where it was measured on fewer. Raises Corrupt."""
-        try:
-            with np.load(io.BytesIO(path.read_bytes())) as arrays:
-                version = arrays["format"].item()
-                refuse_newer(path, version)
-                part = self.kind(**{each.name: arrays[each.name] for each in fields(self.kind)})  # pyright: ignore
-        # What numpy, zip and the shapes that the dataclass declares make of bytes that are not ours.
-        except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-            raise Corrupt(f"{path} is damaged; delete it, and the same command measures that batch again") from error
+        with reading_arrays(path, "is damaged; delete it, and the same command measures that batch again") as arrays:
+            refuse_newer(path, arrays["format"].item())
+            part = self.kind(**{each.name: arrays[each.name] for each in fields(self.kind)})  # pyright: ignore
         least = min(len(array) for name, array in self.columns(part).items() if name not in self.shared)
         return None if least < rows else self.head(part, rows)
 
@@ -93,14 +83,9 @@ class Parts(Generic[P]):
         return self.kind(**every)
 
 
-def mine(count: int, batch: int) -> range:
-    """The first image of each batch that this process measures."""
-    return range(dist.rank() * batch, count, dist.size() * batch)
-
-
 def divided(count: int, batch: int) -> int:
     """How many of `count` images this process measures."""
-    return sum(min(first + batch, count) - first for first in mine(count, batch))
+    return sum(min(first + batch, count) - first for first in dist.turns(count, batch))
 
 
 def told(model: Model, source: Source, count: int, label: str | SupportsIndex | None, seed: int) -> Told:
@@ -125,7 +110,7 @@ def measured(
     Finished batches are kept in `out`, whose question is `claim`; `kept(part)` is called for those that were there.
     """
     found = []
-    for first in (firsts := mine(count, batch)):
+    for first in (firsts := dist.turns(count, batch)):
         rows = torch.arange(first, min(first + batch, count), dtype=torch.int64, device="cpu")
         path = None if out is None else out / f"part-{first:08d}.npz"
         part = None if path is None or not path.exists() else parts.read(path, len(rows))
@@ -150,7 +135,4 @@ def claimed(out: Path | None, model: Model, source: Source, question: dict[str, 
 
 def _digest(model: Model) -> str:
     config = {name: value for name, value in plain(model.config).items() if name != "variance"}
-    weights = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(weights_of(model.denoiser.network).items()):
-        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return weights.hexdigest()
+    return digest_of(model, json.dumps(config, sort_keys=True).encode())

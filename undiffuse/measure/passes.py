@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ class Reference:
     statistics: Statistics | None = None
     note: str = ""  # what was made of the images
 
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """That of the images, which are read whole for it; None where there are none."""
+        return None if self.images is None else self.images.fingerprint()
+
     def refuse(self, judge: Judge, n: int) -> None:
         """UsageError where these statistics are of other features, or n samples too few for a metric that is named."""
         known = {} if self.statistics is None else self.statistics.moments
@@ -83,7 +89,7 @@ class Reference:
         """For the protocol."""
         found: dict[str, Any] = {"data": self.spec}
         if self.images is not None:
-            found |= {"split": self.split, "images": len(self.images), "fingerprint": self.images.fingerprint()}
+            found |= {"split": self.split, "images": len(self.images), "fingerprint": self.fingerprint}
         if self.statistics is not None:
             found |= {"statistics": self.statistics.said or "of another tool, which does not say whose features"}
         return found | ({"made": self.note} if self.note else {})
@@ -112,7 +118,7 @@ def against(judge: Judge, reference: Reference, floor: Floor | None, ticking: Ti
             rest.update(features.some(~inside), index[~inside])
 
     if reference.images is not None:
-        _real(reference.images, judge.extractor, take, ticking, "reference images")
+        _real(reference.images, judge.extractor, take, ticking, "reference images", reference.fingerprint)
     if floor is not None and floor.images is not None:
         _real(floor.images, judge.extractor, lambda _, features, i: apart.update(features, i), ticking, "for the floor")
     found = whole.everywhere(exchange)
@@ -125,11 +131,13 @@ def against(judge: Judge, reference: Reference, floor: Floor | None, ticking: Ti
     )
 
 
-def _real(source: Source, extractor: Extractor, take: Take, ticking: Ticking, what: str) -> None:
+def _real(
+    source: Source, extractor: Extractor, take: Take, ticking: Ticking, what: str, fingerprint: str | None = None
+) -> None:
     """The features of real images, kept in the cache by their fingerprint and the extractor's identity."""
     n, kept = len(source), None
     if n * sum(extractor.dimensions.values()) * 4 <= MOST_KEPT:
-        key = claim.digest({"data": source.fingerprint(), "batch": REAL_BATCH} | extractor.identity)
+        key = claim.digest({"data": fingerprint or source.fingerprint(), "batch": REAL_BATCH} | extractor.identity)
         kept = Kept(disk.cache_folder() / "features" / key[:32])
     with ticking(f"{extractor.name}, {n:,} {what}", n) as tick:
         gather(lambda index: source.gather(index)[0], n, [extractor], take, REAL_BATCH, kept, tick)

@@ -1,6 +1,5 @@
 """How good samples are: every metric on every extractor's features, beside real images, with all that was chosen."""
 
-import io
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,16 +9,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 
 from undiffuse import __version__
-from undiffuse.data.made import channels
 from undiffuse.errors import UsageError
 from undiffuse.machine import disk, dist, log
+from undiffuse.machine.arrayfile import write_arrays
 from undiffuse.measure import claim
 from undiffuse.measure.passes import Against, Judge, Reference, Ticking, against, kept_of, over_samples, silent
-from undiffuse.measure.sets import Floor, Samples
+from undiffuse.measure.sets import Floor, Samples, words_of
 from undiffuse.quality.gather import Kept
 from undiffuse.quality.metric.base import METRICS, Gathered, Metric, compute
 
@@ -132,9 +130,7 @@ def _write_images(path: Path, samples: Samples, kept: Kept | None, batch: int) -
     """The images of the finished batches as one array, `arr_0` [n, h, w, c], as other tools read it."""
     assert kept is not None
     images = torch.cat([kept.read_images(first) for first in range(0, samples.n, batch)])
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
-    disk.write_atomic(path, buffer.getvalue())
+    write_arrays(path, {"arr_0": images.permute(0, 2, 3, 1).numpy()})
 
 
 def _of_all(say: Callable[[str], None], seeds: int) -> Callable[[str], None]:
@@ -159,7 +155,7 @@ def _rows(
         if judge.are_named:
             raise
         return _left_out(judge, metric, str(error), notes)
-    best, least = _floor(metric, samples, other, floor, values)
+    best, least = _floor(metric, samples, other, floor)
     rows = []
     for key, label in metric.labels.items():
         each = [value[key] for value in values]
@@ -186,7 +182,6 @@ def _floor(
     samples: Sequence[tuple[Gathered, Gathered]],
     other: Against,
     floor: Floor | None,
-    values: Sequence[Numbers],
 ) -> tuple[Numbers | None, Sequence[Numbers] | None]:
     """What real images score, and what samples do beside them, where that is another number or another reference."""
     if floor is None or other.floor is None or floor.n < metric.least:
@@ -210,9 +205,12 @@ def _warnings(rows: Sequence[Mapping[str, Any]], samples: Samples, reference: Re
     """Of samples that are the reference or of another size, and of few, with what is known of the bias."""
     n, total = samples.n, None if reference.images is None else len(reference.images)
     notes = []
-    if reference.images is not None and reference.images.fingerprint() == samples.digest:
+    if reference.fingerprint == samples.digest:
         notes.append(f"the samples are the images of {reference.spec} themselves, so that these scores say nothing")
-    shape, other = _images(samples), None if reference.statistics is None else reference.statistics.said.get("images")
+    shape, other = (
+        words_of(samples.shape),
+        None if reference.statistics is None else reference.statistics.said.get("images"),
+    )
     if other not in (None, shape):
         notes.append(f"{reference.spec} was made of images of {other}, and these samples are {shape}")
     enough = ENOUGH if total is None or total >= ENOUGH else ENOUGH_OF_FEW
@@ -241,7 +239,7 @@ def _protocol(
     seeds = {} if len(sets) == 1 else {"seed": [each.said.get("seed") for each in sets]}
     return {
         "n": sets[0].n,
-        "images": f"{_images(sets[0])}, uint8",
+        "images": f"{words_of(sets[0].shape)}, uint8",
         "samples": sets[0].said | seeds,
         **about,
         "reference": reference.said(),
@@ -251,11 +249,6 @@ def _protocol(
         "date": date.today().isoformat(),
         "versions": {"undiffuse": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-
-
-def _images(samples: Samples) -> str:
-    c, h, w = samples.shape
-    return f"{w}×{h} {channels(c)}"
 
 
 def _features(judge: Judge, count: int) -> dict[str, Any]:

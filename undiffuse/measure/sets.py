@@ -1,6 +1,5 @@
 """The sets of images that an evaluation looks at: samples, the reference, and real images apart from it."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from undiffuse.key import Key
 from undiffuse.machine.device import name_of as device_name
 from undiffuse.measure.claim import digest
 from undiffuse.model.classes import Label, drawn
-from undiffuse.model.load import weights_of
+from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model, Steps, to_uint8
 
 Real = ArraySource | PackedSource
@@ -91,27 +90,12 @@ def _walk(model: Model, times: Tensor) -> dict[str, Any]:
     return {"times": times[:-1].tolist()}
 
 
-def digest_of(model: Model) -> str:
-    """sha256 of a model's weights, by name."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(weights_of(model.denoiser.network).items()):
-        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
 def said_of(model: Model, source: Any) -> dict[str, Any]:
     """What a protocol says of a model."""
-    said = {"source": "from Python" if isinstance(source, Model) else str(source), "sha256": digest_of(model)}
+    how = {"parameterisation": plain(model.config)["parameterisation"]["name"], "precision": "float32"}
     known = {key: model.meta[key] for key in ("weights", "step") if key in model.meta}
-    return (
-        said
-        | known
-        | {
-            "parameterisation": plain(model.config)["parameterisation"]["name"],
-            "precision": "float32",
-            "device": device_name(model.device),
-        }
-    )
+    named = "from Python" if isinstance(source, Model) else str(source)
+    return {"source": named, "sha256": digest_of(model)} | known | how | {"device": device_name(model.device)}
 
 
 def evaluations(model: Model, how: Drawing) -> int:
@@ -204,8 +188,12 @@ def floor(source: Real, split: str, n: int, read: Callable[[str], Real]) -> Floo
 
 def spread_over(source: Real, n: int) -> Source:
     """n images of a source, evenly, since data may be in the order of their classes; all where there are no more."""
-    return (
-        source
-        if n >= len(source)
-        else Subset(source, torch.tensor(spread(len(source), n), dtype=torch.int64, device="cpu"))
-    )
+    if n >= len(source):
+        return source
+    return Subset(source, torch.tensor(spread(len(source), n), dtype=torch.int64, device="cpu"))
+
+
+def words_of(shape: Shape) -> str:
+    """`28×28 grey`."""
+    c, h, w = shape
+    return f"{w}×{h} {channels(c)}"

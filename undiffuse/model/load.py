@@ -1,5 +1,6 @@
 """Models from and to files: run folders, checkpoints, exported folders, single files, and those in the package."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -34,6 +35,14 @@ def clean(name: str) -> str:
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """The weights of a network by their own names, whatever it is wrapped in."""
     return {clean(name): tensor for name, tensor in network.state_dict().items()}
+
+
+def digest_of(model: Model, before: bytes = b"") -> str:
+    """sha256 of what stands before, and of the weights of a model by name."""
+    found = hashlib.sha256(before)
+    for name, tensor in sorted(weights_of(model.denoiser.network).items()):
+        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], what: str) -> None:

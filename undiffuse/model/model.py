@@ -188,7 +188,7 @@ class Model:
         n, batch = self.count(whole("n", n, 1), label), whole("batch", batch, 1)
         told, keys, batch = self.told(label, n, seed), Key(seed).fold("sample").rows(n), _share(n, batch)
         images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8, device="cpu"), self.times(steps)
-        for i in range(dist.rank() * batch, n, dist.size() * batch):
+        for i in dist.turns(n, batch):
             cond = told.conditioning.at(slice(i, i + batch))
             x = self.chain(keys[i : i + batch], times, self.sampler(solver), cond, progress=progress)
             images[i : i + batch] = to_uint8(x)
@@ -202,7 +202,7 @@ class Model:
     def sampling_steps(self, n: int, steps: Steps = None, batch: int = 64) -> int:
         """How many steps of a batch `sample` takes in this process, of which each has a batch if there are enough."""
         batch = _share(n, batch)
-        return len(range(dist.rank() * batch, n, dist.size() * batch)) * (len(self.times(steps)) - 1)
+        return len(dist.turns(n, batch)) * (len(self.times(steps)) - 1)
 
     def times(self, steps: Steps = None, grid: str | Grid | None = None) -> Float[Tensor, "times"]:
         """The times that sampling walks: all of the table, that many steps of a grid, or these times and 0.

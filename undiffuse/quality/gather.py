@@ -4,9 +4,7 @@ Batches are divided among the processes of a run. With a folder each finished ba
 goes on where it was.
 """
 
-import io
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from undiffuse.errors import Corrupt
-from undiffuse.machine import disk, dist
+from undiffuse.machine import dist
+from undiffuse.machine.arrayfile import reading_arrays, write_arrays
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.quality.feature.base import Extractor
 from undiffuse.quality.metric.base import Features, refuse_not_finite
@@ -47,23 +45,18 @@ class Kept:
         }
         if self.images:
             arrays[IMAGES] = images.numpy()
-        buffer = io.BytesIO()
-        np.savez(buffer, format=np.array(FORMAT), **arrays)
-        disk.write_atomic(self.path(first), buffer.getvalue())
+        write_arrays(self.path(first), {"format": np.array(FORMAT)} | arrays)
 
     def read(self, first: int, rows: int, extractors: Sequence[Extractor]) -> Found | None:
         """The features of a finished batch; None if it is not there, or holds less. Raises Corrupt."""
-        try:
-            with np.load(io.BytesIO(self.path(first).read_bytes())) as arrays:
-                refuse_newer(self.path(first), arrays["format"].item())
-                if self.images and IMAGES not in arrays.files:
-                    return None
-                found = {each.name: _features(arrays, each) for each in extractors}
-        except FileNotFoundError:
+        path = self.path(first)
+        if not path.exists():
             return None
-        # What numpy, zip and the shapes that are declared make of bytes that are not ours.
-        except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-            raise Corrupt(f"{self.path(first)} is damaged; delete it, and the same command makes it again") from error
+        with reading_arrays(path, "is damaged; delete it, and the same command makes it again") as arrays:
+            refuse_newer(path, arrays["format"].item())
+            if self.images and IMAGES not in arrays.files:
+                return None
+            found = {each.name: _features(arrays, each) for each in extractors}
         whole = {name: each for name, each in found.items() if each is not None and len(each.pool) == rows}
         return whole if len(whole) == len(found) else None
 
@@ -80,7 +73,7 @@ def _features(arrays: "np.lib.npyio.NpzFile", extractor: Extractor) -> Features 
     found = {part: torch.from_numpy(arrays[name]) for part, name in names.items()}
     if any(rows.shape[1:] != (extractor.dimensions[part],) for part, rows in found.items()):
         return None
-    return Features(found["pool"], found.get("logits"), found.get("spatial"))
+    return Features(**found)
 
 
 def gather(
@@ -98,7 +91,7 @@ def gather(
     `timed` is told the seconds of the first batch that is not read from `kept`. Raises NotFiniteError, before anything
     of that batch is kept, for features with NaN or infinity in them.
     """
-    for first in firsts(n, batch):
+    for first in dist.turns(n, batch):
         index = torch.arange(first, min(first + batch, n), dtype=torch.int64, device="cpu")
         found = None if kept is None else kept.read(first, len(index), extractors)
         if found is None:
@@ -119,15 +112,9 @@ def gather(
             tick(len(index))
 
 
-def firsts(n: int, batch: int) -> range:
-    """The first image of each batch of this process."""
-    return range(dist.rank() * batch, n, dist.size() * batch)
-
-
 def on_cpu(features: Features) -> Features:
     """The same features in the memory of the processor."""
-    cpu = {part: features[part].to("cpu", torch.float32) for part in features.parts()}
-    return Features(cpu["pool"], cpu.get("logits"), cpu.get("spatial"))
+    return Features(**{part: features[part].to("cpu", torch.float32) for part in features.parts()})
 
 
 def exchange(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

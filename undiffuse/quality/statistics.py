@@ -5,7 +5,6 @@ An `.npz` with `mu` and `sigma`, as TTUR, pytorch-fid and EDM have it; in ADM's 
 sha256 of its weights, which resize, and of which data.
 """
 
-import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import Corrupt, UsageError
-from undiffuse.machine import disk
+from undiffuse.machine.arrayfile import reading_arrays, write_arrays
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.quality.feature.base import Extractor
 from undiffuse.quality.metric.base import F64, Moments
@@ -83,20 +82,14 @@ def _members(path: str | Path) -> set[str]:
 
 def read(path: Path) -> Statistics:
     """Raises Corrupt for a damaged file, or one whose mean and covariance do not fit."""
-    try:
-        if path.stat().st_size > LIMIT:
-            raise Corrupt(f"{path} is larger than any statistics ({path.stat().st_size:,} bytes); give another file")
-        with np.load(io.BytesIO(path.read_bytes())) as arrays:
-            if "format" in arrays.files:
-                refuse_newer(path, arrays["format"].item())
-            n = int(arrays["n"]) if "n" in arrays.files else MANY
-            said = {key: str(arrays[key]) for key in OWN if key in arrays.files}
-            moments = {
-                part: _moments(arrays, names, n, path) for part, names in NAMES.items() if names[0] in arrays.files
-            }
-    # What numpy and zip make of bytes that are not theirs.
-    except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        raise Corrupt(f"{path} cannot be read as statistics ({error}); make it anew") from error
+    if path.is_file() and path.stat().st_size > LIMIT:
+        raise Corrupt(f"{path} is larger than any statistics ({path.stat().st_size:,} bytes); give another file")
+    with reading_arrays(path, "cannot be read as statistics ({error}); make it anew") as arrays:
+        if "format" in arrays.files:
+            refuse_newer(path, arrays["format"].item())
+        n = int(arrays["n"]) if "n" in arrays.files else MANY
+        said = {key: str(arrays[key]) for key in OWN if key in arrays.files}
+        moments = {part: _moments(arrays, names, n, path) for part, names in NAMES.items() if names[0] in arrays.files}
     if "pool" not in moments or n < 2:
         what = "it has no mu" if "pool" not in moments else f"n = {n}, which has no covariance"
         raise Corrupt(f"{path} cannot be read as statistics: {what}; make it anew")
@@ -124,6 +117,4 @@ def write(path: Path, statistics: Statistics) -> None:
         tensors: tuple[Tensor, Tensor] = (moments.mean, moments.covariance)
         arrays |= {name: tensor.numpy() for name, tensor in zip(NAMES[part], tensors, strict=True)}
     arrays |= {key: np.array(statistics.said[key]) for key in OWN}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    disk.write_atomic(path, buffer.getvalue())
+    write_arrays(path, arrays)

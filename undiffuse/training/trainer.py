@@ -28,7 +28,6 @@ from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.key import Key
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
-from undiffuse.machine.device import name_of
 from undiffuse.machine.disk import SMALL
 from undiffuse.model.average import Ema, Profiles
 from undiffuse.model.classes import Classes
@@ -245,7 +244,7 @@ class Trainer:
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "device": name_of(self.device),
+            "device": machine.name_of(self.device),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "micro_batch": self.micro,
             "processes": "any" if exact else dist.size(),

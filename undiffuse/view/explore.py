@@ -3,13 +3,11 @@
 The figures of DDPM as functions of a `Model`, each a pure function of its seed. All pictures are uint8.
 """
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
@@ -22,6 +20,7 @@ from undiffuse.errors import DataError, StorageError, UsageError
 from undiffuse.figure import encoded, enlarged, grid, picture, png
 from undiffuse.key import Key, Keys
 from undiffuse.machine import disk
+from undiffuse.machine.arrayfile import write_arrays
 from undiffuse.model.classes import Label
 from undiffuse.model.model import Model, Steps, to_float, to_uint8
 from undiffuse.network.base import Conditioning
@@ -276,9 +275,7 @@ def write_images(
         disk.write_new(folder / GRID, png(grid(images, columns, enlarged(images.shape[-1])), drawn=True))
         written |= {"folder": folder, "grid": folder / GRID}
     if npz is not None:
-        buffer = io.BytesIO()
-        np.savez(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
-        disk.write_atomic(npz, buffer.getvalue())
+        write_arrays(npz, {"arr_0": images.permute(0, 2, 3, 1).numpy()})
         written["npz"] = npz
     return written
 

@@ -20,8 +20,6 @@ from undiffuse.config import Table
 from undiffuse.errors import UsageError
 from undiffuse.quality.metric.base import Features
 
-BLOCK = 1 << 20  # bytes read at a time for a checksum
-
 
 class FeatureExtractor(ABC):
     """One file each. `title` is what a Fréchet distance on its features is called."""
@@ -146,11 +144,8 @@ def full_precision() -> Iterator[None]:
 
 def hash_of_file(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_of(network: nn.Module) -> str:

@@ -39,6 +39,10 @@ def frechet_distance(
     return float(apart @ apart + covariance_1.trace() + covariance_2.trace() - 2 * product)
 
 
+def _between(samples: Moments, reference: Moments) -> float:
+    return frechet_distance(samples.mean, samples.covariance, reference.mean, reference.covariance)
+
+
 def frechet_of_rows(rows: Float[Tensor, "n d"], mean: Float[Tensor, "d"], half: Float[Tensor, "d d"]) -> float:
     """The same between rows and a law of that mean and that root of its covariance.
 
@@ -63,7 +67,7 @@ class Frechet(Metric):
     better: ClassVar[dict[str, str]] = {"fd": "lower"}
 
     def compute(self, samples: Moments, reference: Moments) -> dict[str, float]:
-        return {"fd": frechet_distance(samples.mean, samples.covariance, reference.mean, reference.covariance)}
+        return {"fd": _between(samples, reference)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class SpatialFrechet(Metric):
     better: ClassVar[dict[str, str]] = {"sfd": "lower"}
 
     def compute(self, samples: Moments, reference: Moments) -> dict[str, float]:
-        return {"sfd": frechet_distance(samples.mean, samples.covariance, reference.mean, reference.covariance)}
+        return {"sfd": _between(samples, reference)}
 
 
 @dataclass(frozen=True)
