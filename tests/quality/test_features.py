@@ -93,11 +93,16 @@ def test_auto_takes_the_best_that_is_there(tmp_path, monkeypatch):
     assert [auto_features(shape) for shape in ((1, 28, 28), (3, 64, 48))] == ["inception"] * 2
 
 
-def test_auto_without_the_extra(tmp_path, monkeypatch):
+def test_auto_without_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert efflite0._file() is None
     assert [auto_features(shape) for shape in ((1, 28, 28), (3, 32, 32))] == ["classifier-28", "classifier-emoji"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: features {name} were learnt on one set of images and say little of others; for any images: "
+        'pip install "undiffuse[eval]"'
+        for name in ("classifier-28", "classifier-emoji")
+    ]
     with pytest.raises(
         UsageError, match=r'^no features are at hand for these images; .*pip install "undiffuse\[eval\]"'
     ):

@@ -207,10 +207,8 @@ def _warnings(rows: Sequence[Mapping[str, Any]], samples: Samples, reference: Re
     notes = []
     if reference.fingerprint == samples.digest:
         notes.append(f"the samples are the images of {reference.spec} themselves, so that these scores say nothing")
-    shape, other = (
-        words_of(samples.shape),
-        None if reference.statistics is None else reference.statistics.said.get("images"),
-    )
+    shape, statistics = words_of(samples.shape), reference.statistics
+    other = None if statistics is None else statistics.said.get("images")
     if other not in (None, shape):
         notes.append(f"{reference.spec} was made of images of {other}, and these samples are {shape}")
     enough = ENOUGH if total is None or total >= ENOUGH else ENOUGH_OF_FEW

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from undiffuse.config import Table
 from undiffuse.errors import UsageError
+from undiffuse.machine import dist, log
 from undiffuse.quality.metric.base import Features
+
+
+NARROW = 1  # of `FeatureExtractor.suits`
 
 
 class FeatureExtractor(ABC):
@@ -32,7 +36,10 @@ class FeatureExtractor(ABC):
 
     @staticmethod
     def suits(shape: tuple[int, int, int]) -> int:
-        """Of those that `auto` finds, the one with the highest number is taken for images [c, h, w]; 0 is no."""
+        """Of those that `auto` finds, the one with the highest number is taken for images [c, h, w]; 0 is no.
+
+        `NARROW` is for features of one set of images, which are said to be so.
+        """
         return 0
 
 
@@ -130,6 +137,11 @@ def auto_features(shape: tuple[int, int, int]) -> str:
         raise UsageError(
             f"no features are at hand for {colours}; for grey and RGB images install the extra: "
             'pip install "undiffuse[eval]", or give --features my_module:MyExtractor'
+        )
+    if FEATURES.classes[names[-1]].suits(shape) == NARROW and dist.is_first():
+        log.warn(
+            f"features {names[-1]} were learnt on one set of images and say little of others; for any images: "
+            'pip install "undiffuse[eval]"'
         )
     return names[-1]
 

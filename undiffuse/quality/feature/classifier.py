@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from undiffuse.errors import Corrupt
 from undiffuse.machine.tensorfile import read_weights
-from undiffuse.quality.feature.base import Extractor, FeatureExtractor, hash_of_file
+from undiffuse.quality.feature.base import NARROW, Extractor, FeatureExtractor, hash_of_file
 from undiffuse.quality.metric.base import Features
 
 STAGES = ((32,), (48, 64), (96, 128))  # widths of the convolutions; height and width are halved between stages
@@ -90,7 +90,7 @@ class Classifier_28(FeatureExtractor):
 
     @staticmethod
     def suits(shape: tuple[int, int, int]) -> int:
-        return int(shape == (1, 28, 28))
+        return NARROW if shape == (1, 28, 28) else 0
 
     def open(self, device: torch.device) -> Extractor:
         """Raises Corrupt for weights that are missing or others."""
@@ -109,7 +109,7 @@ class ClassifierEmoji(FeatureExtractor):
 
     @staticmethod
     def suits(shape: tuple[int, int, int]) -> int:
-        return int(shape == (3, 32, 32))
+        return NARROW if shape == (3, 32, 32) else 0
 
     def open(self, device: torch.device) -> Extractor:
         """Raises Corrupt for weights that are missing or others."""
