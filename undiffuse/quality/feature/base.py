@@ -21,7 +21,6 @@ from undiffuse.errors import UsageError
 from undiffuse.machine import dist, log
 from undiffuse.quality.metric.base import Features
 
-
 NARROW = 1  # of `FeatureExtractor.suits`
 
 
