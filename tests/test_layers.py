@@ -34,8 +34,8 @@ ROWS = tuple(
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("quality", "metric/ feature/ gather statistics"),
         ("model", "recipe average classes model load"),
-        ("training", "plan tune trainer memory look health auto resume profile loop start"),
-        ("measure", "claim parts nll flow sets passes scores evaluate"),
+        ("training", "plan tune trainer memory look health auto resume profile proxy track loop start"),
+        ("measure", "claim parts nll flow sets passes scores evaluate along"),
         ("view", "report explore demo"),
         ("cli", "options tools train sample measure evaluate data main"),
     )

@@ -1,5 +1,7 @@
 """`undiffuse eval`: how near samples are to real images."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +34,7 @@ from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
     from undiffuse.data.picture import Reading
+    from undiffuse.measure.along import Along
     from undiffuse.measure.scores import Result
     from undiffuse.model.model import Model, Steps
 
@@ -83,6 +86,15 @@ SaveOpt = Annotated[
     typer.Option("--save-statistics", help="Write mean and covariance of the reference to this .npz, to be DATA"),
 ]
 
+ProgressiveOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--progressive",
+        help="Score the predicted x_0 at so many points of the chain instead (Fig. 10 of DDPM): "
+        "a table, and with --out progressive.tsv and plots",
+    ),
+]
+
 
 def evaluate(
     samples: SamplesArg,
@@ -103,6 +115,7 @@ def evaluate(
     weights: WeightsOpt = None,
     label: LabelOpt = None,
     seeds: SeedsOpt = 1,
+    progressive: ProgressiveOpt = None,
     out: OutOpt = None,
     keep_images: KeepOpt = False,
     save_statistics: SaveOpt = None,
@@ -126,20 +139,22 @@ def evaluate(
     - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --solver ddim --features classifier-28`
     - `undiffuse eval runs/photos photos/ --features efflite0 --seeds 3 --out scores`
     - `undiffuse eval samples.zip photos/ --features inception --feature-weights pt_inception-2015-12-05-6726825d.pth`
+    - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --progressive 10 --out along`
     """
     from undiffuse.machine import dist, log
-    from undiffuse.measure.evaluate import Query, evaluate
+    from undiffuse.measure.evaluate import Query
 
     writable(save_statistics, overwrite, picture=False)
     drawing: dict[str, Any] = {"steps": steps, "times": times, "grid": grid, "variance": variance, "weights": weights}
     model, chosen = _model(samples, drawing, device, clip)
     named = tuple(features or ("auto",)), tuple(metrics or ())
     query = Query(*named, feature_weights, resize, split, _pair(size), _reading(settings, model), skip_bad)
+    score = _how(samples, progressive, keep_images, save_statistics, drawn=model is not None)
     with dist.joined(dist.LONG):
-        found = evaluate(
+        found = score(
             model or samples, data, query, n=n, steps=chosen, solver=solver, eta=eta, label=label, seed=seed,
-            seeds=seeds, batch=batch, out=out, keep_images=keep_images, save_statistics=save_statistics,
-            named=samples, device=device, ticking=lambda what, total: ticking(total, what, as_json),
+            seeds=seeds, batch=batch, out=out, named=samples, device=device,
+            ticking=lambda what, total: ticking(total, what, as_json),
             say=log.say if dist.is_first() and not as_json else log.silent,
         )  # fmt: skip
     _show(found, out, as_json)
@@ -156,6 +171,23 @@ def _pair(size: str | None) -> tuple[int, int] | None:
     return None if sides is None else (sides[0], sides[-1])
 
 
+def _how(
+    samples: str, progressive: int | None, keep_images: bool, save_statistics: Path | None, drawn: bool
+) -> "Callable[..., Result | Along]":
+    """The evaluation that is asked for. Raises UsageError for what one along the chain has not."""
+    from undiffuse.measure.along import evaluate_along
+    from undiffuse.measure.evaluate import evaluate
+
+    if progressive is None:
+        return partial(evaluate, keep_images=keep_images, save_statistics=save_statistics)
+    if not drawn:
+        raise UsageError(f"--progressive follows the chain of a model, and {samples} is none; give a model")
+    other = "--keep-images" if keep_images else "--save-statistics" if save_statistics is not None else None
+    if other is not None:
+        raise UsageError(f"{other} and --progressive are not possible together; leave one of them out")
+    return partial(evaluate_along, points=progressive)
+
+
 def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "tuple[Model | None, Steps]":
     """The model that is named and its times; None for pictures, which cannot be asked what only a model can."""
     from undiffuse.model.load import holds_model
@@ -170,7 +202,7 @@ def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "t
     return None, None
 
 
-def _show(found: "Result", out: Path | None, as_json: bool) -> None:
+def _show(found: "Result | Along", out: Path | None, as_json: bool) -> None:
     """A table of the scores, then the protocol; or all of it as JSON. One process of a run speaks."""
     from undiffuse.machine import dist, log
 

@@ -334,7 +334,7 @@ def results(expected: dict[str, Any]) -> str:
         f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) and value is not True else value}"
         + (f" ± {errors[f'{name}_error']}" if f"{name}_error" in errors else "")
         for name, value in expected.items()
-        if name not in sources and name not in errors
+        if name not in sources and name not in errors and name != "curve"
     ]
     return ", ".join(shown) + "".join(f" ({value})" for value in sources.values())
 

@@ -20,7 +20,7 @@ from undiffuse.machine.device import choose
 from undiffuse.measure import sets
 from undiffuse.measure.passes import Judge, Reference, Ticking, silent
 from undiffuse.measure.scores import Result, score
-from undiffuse.measure.sets import Drawing, Real, Samples, Shape, Size
+from undiffuse.measure.sets import Drawing, Floor, Real, Samples, Shape, Size
 from undiffuse.model.load import holds_model, load, shipped
 from undiffuse.model.model import Model, Steps
 from undiffuse.quality import statistics
@@ -92,7 +92,7 @@ def evaluate(
     stopped evaluation goes on, and `keep_images` writes the samples there; `save_statistics` is a file for those of
     the reference. `named` is what a protocol calls the model. Raises UsageError, DataError, Corrupt, NotFiniteError.
     """
-    query, count, batch = _query(query), whole("seeds", seeds, 1), whole("batch", batch, 1)
+    query, count, batch = query_of(query), whole("seeds", seeds, 1), whole("batch", batch, 1)
     n = None if n is None else whole("n", n, 2)
     out, save_statistics = (None if path is None else Path(path) for path in (out, save_statistics))
     if keep_images and out is None:
@@ -107,10 +107,8 @@ def evaluate(
         given = {"seeds": None if count == 1 else count, "seed": seed, "steps": steps, "solver": solver, "eta": eta}
         _refuse_for_pictures(samples, given | {"label": label, "keep_images": keep_images or None})
         every = [_pictures(samples, n, query, say)]
-    read = partial(_real, _spec(data), every[0], _reading(query, model), query.skip_bad, say)
-    reference = _reference(_spec(data), query.split, read)
-    floor = None if reference.images is None else sets.floor(reference.images, query.split, every[0].n, read)
-    judges = query.judges(choose(device) if model is None else model.device, every[0].shape)
+    where = choose(device) if model is None else model.device
+    reference, floor, judges = compared(data, query, every[0], model, where, say)
     if save_statistics is not None:
         _refuse_statistics(save_statistics, judges, reference)
     about = {} if model is None else {"model": sets.said_of(model, named or samples)}
@@ -120,7 +118,8 @@ def evaluate(
     return found
 
 
-def _query(given: Query | str | Sequence[str] | None) -> Query:
+def query_of(given: Query | str | Sequence[str] | None) -> Query:
+    """Names of features as a query. Raises UsageError for anything else."""
     if given is None or isinstance(given, Query):
         return given or Query()
     if not isinstance(given, (str, Sequence)):
@@ -138,6 +137,21 @@ def _reading(query: Query, model: Model | None) -> tuple[Reading, bool]:
     trained = model.data.reading
     reading = query.reading or trained
     return reading, reading.range not in (None, trained.range)
+
+
+def compared(
+    data: str | Path | Sequence[str | Path],
+    query: Query,
+    samples: Samples,
+    model: Model | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[Reference, Floor | None, list[Judge]]:
+    """What samples are compared with, real images in their place, and what judges them."""
+    read = partial(_real, _spec(data), samples, _reading(query, model), query.skip_bad, say)
+    reference = _reference(_spec(data), query.split, read)
+    floor = None if reference.images is None else sets.floor(reference.images, query.split, samples.n, read)
+    return reference, floor, query.judges(device, samples.shape)
 
 
 def _spec(data: str | Path | Sequence[str | Path]) -> str:

@@ -40,9 +40,7 @@ class Result:
 
     def table(self) -> list[str]:
         """Lines of text: each score, its spread over the seeds, and the same of real images."""
-        lines = self.cells()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return ["  ".join(_cells(line, widths)).rstrip() for line in lines]
+        return aligned(self.cells())
 
     def __str__(self) -> str:
         return "\n".join(self.table())
@@ -62,9 +60,9 @@ class Result:
             head += [f"{n:,} real"] + ([f"{n:,} samples"] if fewer else [])
         lines = [head]
         for row in self.rows:
-            line = [row["score"], _number(row["value"])] + ([_number(row.get("sd"))] if seeds else [])
-            line += [_number(row.get("real"))] if floors else []
-            lines.append(line + ([_number(row.get("value_at_real_n"))] if floors and fewer else []))
+            line = [row["score"], number(row["value"])] + ([number(row.get("sd"))] if seeds else [])
+            line += [number(row.get("real"))] if floors else []
+            lines.append(line + ([number(row.get("value_at_real_n"))] if floors and fewer else []))
         return lines
 
     def plain(self) -> dict[str, Any]:
@@ -72,8 +70,15 @@ class Result:
         return {"scores": self.rows, "notes": self.notes, "protocol": self.protocol}
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """For a table: five digits."""
     return "" if value is None else f"{value:.5g}" if abs(value) >= 0.001 or value == 0 else f"{value:.2e}"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its first column at the left and the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(_cells(line, widths)).rstrip() for line in lines]
 
 
 def _cells(line: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -98,9 +103,9 @@ def score(
     """
     for judge in judges:
         reference.refuse(judge, sets[0].n)
-    protocol = _protocol(sets, reference, floor, judges, batch, about or {})
+    protocol = protocol_of(sets, reference, floor, judges, batch, about or {})
     if out is not None:
-        question = claim.check(out, _question(sets, reference, judges, batch, keep_images))
+        question = claim.check(out, question_of(sets, reference, judges, batch, keep_images))
         if dist.rank() == 0:
             disk.write_json(out / claim.QUERY, question)
     prefix = None if floor is None else floor.n
@@ -118,7 +123,7 @@ def score(
         name = judge.extractor.name
         pairs = [(whole[name], first[name]) for whole, first in passes]
         for metric in judge.metrics:
-            rows += _rows(judge, metric, pairs, others[name], floor, notes)
+            rows += rows_of(judge, metric, pairs, others[name], floor, notes)
     notes += _warnings(rows, sets[0], reference)
     result = Result(rows, notes, protocol, {name: each.reference for name, each in others.items()})
     if out is not None and dist.rank() == 0:
@@ -138,7 +143,7 @@ def _of_all(say: Callable[[str], None], seeds: int) -> Callable[[str], None]:
     return lambda text: say(text + (f" for each of {seeds} seeds" if seeds > 1 else ""))
 
 
-def _rows(
+def rows_of(
     judge: Judge,
     metric: Metric,
     samples: Sequence[tuple[Gathered, Gathered]],
@@ -192,7 +197,7 @@ def _floor(
     return best, [compute(metric, first, other.rest) for _, first in samples]
 
 
-def _question(
+def question_of(
     sets: Sequence[Samples], reference: Reference, judges: Sequence[Judge], batch: int, keep_images: bool
 ) -> dict[str, Any]:
     """What a folder is for."""
@@ -224,7 +229,7 @@ def _warnings(rows: Sequence[Mapping[str, Any]], samples: Samples, reference: Re
     ]
 
 
-def _protocol(
+def protocol_of(
     sets: Sequence[Samples],
     reference: Reference,
     floor: Floor | None,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,6 +121,9 @@ class TrainConfig:
     `sample_every` 0 draws no previews. `keep` is how many checkpoints stay. With `patience` a run ends when the
     held-out loss has not fallen for that share of the steps up to its lowest: 0.5 stops at step 1,500 if the lowest was
     at 1,000, and the average of that step is kept as `best.safetensors`; 0 never ends it.
+
+    Every `eval_every` steps, and at the end, `eval_images` samples in `eval_steps` steps of ddim are scored by features
+    of that name, or `my_module:MyExtractor`; 0 scores none.
     """
 
     steps: Count = 800_000
@@ -153,9 +156,18 @@ class TrainConfig:
     keep: Kept = 2
     patience: NonNegative = 0.0
 
+    eval_every: Number = 0
+    eval_images: Count = 512
+    eval_steps: Count = 20
+    eval_features: str = "auto"
+
 
 # What may differ when a run is resumed: when to stop, and how often to look. All else decides the numbers.
 FREE = frozenset({"steps", "save_every", "sample_every", "log_every", "held_out_every", "held_out", "keep", "patience"})
+FREE |= {"eval_every", "eval_images", "eval_steps", "eval_features"}
+# What moves a loss no more than another seed does, so that what is expected of a preset holds still.
+ALIKE = (FREE - {"held_out"}) | {"seed", "precision", "micro_batch", "exact_shards", "recompute", "channels_last"}
+ALIKE |= {"compile", "deterministic", "ema_profiles", "ema_snapshot_every"}
 
 
 def learning_rate(config: TrainConfig, step: int, last: int) -> float:
@@ -202,7 +214,22 @@ def load_recipe(source: str | Path, settings: Sequence[str] = ()) -> Recipe:
 
     `base = "name"` in the file takes the sections that it lacks, and the keys of those it has, from that preset.
     """
-    return parse(Recipe, override(_plain(str(source)), settings), f"recipe {source}", trusted=True)
+    return with_settings(_plain(str(source)), settings, f"recipe {source}")
+
+
+def with_settings(plain: dict[str, Any], settings: Sequence[str], where: str) -> Recipe:
+    """A recipe from plain data with `a.b=c` settings; where they change what is learnt, no curve is expected of it."""
+    recipe = parse(Recipe, override(plain, settings), where, trusted=True)
+    if not settings or "curve" not in recipe.expected or _law(recipe) == _law(parse(Recipe, plain, where, True)):
+        return recipe
+    return replace(recipe, expected={name: each for name, each in recipe.expected.items() if name != "curve"})
+
+
+def _law(recipe: Recipe) -> Recipe:
+    """What decides the law of the losses that are measured, and nothing else."""
+    default = TrainConfig()
+    same: dict[str, Any] = {name: getattr(default, name) for name in ALIKE}
+    return replace(recipe, about="", expected={}, train=replace(recipe.train, **same))
 
 
 def _plain(source: str) -> dict[str, Any]:
@@ -214,7 +241,11 @@ def _plain(source: str) -> dict[str, Any]:
     else:
         raise unknown("preset", source, presets())
     base = plain.pop("base", None)
-    return plain if base is None else _merge(_plain(base), plain)
+    if base is None:
+        return plain
+    under = _plain(base)
+    under.get("expected", {}).pop("curve", None)  # it was measured without these changes
+    return _merge(under, plain)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from undiffuse.data.source import Source, open_raw, spread
 from undiffuse.errors import DataError
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
-from undiffuse.model.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
+from undiffuse.model.recipe import ModelConfig, Recipe, TrainConfig, load_recipe, with_settings
 from undiffuse.training.plan import Budget
 
 LOOKED_AT = 64  # pictures, spread over the data
@@ -237,4 +237,4 @@ def recipe_of(saved: dict[str, Any], settings: Sequence[str] = ()) -> Recipe:
     """
     named = {setting.partition(".name=")[0].strip() for setting in settings if ".name=" in setting}
     parse(Recipe, {name: value for name, value in saved.items() if name not in named}, "the recipe of this run")
-    return parse(Recipe, override(saved, settings), "the recipe of this run", trusted=True)
+    return with_settings(saved, settings, "the recipe of this run")

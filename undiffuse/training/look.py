@@ -1,13 +1,13 @@
 """What a run looks at on its way: the loss on held-out images, the lowest of them so far, and previews."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source, Wanted, open_raw, spread, unify
@@ -115,7 +115,7 @@ def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[i
     """
     for averaged, name in ((True, f"step-{trainer.step:09d}.png"), (False, f"step-{trainer.step:09d}-raw.png")):
         try:
-            picture = grid(to_uint8(_preview(trainer, averaged, tick)))
+            picture = grid(torch.cat(list(draw(trainer, "preview", PREVIEWS, _steps(trainer), averaged, tick))))
         # Such a process may be trained, and such weights are no reason to end a run; who asks for a sample is told.
         except (UsageError, NotFiniteError) as error:
             log.warn(f"no preview at step {trainer.step}: {error}")
@@ -124,17 +124,25 @@ def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[i
         lines.image(trainer.step, "samples" if averaged else "samples of the raw weights", picture)
 
 
-def _preview(trainer: Trainer, averaged: bool, tick: Callable[[int], None]) -> Float[Tensor, "n c h w"]:
+def draw(
+    trainer: Trainer, name: str, n: int, steps: int, averaged: bool, tick: Callable[[int], None]
+) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    """n samples in batches, from the same noise each time, which is that of `name`; `tick` as in `save_grids`."""
     model = trainer.model(averaged)
-    keys, cond = Key(0).fold("preview").rows(PREVIEWS), drawn(model.classes, PREVIEWS).conditioning
-    parts = [slice(i, i + _batch(trainer)) for i in range(0, PREVIEWS, _batch(trainer))]
-    times = model.times(_steps(trainer))
-    return torch.cat([model.chain(keys[part], times, DDIM(), cond.at(part), progress=tick) for part in parts])
+    keys, cond = Key(0).fold(name).rows(n), drawn(model.classes, n).conditioning
+    times, batch = model.times(steps), _batch(trainer)
+    for part in (slice(i, i + batch) for i in range(0, n, batch)):
+        yield to_uint8(model.chain(keys[part], times, DDIM(), cond.at(part), progress=tick))
+
+
+def drawing_steps(trainer: Trainer, n: int, steps: int) -> int:
+    """How many steps of a batch `draw` takes."""
+    return steps * -(-n // _batch(trainer))
 
 
 def preview_steps(trainer: Trainer) -> int:
     """How many steps of a batch `save_grids` takes."""
-    return 2 * _steps(trainer) * -(-PREVIEWS // _batch(trainer))
+    return 2 * drawing_steps(trainer, PREVIEWS, _steps(trainer))
 
 
 def _steps(trainer: Trainer) -> int:

@@ -3,10 +3,12 @@
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,12 +22,13 @@ from undiffuse.machine.watch import Asked, Flag, Watchdog, listening
 from undiffuse.model.load import BEST
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import FORMAT, Recipe
-from undiffuse.training import health, look
+from undiffuse.training import health, look, proxy
 from undiffuse.training.auto import resolved
 from undiffuse.training.memory import fit_micro_batch
 from undiffuse.training.plan import Budget, conflicts, forward_flops, plan
 from undiffuse.training.profile import measure
 from undiffuse.training.resume import DATA, claim_classes, claim_data, differences, refuse_changes, saved_recipe
+from undiffuse.training.track import Track, said, still, track
 from undiffuse.training.trainer import Trainer, classes_of
 
 Say = Callable[[str], None]
@@ -54,7 +57,7 @@ def train(
     """
     sinks, budget = sink.find(logs), Budget() if budget is None else budget
     with dist.joined(), listening() as flag, ExitStack() as stack:
-        first = dist.rank() == 0
+        first, scores, on = dist.rank() == 0, None, Track(recipe, 0)
         say, warn = (say, log.warn) if first else (log.silent, log.silent)
         run, saved, held, failure = store.Run(out), None, None, None
         last = budget.last_step(recipe.train)
@@ -62,9 +65,11 @@ def train(
         trainer = _build(recipe, data, machine.choose(str(device)), init, saved_recipe(run), say)
         if first:
             try:
-                held = look.held_out_images(trainer, held_out)
+                held, scores = look.held_out_images(trainer, held_out), proxy.prepare(trainer)
                 stack.enter_context(run.lock())
                 saved = _begin(trainer, run, data, say, warn, accept_data)
+                trainer.recipe = still(trainer.recipe, last, init is not None, saved)
+                on = track(trainer.recipe, last, data.fingerprint())
             except Error as error:
                 failure = error
         if dist.decide(int(failure is not None)):
@@ -75,7 +80,10 @@ def train(
             for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None, trainer.config):
                 warn(text)
             say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
-        loop = _Loop(trainer, run, last, budget, flag, held, show_progress and first, saved, sinks)
+        looks = _Looks(held, on, scores, say)
+        if scores is not None:
+            say(scores.plan(len(data)))
+        loop = _Loop(trainer, run, last, budget, flag, looks, show_progress and first, saved, sinks)
         try:
             if profile:
                 _profile(loop, say)
@@ -175,6 +183,15 @@ def _begin(
     return meta
 
 
+class _Looks(NamedTuple):
+    """What a run looks at on its way, beside previews, and whom it tells."""
+
+    held: look.Held | None
+    on: Track
+    scores: proxy.Proxy | None
+    say: Say
+
+
 class _Loop:
     """One call of `train`: from the step that is there to the end of the budget."""
 
@@ -185,13 +202,13 @@ class _Loop:
         last: int,
         budget: Budget,
         flag: Flag,
-        held: look.Held | None,
+        looks: _Looks,
         show: bool,
         resumed: dict[str, Any] | None,
         sinks: Sequence[type[sink.Sink]],
     ):
         self.trainer, self.run, self.last, self.budget, self.flag = trainer, run, last, budget, flag
-        self.config, self.first, self.held = trainer.recipe.train, dist.rank() == 0, held
+        self.config, self.first, self.looks = trainer.recipe.train, dist.rank() == 0, looks
         self.show, self.resumed, self.sinks = show, resumed, sinks
         before = resumed or {}
         self.lowest = look.Lowest(**plain(before.get("held_out", {})))
@@ -201,6 +218,7 @@ class _Loop:
         self.window: list[dict[str, float]] = []
         self.ended = ""  # what ended the run: steps, minutes, held-out loss
         self.seconds = 0.0  # that the steps of the window took
+        self.paces = deque[float](maxlen=101)  # seconds of the latest steps
         self.started = time.monotonic()
 
     def go(self) -> str:
@@ -236,7 +254,8 @@ class _Loop:
         trainer, config = self.trainer, self.config
         began = time.monotonic()
         self.window.append(trainer.update(self.last))
-        self.seconds += time.monotonic() - began
+        self.paces.append(time.monotonic() - began)
+        self.seconds += self.paces[-1]
         dog.stepped()
         asked, over = self._agreed()
         done = "steps" if trainer.step == self.last else "minutes" if over else ""
@@ -252,6 +271,8 @@ class _Loop:
                 self.save()
         if not asked and config.sample_every and (done or trainer.step % config.sample_every == 0):
             self._preview(lines, dog, bar)
+        if not asked and config.eval_every and (done or trainer.step % config.eval_every == 0):
+            self._score(lines, dog, bar)
         if asked:
             dist.wait_for_first()
             name = self.flag.name or "a signal to another process"
@@ -300,10 +321,16 @@ class _Loop:
             if not patience:
                 self.flag.check()
 
-        if self.held is not None:
+        held, on, _, say = self.looks
+        if held is not None:
             with suppress(Asked), bar.aside():
-                loss = look.held_out_loss(trainer, self.held, check)
-                lines.write({"step": trainer.step, "held_out": loss})
+                loss = look.held_out_loss(trainer, held, check)
+                band = on.band(trainer.step)
+                lines.write(
+                    {"step": trainer.step, "held_out": loss, **({} if band is None else {"expected": list(band)})}
+                )
+                if band is not None:
+                    say(said(loss, trainer.step, band))
                 # The end of a budget is no place that an unbroken run would look at.
                 due = trainer.step % self.config.held_out_every == 0
                 if due and self.lowest.note(trainer.step, loss) and patience:
@@ -337,6 +364,21 @@ class _Loop:
 
             if self.first:
                 look.save_grids(self.trainer, self.run.path / "samples", lines, tick)
+        self._wait(dog)
+
+    def _score(self, lines: look.Journal, dog: Watchdog, bar: log.Progress) -> None:
+        """Proxy scores of samples, by process 0. A signal leaves them undone, as previews."""
+        scores = self.looks.scores
+        total = 0 if scores is None else look.drawing_steps(self.trainer, scores.images, scores.steps)
+        with suppress(Asked), bar.aside(total, "proxy") as advance:
+
+            def tick(n: int) -> None:
+                dog.beat()
+                self.flag.check()
+                advance(n)
+
+            if scores is not None:
+                proxy.tell(scores, self.trainer, lines, median(self.paces), tick, self.looks.say)
         self._wait(dog)
 
     def _why(self) -> str:

@@ -117,6 +117,11 @@ def conflicts(
             f"train.warmup = {train.warmup:,} is not over at the last step, {last:,}, so the learning rate never "
             f"comes to {train.lr:g}; set train.warmup={last // 10}{' or less' if last >= 10 else ''}"
         )
+    if train.eval_every > last:
+        found.append(
+            f"train.eval_every = {train.eval_every:,} is more than the {last:,} steps, so that samples are scored at "
+            f"the end alone; set train.eval_every={max(1, last // 10)}"
+        )
     if minutes is not None and train.decay != "constant":
         found.append(
             f"the learning rate falls until step {last:,}, which --minutes may not let it reach; give fewer steps, or "

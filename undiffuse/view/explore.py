@@ -21,6 +21,7 @@ from undiffuse.figure import encoded, enlarged, grid, picture, png
 from undiffuse.key import Key, Keys
 from undiffuse.machine import disk
 from undiffuse.machine.arrayfile import write_arrays
+from undiffuse.measure.along import stops, x_0_along
 from undiffuse.model.classes import Label
 from undiffuse.model.model import Model, Steps, to_float, to_uint8
 from undiffuse.network.base import Conditioning
@@ -50,18 +51,10 @@ def progressive(
     n = model.count(whole("n", n, 1), label)
     told, times = model.told(label, n, seed).conditioning.to(model.device), model.times(steps)
     total = len(times) - 1
-    if not 1 <= whole("slots", slots) <= total:
-        raise UsageError(f"{slots} slots along a chain of {total} steps are not possible; give 1 to {total}")
-    wanted = {1 + k * total // slots for k in range(slots)}
-    seen: list[Tensor] = []
-
-    def look(remaining: int, x: Tensor, t: Tensor) -> None:
-        if remaining in wanted:
-            seen.append(to_uint8(model.denoiser(x, t, told).x_0).cpu())
-
+    at = stops(total, slots, "slots")
     keys = Key(seed).fold("sample").rows(n)
-    model.chain(keys, times, model.sampler(solver), told, callback=look, progress=progress)
-    return torch.stack(seen, 1), torch.stack([times[total - r] for r in sorted(wanted, reverse=True)])
+    seen = x_0_along(model, keys, times, model.sampler(solver), at, told, progress)
+    return seen, torch.stack([times[total - r] for r in at])
 
 
 def shared(
