@@ -3,9 +3,9 @@
     python bench/curve.py [--steps 1000]
 
 From the float32 runs of `bench/precision.json`, whose learning rate falls to 0 within 1,000 steps. With `--steps` also
-from three seeds of preset `fashion-mnist` up to that step of its whole schedule, whose learning rate is that of a run to
-the end. The band of a step is where the next seed is expected with 95 %, from the mean and the spread of three (Student's
-t with two degrees of freedom), and at least 1 % to either side, for other machines and precisions. Writes
+from three seeds of preset `fashion-mnist` up to that step of its whole schedule, whose learning rate is that of a run
+to the end. The band of a step is where the next seed is expected with 95 %, from the mean and the spread of three
+(Student's t with two degrees of freedom), and at least 1 % to either side, for other machines and precisions. Writes
 `bench/curve.json` and the tables at the end of the preset.
 """
 
