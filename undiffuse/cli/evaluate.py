@@ -136,12 +136,11 @@ def evaluate(
     Examples:
 
     \b
-    - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --solver ddim --features classifier-28`
-    - `undiffuse eval runs/photos photos/ --features efflite0 --seeds 3 --out scores`
+    - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --solver ddim --features classifier-28 --seeds 3`
     - `undiffuse eval samples.zip photos/ --features inception --feature-weights pt_inception-2015-12-05-6726825d.pth`
     - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --progressive 10 --out along`
     """
-    from undiffuse.machine import dist, log
+    from undiffuse.machine import dist
     from undiffuse.measure.evaluate import Query
 
     writable(save_statistics, overwrite, picture=False)
@@ -154,10 +153,15 @@ def evaluate(
         found = score(
             model or samples, data, query, n=n, steps=chosen, solver=solver, eta=eta, label=label, seed=seed,
             seeds=seeds, batch=batch, out=out, named=samples, device=device,
-            ticking=lambda what, total: ticking(total, what, as_json),
-            say=log.say if dist.is_first() and not as_json else log.silent,
+            ticking=lambda what, total: ticking(total, what, as_json), say=_say(as_json),
         )  # fmt: skip
     _show(found, out, as_json)
+
+
+def _say(as_json: bool) -> "Callable[[str], None]":
+    from undiffuse.machine import dist, log
+
+    return log.say if dist.is_first() and not as_json else log.silent
 
 
 def _reading(settings: list[str] | None, model: "Model | None") -> "Reading":

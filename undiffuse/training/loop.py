@@ -67,9 +67,7 @@ def train(
             try:
                 held, scores = look.held_out_images(trainer, held_out), proxy.prepare(trainer)
                 stack.enter_context(run.lock())
-                saved = _begin(trainer, run, data, say, warn, accept_data)
-                trainer.recipe = still(trainer.recipe, last, init is not None, saved)
-                on = track(trainer.recipe, last, data.fingerprint())
+                saved, on = _begin(trainer, run, data, last, init is not None, say, warn, accept_data)
             except Error as error:
                 failure = error
         if dist.decide(int(failure is not None)):
@@ -80,10 +78,9 @@ def train(
             for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None, trainer.config):
                 warn(text)
             say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
-        looks = _Looks(held, on, scores, say)
-        if scores is not None:
-            say(scores.plan(len(data)))
-        loop = _Loop(trainer, run, last, budget, flag, looks, show_progress and first, saved, sinks)
+        loop = _Loop(
+            trainer, run, last, budget, flag, Looks(held, on, scores, say), show_progress and first, saved, sinks
+        )
         try:
             if profile:
                 _profile(loop, say)
@@ -160,9 +157,12 @@ def _build(
 
 
 def _begin(
-    trainer: Trainer, run: store.Run, data: Source, say: Say, warn: Say, accept_data: bool
-) -> dict[str, Any] | None:
-    """Under the lock: takes up what is there, or claims the folder. Returns the meta of the checkpoint resumed from."""
+    trainer: Trainer, run: store.Run, data: Source, last: int, tuned: bool, say: Say, warn: Say, accept_data: bool
+) -> tuple[dict[str, Any] | None, Track]:
+    """Under the lock: takes up what is there, or claims the folder.
+
+    Returns the meta of the checkpoint resumed from, and what is expected of the run.
+    """
     step, meta = run.latest(warn=warn), None
     if step is not None:
         tensors, meta = run.load(step)
@@ -178,12 +178,14 @@ def _begin(
         say(f"labels: {len(trainer.classes.names)} classes, {trainer.classes.listed()}{dropped}")
         if missing := trainer.classes.untrained():
             warn(f"classes without a training picture, which cannot be drawn: {missing}")
+    trainer.recipe = still(trainer.recipe, last, tuned, meta)
+    on = track(trainer.recipe, last, data.fingerprint())
     claim_data(run.path / DATA, data, accept_data)
     disk.write_atomic(run.path / "config.toml", f"# format {FORMAT}\n{to_toml(trainer.recipe)}".encode())
-    return meta
+    return meta, on
 
 
-class _Looks(NamedTuple):
+class Looks(NamedTuple):
     """What a run looks at on its way, beside previews, and whom it tells."""
 
     held: look.Held | None
@@ -202,7 +204,7 @@ class _Loop:
         last: int,
         budget: Budget,
         flag: Flag,
-        looks: _Looks,
+        looks: Looks,
         show: bool,
         resumed: dict[str, Any] | None,
         sinks: Sequence[type[sink.Sink]],
@@ -228,6 +230,8 @@ class _Loop:
             self.ended = "steps" if trainer.step >= self.last else "held-out loss"
             return f"{path} is finished already, at step {trainer.step:,}"
         self.begin()
+        if self.looks.scores is not None:
+            self.looks.say(self.looks.scores.plan(len(trainer.batches.loader.source)))
         with (
             sink.journal(path, trainer.step, self.sinks, plain(trainer.recipe))
             if self.first
