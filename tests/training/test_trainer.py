@@ -235,7 +235,7 @@ def test_every_critical_field_is_refused_with_a_diff_and_every_free_one_is_not(t
     assert fields == OTHER.keys() | FREE and not OTHER.keys() & FREE
     saved = store.Run(tmp_path).load(1)[1]
     for name in sorted(fields):
-        other = OTHER.get(name, 3)
+        other = OTHER.get(name, "mine" if name == "eval_features" else 3)
         changed = recipe(train={**base, name: other})
         now = {**saved, "recipe": loop.plain(changed)}
         if name in FREE:

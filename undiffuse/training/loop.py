@@ -51,9 +51,8 @@ def train(
 ) -> Model:
     """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model.
 
-    `logs` names the sinks that are told besides `log.jsonl`: tensorboard, wandb. `profile` makes 25 steps and writes
-    where their time went to `profile.json`. Under `torchrun` every process calls this with the same arguments; process
-    0 alone writes and speaks.
+    `logs` names the sinks besides `log.jsonl`: tensorboard, wandb. `profile` makes 25 steps and writes where their time
+    went to `profile.json`. Under `torchrun` every process calls this with the same; process 0 alone writes and speaks.
     """
     sinks, budget = sink.find(logs), Budget() if budget is None else budget
     with dist.joined(), listening() as flag, ExitStack() as stack:
@@ -78,9 +77,8 @@ def train(
             for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None, trainer.config):
                 warn(text)
             say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
-        loop = _Loop(
-            trainer, run, last, budget, flag, Looks(held, on, scores, say), show_progress and first, saved, sinks
-        )
+        looks = Looks(held, on, scores, say)
+        loop = _Loop(trainer, run, last, budget, flag, looks, show_progress and first, saved, sinks)
         try:
             if profile:
                 _profile(loop, say)
