@@ -138,7 +138,7 @@ class Along:
             series = [(score, steps, values), *([("real images", steps, real)] if real[-1] == real[-1] else [])]
             name = re.sub(r"[^\w.-]+", "-", f"{features}-{key}")
             is_distance = key.startswith(("fd", "sfd"))
-            title = "Of the predicted x_0"
+            title = "The predicted x_0 along the chain"
             found[f"{name}.svg"] = line_plot(series, "reverse process steps", score, title, log_y=is_distance)
         return found
 
