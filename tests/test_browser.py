@@ -1,4 +1,4 @@
-"""What a browser makes of the report and of the site: on a phone's width, in light and in dark.
+"""What a browser makes of the reports and of the site: on a phone's width, in light and in dark.
 
 The pages lie in frames of a page that measures them, so they are the very files that users open; Chromium then prints
 that page with the measurements in it, and a picture of what it shows.
@@ -8,13 +8,17 @@ import html
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import undiffuse
+from tests.cli.toy import evaluation, run_of_digits
 from undiffuse.figure import grid, line_plot
+from undiffuse.measure.sets import digest_of
 from undiffuse.view.report import Figure, Section, Table, write_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -124,6 +128,56 @@ def test_the_report_fits_a_phone(report, tmp_path, dark):
     seen = colours(picture)
     assert len(seen) > 200 and picture.size == PHONE
     assert (luminance(seen[0][1]) < 0.1) == dark
+
+
+DESK = (1280, 900)
+
+
+def console(page: Path, folder: Path) -> list[str]:
+    """What the browser has to say of a page."""
+    flags = [*FLAGS.split(), "--enable-logging=stderr", f"--user-data-dir={folder / 'browser'}", page.as_uri()]
+    done = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=120, cwd=folder)
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> list[Path]:
+    """The pages of `report` and of `compare`, of two runs that were measured."""
+    root = tmp_path_factory.mktemp("made")
+    for name in ("A", "B"):
+        run = run_of_digits(
+            root / f"{name}-with-a-name-that-is-rather-long", 4, f"train.lr={0.001 if name == 'A' else 0.002}"
+        )
+        evaluation(run / "eval", digest_of(undiffuse.load(run)), 100 if name == "A" else 200)
+        undiffuse.nll(run, "digits", images=4, draws=None, out=run / "nll")
+    runs, command = sorted(map(str, root.glob("*-*"))), [sys.executable, "-m", "undiffuse"]
+    for words in (["report", runs[0], "digits"], ["compare", *runs]):
+        subprocess.run([*command, *words, "-n", "16", "--steps", "4"], check=True, cwd=root, capture_output=True)
+    return [root / "report.html", root / "compare.html"]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_reports_of_runs_fit_every_screen(made, tmp_path, dark, size):
+    found, picture = look(made, tmp_path, dark, size)
+    assert [complaints(page, dark, size[0]) for page in found] == [[], []]
+    assert [len(page["pictures"]) > 5 for page in found] == [True, True]
+    assert len(colours(picture)) > 100
+
+
+def test_a_browser_has_nothing_to_say_of_them(made, tmp_path):
+    assert [console(page, tmp_path) for page in made] == [[], []]
+    bad = tmp_path / "bad.html"
+    bad.write_text(made[0].read_text().replace("<main>", '<main><img src="https://example.org/x.png">'))
+    assert "Content Security Policy" in " ".join(console(bad, tmp_path))
+
+
+def test_they_can_be_printed(made, tmp_path):
+    for page in made:
+        pdf = tmp_path / f"{page.stem}.pdf"
+        browse(page.as_uri(), tmp_path, f"--print-to-pdf={pdf}", "--blink-settings=preferredColorScheme=0")
+        sheets = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+        assert 3 < sheets < 20
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -36,8 +36,8 @@ ROWS = tuple(
         ("model", "recipe average classes model load"),
         ("training", "plan tune trainer memory look health auto resume profile proxy track loop start"),
         ("measure", "claim parts nll flow sets passes scores evaluate along"),
-        ("view", "report explore demo"),
-        ("cli", "options tools train sample measure evaluate data main"),
+        ("view", "report explore pieces results ranking subject report_run compare_runs demo"),
+        ("cli", "options tools train sample measure evaluate report data main"),
     )
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.

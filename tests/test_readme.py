@@ -32,6 +32,8 @@ BRIEF = {
     "neighbours": "-n 2 -k 2 --steps 2",
     "nll": "-n 2 --steps 8",
     "eval": "-n 12 --steps 2",
+    "report": "-n 2 --steps 2 --seed 1",
+    "compare": "-n 2 --steps 2",
 }
 
 

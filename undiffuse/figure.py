@@ -15,11 +15,11 @@ from torch import Tensor
 from undiffuse.errors import UsageError
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 72, 16, 34, 50  # margins around the axes
+LEFT, RIGHT, TOP, BOTTOM = 84, 16, 34, 50  # margins around the axes
 MOST = 4  # channels in a PNG
 OTHER = {"PDF", "EPS", "ICO", "ICNS", "PALM", "MSP", "XBM"}  # documents, and what holds a smaller or a poorer picture
 DRAWN = "undiffuse figure"  # what a figure says of itself, so that it is not taken for data
-COLOURS = ("#3b6fd8", "#d9622b", "#2f9468", "#8a54c4")
+COLOURS = ("#3b6fd8", "#d9622b", "#2f9468", "#8a54c4", "#c2477f", "#8a7a1c", "#2a8fa8", "#7d5a48")
 
 Number = float | int  # said in full, because the tests' type checker does not take an int for a float
 Numbers = Sequence[Number]
@@ -143,10 +143,11 @@ def line_plot(series: Sequence[Series], x: str, y: str, title: str, log_x: bool 
     for i, (name, line) in reversed(list(enumerate(drawn))):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{across.place(a):.1f},{up.place(b):.1f}" for a, b in line)
-        style = f'class="line-{i + 1}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"'
+        kind = i % len(COLOURS) + 1
+        style = f'class="line-{kind}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"'
         parts.append(f'<polyline points="{path}" {style}/>')
         if name:
-            style = f'class="name-{i + 1}" fill="{colour}" text-anchor="end" font-weight="600"'
+            style = f'class="name-{kind}" fill="{colour}" text-anchor="end" font-weight="600"'
             parts.append(_text(legend, 18, name, style))
             legend -= 8 * len(name) + 14
     return "\n".join([*parts, "</svg>\n"])

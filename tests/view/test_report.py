@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from undiffuse.figure import grid, line_plot
-from undiffuse.view.report import POLICY, Figure, Section, Table, render, write_report
+from undiffuse.view.report import MANY, POLICY, Figure, Listing, Section, Table, render, write_report
 
 VOID = {"meta", "img"}
 SHEET = grid(torch.arange(6 * 3 * 4, dtype=torch.uint8).reshape(6, 1, 3, 4), columns=3)
@@ -79,9 +79,9 @@ def test_pictures_are_inline_to_the_pixel_and_plots_are_svg():
 def test_nothing_is_fetched_from_anywhere():
     html = render(SECTIONS)
     page = Page(html)
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "a"})
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object"})
     links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
-    assert all(str(link).startswith("data:") for link in links)
+    assert all(str(link).startswith(("data:", "#")) for link in links)
     assert re.findall(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", html) == []
     assert {"http-equiv": "Content-Security-Policy", "content": POLICY} in [attributes for _, attributes in page.tags]
 
@@ -91,3 +91,34 @@ def test_the_same_sections_give_the_same_bytes_in_a_new_folder(tmp_path):
     write_report(path, SECTIONS, "Demo")
     assert path.read_bytes() == render(SECTIONS, "Demo").encode()
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+
+
+def test_many_sections_have_links_and_each_leads_to_its_section():
+    sections = [Section(f"Part {i}") for i in range(MANY)]
+    page = Page(render(sections))
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == [f"#{attributes['id']}" for tag, attributes in page.tags if tag == "section"]
+    assert page.texts["a"] == [section.title for section in sections]
+    assert "a" not in {tag for tag, _ in Page(render(sections[1:])).tags}
+
+
+def test_listings_commands_a_gallery_and_strong_cells():
+    section = Section(
+        "All",
+        gallery=(Figure(PLOT, legend=("a <b>", "c")), Figure(SHEET)),
+        listings=(Listing((("lr", "<1>"), ("seed", "0")), "train"),),
+        commands=("undiffuse eval 'a b' <DATA>",),
+        tables=(Table(("", "A", "B"), (("FD", "1", "2"), ("KD", "4", "3")), strong=frozenset({(0, 1), (1, 2)})),),
+    )
+    page = Page(render([section]))
+    assert page.texts["pre"] == ["undiffuse eval 'a b' <DATA>"]
+    assert (page.texts["h3"], page.texts["dt"], page.texts["dd"]) == (["train"], ["lr", "seed"], ["<1>", "0"])
+    assert page.texts["li"] == ["a <b>", "c"]
+    assert [attributes["class"] for tag, attributes in page.tags if tag == "i"] == ["key-1", "key-2"]
+    assert (page.texts["strong"], page.texts["td"]) == (["1", "3"], ["FD", "2", "KD", "4"])
+
+
+def test_paper_is_never_dark():
+    html = render(SECTIONS)
+    assert html.count("prefers-color-scheme: dark") == html.count("@media screen and (prefers-color-scheme: dark)") == 2
+    assert html.count("break-inside: avoid") > 1

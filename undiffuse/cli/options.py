@@ -99,15 +99,31 @@ def writable(path: Path | None, overwrite: bool, picture: bool = True) -> None:
     """Refuses, before any work is done, the name of a file that could not be written or should not be replaced."""
     if path is None:
         return
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; give the name of a file")
-    refuse_below_file(path)
+    _refuse_folder(path)
     if not picture and path.suffix.lower() != ".npz":
         raise UsageError(f"{path} has not the ending of an array; give the name of a .npz")
     if picture:
         from undiffuse.figure import kind_of
 
         kind_of(path)
+    _refuse_there(path, overwrite)
+
+
+def writable_page(path: Path, overwrite: bool) -> None:
+    """The same for a page."""
+    _refuse_folder(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{path} has not the ending of a page; give the name of a .html")
+    _refuse_there(path, overwrite)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
+    refuse_below_file(path)
+
+
+def _refuse_there(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UsageError(f"{path} is there already; give another name, or --overwrite to replace it")
 

@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +19,7 @@ from undiffuse.data.format.named import GARMENTS
 from undiffuse.data.loader import Loader
 from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.likelihood import Terms
-from undiffuse.figure import grid, line_plot, png
+from undiffuse.figure import grid, png
 from undiffuse.key import Key
 from undiffuse.machine import disk, log
 from undiffuse.machine.device import making_float32
@@ -30,7 +28,7 @@ from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import load_recipe
 from undiffuse.training.loop import Budget, train
-from undiffuse.view import explore
+from undiffuse.view import explore, pieces
 from undiffuse.view.report import Figure, Section, Table, write_report
 
 SURE = 0.9  # the probability from which a digit counts as recognised
@@ -116,10 +114,17 @@ def _ticking(total: int, what: str) -> Iterator[Callable[[int], None]]:
         yield bar.advance
 
 
-def _keep(out: Path, name: str, content: Image.Image | str, caption: str, **sides: tuple[str, ...]) -> Figure:
+def _keep(out: Path, name: str, figure: Figure) -> Figure:
     """A figure of the report that is also a file of its own."""
+    content = figure.content
     disk.write_atomic(out / name, content.encode() if isinstance(content, str) else png(content))
-    return Figure(content, caption, **sides)
+    return figure
+
+
+def _kept(out: Path, name: str, section: Section) -> Section:
+    """The same for a section of one figure."""
+    _keep(out, name, section.figures[0])
+    return section
 
 
 # (a) The digits.
@@ -200,21 +205,25 @@ def _digits(out: Path, scale: Scale, say: Say) -> Section:
     verdict = judge(samples, data, test, scale.classifier_steps)
     say(", ".join(f"{claim}: {'yes' if held else 'no'}" for claim, held in verdict.checks().items()))
     rows = log.read_rows(out / "digits" / "log.jsonl")
+    curve = pieces.loss(rows)
+    assert curve is not None
     return Section(
         "Digits, learned from nothing",
         f"A U-Net of {model.parameters():,} weights, trained on {len(data):,} scanned digits of 8×8 pixels and asked "
         f"for {len(samples)} new ones, each in {scale.digit_chain} steps.",
         facts=(
             ("images seen in training", f"{model.meta['images']:,}"),
-            ("training time", log.duration(_seconds(rows))),
+            ("training time", log.duration(pieces.seconds(rows))),
             ("samples recognised", f"{verdict.recognised:.1%}"),
             ("digits that occur", f"{int((verdict.classes > 0).sum())} of 10"),
             ("nearest to a training image (RMSE)", f"{verdict.nearest:.1f}"),
         ),
         figures=(
-            _keep(out, "digits.png", grid(samples[:100], 20, 5), f"{len(samples[:100])} samples, not selected."),
-            _closest(out, samples, data),
-            _loss(out, rows),
+            _keep(
+                out, "digits.png", Figure(grid(samples[:100], 20, 5), f"{len(samples[:100])} samples, not selected.")
+            ),
+            _keep(out, "nearest.png", pieces.closest(samples, data)),
+            _keep(out, "loss.svg", curve),
         ),
         tables=(_verdict(verdict, len(samples)),),
     )
@@ -238,33 +247,6 @@ def _verdict(verdict: Verdict, count: int) -> Table:
     return Table(("claim", "found", "holds"), rows, caption)
 
 
-def _closest(out: Path, samples: UInt8[Tensor, "n 1 8 8"], data: ArraySource) -> Figure:
-    index, distance = explore.neighbours(samples, data)
-    order = distance[:, 0].argsort()[:10]
-    pairs = torch.cat([samples[order], data.images[index[order, 0]]])
-    labels = tuple(f"{float(d):.1f}" for d in distance[order, 0])
-    caption = "The ten samples that are nearest to a training image, that image below each, and their distance above."
-    return _keep(out, "nearest.png", grid(pairs, 10, 5), caption, columns=labels, rows=("sample", "training"))
-
-
-def _seconds(rows: list[dict[str, Any]]) -> float:
-    """How long training took, from its log, interruptions left out."""
-    timed = [row for row in rows if "images_per_second" in row]
-    images = [0, *(row["images"] for row in timed)]
-    return sum((row["images"] - before) / row["images_per_second"] for row, before in zip(timed, images, strict=False))
-
-
-def _loss(out: Path, rows: list[dict[str, Any]]) -> Figure:
-    def line(name: str, key: str) -> tuple[str, list[float], list[float]]:
-        points = [(float(row["step"]), float(row[key])) for row in rows if key in row]
-        return name, [x for x, _ in points], [y for _, y in points]
-
-    plot = line_plot([line("training", "loss"), line("held out", "held_out")], "step", "loss", "Loss", log_y=True)
-    return _keep(
-        out, "loss.svg", plot, "The objective on training batches, and of the averaged weights on held-out digits."
-    )
-
-
 # (b) The clothes.
 
 
@@ -276,27 +258,14 @@ def _samples(out: Path, model: Model, scale: Scale) -> Section:
     return Section(
         "Clothes, from the shipped model",
         f"A U-Net of {model.parameters():,} weights for Fashion-MNIST{seen}.",
-        figures=(_keep(out, "samples.png", grid(images, scale=3), caption),),
+        figures=(_keep(out, "samples.png", Figure(grid(images, scale=3), caption)),),
     )
 
 
 def _progressive(out: Path, model: Model, scale: Scale) -> Section:
     with _ticking(scale.chain, "progressive generation") as tick:
         images, times = explore.progressive(model, scale.strips, steps=scale.chain, slots=scale.slots, progress=tick)
-    return Section(
-        "Progressive generation",
-        "What the model expects the finished image to be, at several times along the reverse chain (Fig. 6 of the "
-        "paper): large features come first, details last.",
-        figures=(
-            _keep(
-                out,
-                "progressive.png",
-                grid(images.flatten(0, 1), scale.slots, 3),
-                "One image a row; above each column the time t, from noise (1) to data (0).",
-                columns=tuple(f"{t:.2f}" for t in times.tolist()),
-            ),
-        ),
-    )
+    return _kept(out, "progressive.png", pieces.progressive(images, times))
 
 
 def _interpolation(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Section:
@@ -305,21 +274,8 @@ def _interpolation(out: Path, model: Model, held_out: ArraySource, scale: Scale)
     lambdas = tuple(i / (scale.mixtures - 1) for i in range(scale.mixtures))
     with _ticking(explore.interpolation_steps(model, scale.at, scale.chain), "interpolation") as tick:
         images = explore.interpolate(model, a, b, scale.at, lambdas, steps=scale.chain, progress=tick)
-    return Section(
-        "Between two pictures",
-        "Two held-out images, a dress and a coat, are noised to time t, mixed, and denoised (Figs. 8 and 9). At t = 0 "
-        "their pixels are mixed; the later the time, the more the model decides.",
-        figures=(
-            _keep(
-                out,
-                "interpolation.png",
-                grid(images.flatten(0, 1), scale.mixtures, 3),
-                "Above each column the share λ of the second image.",
-                columns=tuple(f"{value:.3g}" for value in lambdas),
-                rows=tuple(f"t = {t:g}" for t in scale.at),
-            ),
-        ),
-    )
+    what = "Two held-out images, a dress and a coat"
+    return _kept(out, "interpolation.png", pieces.interpolation(images, what, scale.at, lambdas))
 
 
 def _measure(model: Model, source: ArraySource, query: nll.Nll, what: str) -> Terms:
@@ -333,16 +289,6 @@ def _bits(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Secti
     whole = nll.Nll(images=scale.curve_images, steps=scale.curve_chain)
     terms = _measure(model, held_out, whole, "rate-distortion")
     curve = terms.rate_distortion()
-    plot = line_plot(
-        [("", [row["rate"] for row in curve], [row["rmse"] for row in curve])],
-        x="rate (bits/dim)",
-        y="distortion (RMSE, 0–255)",
-        title="Rate-distortion",
-    )
-    parts = tuple(
-        (name, f"{summary[key]:.4f}") for name, key in (("prior", "prior"), ("rate", "rate"), ("decoder", "decoder"))
-    )
-    total = ("total", f"{summary['bits_per_dim']:.3f} ± {summary['standard_error']:.3f}")
     caption = f"{scale.curve_images} images at all {len(curve)} steps: what a receiver knows after so many bits."
     return Section(
         "Bits per dimension",
@@ -350,15 +296,8 @@ def _bits(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Secti
         "each: how many bits a value of an image would cost, losslessly. As a progressive code it sends the large "
         "features first.",
         facts=(("bits/dim, at most", f"{summary['bits_per_dim']:.2f}"),),
-        figures=(_keep(out, "rate-distortion.svg", plot, caption),),
-        tables=(
-            Table(("term of the bound", "bits/dim"), (*parts, total), "± is the standard error over these images."),
-            Table(
-                ("reverse steps", "rate (bits/dim)", "RMSE, 0–255"),
-                tuple((f"{row['step']}", f"{row['rate']:.5f}", f"{row['rmse']:.5f}") for row in nll.table(terms)),
-                "The curve in the form of the paper's Table 4.",
-            ),
-        ),
+        figures=(_keep(out, "rate-distortion.svg", pieces.rate_distortion(curve, caption)),),
+        tables=(pieces.terms(summary), pieces.table_4(nll.table(terms))),
     )
 
 

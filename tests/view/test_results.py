@@ -1,0 +1,107 @@
+"""What is read back from the folders of eval and nll, and what becomes of it on a page."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from undiffuse.diffusion.likelihood import Terms
+from undiffuse.diffusion.process import Linear
+from undiffuse.errors import Corrupt, UsageError
+from undiffuse.view import results
+from undiffuse.view.results import Bound, Evaluation
+
+FOUND = {
+    "format": 1,
+    "scores": [{"features": "f", "score": "FD-f", "key": "fd", "value": 3.14159265, "better": "lower", "real": 1.5,
+                "real_n": 50, "sd": 0.25, "each": [3.0, 3.3]}],
+    "notes": ["few samples"],
+    "protocol": {"n": 100, "features": [{"extractor": "f", "sha256": "a" * 64}], "model": {"sha256": "b"}},
+}  # fmt: skip
+
+
+def folder(path, found):
+    path.mkdir()
+    (path / "summary.json").write_text(found if isinstance(found, str) else json.dumps(found))
+    return path
+
+
+def test_scores_stand_with_floor_spread_and_protocol(tmp_path):
+    found = Evaluation.read(folder(tmp_path / "eval", FOUND))
+    section = results.scores(found)
+    assert section.text == "few samples" and found.weights == "b"
+    assert section.tables[0].header == ("score", "samples", "50 real images", "better")
+    assert section.tables[0].rows == (("FD-f", "3.1416 ± 0.25", "1.5", "lower"),)
+    assert ("sha256", "a" * 64) in [row for card in section.listings for row in card.rows]
+
+
+def test_what_is_new_in_a_result_is_shown_without_being_known(tmp_path):
+    space = {"space": "pixels", "rates": [{"n": 100, "rate": 0.02, "p": 0.5}], "worst": [{"sample": 3, "ratio": 0.5}]}
+    chain = [{"t": 0.5, "fd": 4.0}, {"t": 1.0, "fd": 8.0}]
+    more = {"memorisation": {"spaces": [space], "says": "Samples are new."}, "chain": chain}
+    path = folder(tmp_path / "eval", FOUND | more)
+    Image.new("L", (9, 7)).save(path / "memorised.png")
+    memorised, along = results.more(Evaluation.read(path))
+    assert (memorised.title, memorised.text) == ("Memorisation", "Samples are new.")
+    assert [table.rows for table in memorised.tables] == [
+        (("pixels", "100", "2.00%", "0.5"),),
+        (("pixels", "3", "0.5"),),
+    ]
+    assert memorised.figures[0].content.size == (9, 7)
+    assert along.tables[0].rows == (("0.5", "4"), ("1", "8"))
+    assert along.figures[0].legend == ("fd (of 8)",)
+
+
+BAD = {
+    "is no folder; give the --out folder of `undiffuse eval`": None,
+    "has no summary.json; give the --out folder": "",
+    "is not finished, it has no summary.json; give the command that began it again": "query",
+    "is damaged": "[1",
+    "it is not a JSON object": "[1]",
+    "has no scores; give the --out folder of `undiffuse eval`": '{"format": 1, "bits_per_dim": 3}',
+    "": '{"format": 99, "scores": [], "notes": [], "protocol": {}}',
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_a_folder_that_is_none_is_one_line(tmp_path, said):
+    path, text = tmp_path / "eval", BAD[said]
+    if text is not None:
+        path.mkdir()
+    if text == "query":
+        (path / "query.json").write_text("{}")
+    elif text:
+        (path / "summary.json").write_text(text)
+    with pytest.raises((UsageError, Corrupt)) as raised:
+        Evaluation.read(path)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_scores_are_no_bits(tmp_path):
+    with pytest.raises(UsageError, match="has no bits/dim; give the --out folder of `undiffuse nll`"):
+        Bound.read(folder(tmp_path / "nll", FOUND))
+
+
+def test_terms_stand_at_the_times_that_their_steps_start_from():
+    process, (n, k) = Linear(20), (3, 20)
+    bits = np.arange(n * k, dtype=float).reshape(n, k)
+    index = np.tile(np.arange(k), (n, 1))
+    terms = Terms(np.zeros(n), bits, np.full((n, k), 4.0), index, np.ones(k))
+    lines = results.time_lines(terms, {}, process)
+    assert lines is not None
+    np.testing.assert_allclose(lines[0][0], np.arange(1, k + 1) / 20)
+    np.testing.assert_allclose(lines[0][1], bits.mean(0))
+    np.testing.assert_allclose(lines[1][1], 255.0)
+    assert results.time_lines(terms, {"steps": 5}, process) is None  # of a chain that is not this one
+
+
+def test_stratified_terms_of_many_steps_are_means_of_bins():
+    process = Linear(1000)
+    index = np.random.default_rng(0).integers(0, 1000, (50, 40))
+    t = (index + 1) / 1000
+    terms = Terms(np.zeros(50), 2 * t, t, index, np.full(40, 25.0))
+    lines = results.time_lines(terms, {"draws": 40}, process)
+    assert lines is not None and len(lines[0][0]) <= results.BINS
+    np.testing.assert_allclose(lines[0][1], 2 * np.array(lines[0][0]), rtol=1e-9)
+    np.testing.assert_allclose(lines[1][1], 127.5 * np.sqrt(lines[0][0]), rtol=1e-9)

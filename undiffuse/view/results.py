@@ -1,0 +1,351 @@
+"""What `undiffuse eval` and `undiffuse nll` left in their folders, read back, and its parts of a page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from undiffuse.diffusion.likelihood import Terms, strata
+from undiffuse.diffusion.process import Process
+from undiffuse.errors import Corrupt, UsageError
+from undiffuse.machine import disk
+from undiffuse.machine.tensorfile import refuse_newer
+from undiffuse.measure import nll
+from undiffuse.measure.claim import QUERY
+from undiffuse.view import pieces
+from undiffuse.view.report import Figure, Listing, Section, Table
+
+SUMMARY = "summary.json"
+KNOWN = {"format", "scores", "notes", "protocol"}
+TITLES = {"memorisation": "Memorisation", "chain": "Scores along the chain"}
+BINS = 40  # times of a plot over t
+ALIKE, MOST = 7, 12  # letters by which a picture is known (memorised.png); rows of a table
+PERCENT = {"rate", "low", "high", "level", "expected", "expected_low", "expected_high", "share"}
+WIDEST = 200  # characters of a value in a listing
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A finished `undiffuse eval`: a row for each score, and its protocol. `more` is whatever else it found."""
+
+    path: Path
+    scores: list[dict[str, Any]]
+    notes: list[str]
+    protocol: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> "Evaluation":
+        """Raises UsageError for a folder that is none or is not finished, Corrupt for a damaged one."""
+        found = _summary(path, "undiffuse eval")
+        scores, notes, protocol = (found.get(name, kind()) for name, kind in PARTS.items())
+        is_whole = (
+            "scores" in found
+            and isinstance(scores, list)
+            and all(isinstance(row, dict) and {"score", "value", "features"} <= row.keys() for row in scores)
+        )
+        if not is_whole or not isinstance(notes, list) or not isinstance(protocol, dict):
+            raise UsageError(f"{path / SUMMARY} has no scores; give the --out folder of `undiffuse eval`")
+        more = {name: value for name, value in found.items() if name not in KNOWN}
+        return Evaluation(path, scores, [str(note) for note in notes], protocol, more)
+
+    def features(self, row: Json) -> dict[str, Any]:
+        """What the protocol says of the extractor of a score."""
+        found = [each for each in self.protocol.get("features", ()) if each.get("extractor") == row["features"]]
+        return found[0] if found else {"extractor": row["features"]}
+
+    @property
+    def weights(self) -> str | None:
+        """sha256 of the weights that drew the samples; None where no model did."""
+        model = self.protocol.get("model")
+        return model.get("sha256") if isinstance(model, dict) else None
+
+    def pictures(self) -> list[Path]:
+        """PNGs beside the result."""
+        return sorted(self.path.glob("*.png"))
+
+
+PARTS = {"scores": list, "notes": list, "protocol": dict}
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A finished `undiffuse nll`. `terms` are those of the bound, which --ode has not."""
+
+    path: Path
+    summary: dict[str, Any]
+    query: dict[str, Any]
+    terms: Terms | None
+
+    @staticmethod
+    def read(path: Path) -> "Bound":
+        """Raises UsageError for a folder that is none or is not finished, Corrupt for a damaged one."""
+        found = _summary(path, "undiffuse nll")
+        if not {"bits_per_dim", "images"} <= found.keys():
+            raise UsageError(f"{path / SUMMARY} has no bits/dim; give the --out folder of `undiffuse nll`")
+        query = disk.read_json(path / QUERY) if (path / QUERY).exists() else {}
+        terms = None
+        if "prior" in found and (path / "terms.npz").exists():
+            terms = nll.PARTS.read(path / "terms.npz", found["images"])
+        return Bound(path, found, query if isinstance(query, dict) else {}, terms)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every term of the chain was measured."""
+        return self.terms is not None and bool((self.terms.weights == 1).all())
+
+
+def _summary(path: Path, command: str) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UsageError(f"{path} is no folder; give the --out folder of `{command}`")
+    if not (path / SUMMARY).exists():
+        if (path / QUERY).exists():
+            raise UsageError(
+                f"{path} is not finished, it has no {SUMMARY}; give the command that began it again, which goes on"
+            )
+        raise UsageError(f"{path} has no {SUMMARY}; give the --out folder of `{command}`")
+    found = disk.read_json(path / SUMMARY)
+    if not isinstance(found, dict):
+        raise Corrupt(f"{path / SUMMARY} is damaged: it is not a JSON object; measure again with another --out")
+    refuse_newer(path / SUMMARY, found.get("format"))
+    return found
+
+
+def number(value: Any) -> str:
+    """A score as it is read; empty for none."""
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.5g}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def spread(row: Json) -> str:
+    """`12.3 ± 0.4`, or the value alone where there was one seed."""
+    return number(row["value"]) + (f" ± {row['sd']:.2g}" if row.get("sd") is not None else "")
+
+
+# Sections
+
+
+def scores(found: Evaluation, title: str = "Scores", about: str = "") -> Section:
+    """The scores beside those of real images, what is to be known of them, and the protocol."""
+    seeds = max((len(row.get("each", ())) for row in found.scores), default=0)
+    floors = sorted({row["real_n"] for row in found.scores if "real_n" in row})
+    fewer = any("value_at_real_n" in row for row in found.scores)
+    header = ["score", "samples"] + [f"{n:,} real images" for n in floors]
+    header += [f"{n:,} samples" for n in floors if fewer] + ["better"]
+    rows = []
+    for row in found.scores:
+        cells = [row["score"] + where(row), spread(row)]
+        cells += [number(row.get("real")) if row.get("real_n") == n else "" for n in floors]
+        cells += [number(row.get("value_at_real_n")) if row.get("real_n") == n else "" for n in floors if fewer]
+        rows.append((*cells, row.get("better", "")))
+    caption = (
+        f"{found.protocol.get('n', 0):,} samples. Real images that take the place of samples show how far one can come."
+    )
+    caption += f" ± is the standard deviation over {seeds} seeds." if seeds else ""
+    return Section(
+        title,
+        "\n\n".join(filter(None, [about, *found.notes])),
+        tables=(Table(tuple(header), tuple(rows), caption),),
+        listings=protocol(found),
+    )
+
+
+def where(row: Json) -> str:
+    """The features of a score whose name does not say them."""
+    return "" if row["features"].replace("-", "") in row["score"].lower().replace("-", "") else f", {row['features']}"
+
+
+def protocol(found: Evaluation) -> tuple[Listing, ...]:
+    """All that must be the same for the scores to be the same: a card for each part."""
+    cards, plain = list[Listing](), list[tuple[str, str]]()
+    for name, value in found.protocol.items():
+        parts = value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]
+        for part in parts:
+            if isinstance(part, dict):
+                cards.append(Listing(tuple(flat(part)), f"Protocol: {name.replace('_', ' ')}"))
+            else:
+                plain.append((name.replace("_", " "), words(part)))
+    return Listing(tuple(plain), "Protocol"), *cards
+
+
+def flat(said: Json, above: str = "") -> Iterator[tuple[str, str]]:
+    """A line for each value that is no mapping, named with those above it."""
+    for name, value in said.items():
+        whole = f"{above}{str(name).replace('_', ' ')}"
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{whole}: ")
+        else:
+            yield whole, words(value)
+
+
+def words(value: Any) -> str:
+    """Plain data in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {words(each)}" for name, each in value.items()) or "–"
+    if isinstance(value, (list, tuple)):
+        text = ", ".join(map(words, value))
+        return text if len(text) <= WIDEST else f"{text[:WIDEST]} …"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def more(found: Evaluation) -> list[Section]:
+    """Whatever else an evaluation found, such as memorisation: sentences, numbers, tables and plots of what is there.
+
+    The pictures of the folder stand with the part whose name theirs begins with, else by themselves.
+    """
+    pictures, sections = {path: path.stem.replace("-", "_") for path in found.pictures()}, list[Section]()
+    for name, value in found.more.items():
+        mine = [path for path, stem in pictures.items() if stem[:ALIKE] == name[:ALIKE]]
+        sections.append(_part(name, value, tuple(map(_picture, mine))))
+        pictures = {path: stem for path, stem in pictures.items() if path not in mine}
+    if pictures:
+        sections.append(Section("Pictures of the evaluation", figures=tuple(map(_picture, pictures))))
+    return [section for section in sections if section.text or section.facts or section.figures or section.tables
+            or section.listings]  # fmt: skip
+
+
+def _picture(path: Path) -> Figure:
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return Figure(file.copy(), path.stem.replace("-", " ").replace("_", " ").capitalize())
+    except OSError as error:
+        raise Corrupt(f"{path} is damaged; delete it, and the same `undiffuse eval` writes it again") from error
+
+
+def _part(name: str, value: Any, figures: tuple[Figure, ...]) -> Section:
+    title = TITLES.get(name, name.replace("_", " ").capitalize())
+    if not isinstance(value, dict):
+        value = {name: value}
+    texts = [text for text in value.values() if isinstance(text, str) and " " in text.strip()]
+    facts = tuple(
+        (key.replace("_", " "), _fact(key, each))
+        for key, each in value.items()
+        if isinstance(each, (int, float)) and not isinstance(each, bool)
+    )
+    tables, plots, rest = list[Table](), list[Figure | None](), dict[str, Any]()
+    for key, each in value.items():
+        if _are_rows(each):
+            tables += _tables(key, each)
+            plots.append(_over_t(key, each))
+        elif isinstance(each, (dict, list, bool)) or (isinstance(each, str) and each not in texts):
+            rest[key] = each
+    listings = (Listing(tuple(flat(rest)), ""),) if rest else ()
+    return Section(title, "\n\n".join(texts), facts[:12], (*figures, *pieces.present(plots)), tuple(tables),
+                   listings=listings)  # fmt: skip
+
+
+def _fact(name: str, value: Any) -> str:
+    return f"{value:.2%}" if isinstance(value, float) and name in PERCENT else number(value)
+
+
+def _tables(name: str, rows: Sequence[Json]) -> list[Table]:
+    """A table of the rows, and one for each list of rows inside of them."""
+    inner = dict.fromkeys(key for row in rows for key, each in row.items() if _are_rows(each))
+    if not inner:
+        return [_table(name, rows)]
+    found = []
+    for key in inner:
+        whole = [_single(row) | part for row in rows if _are_rows(row.get(key)) for part in row[key]]
+        found.append(_table(key, whole[:MOST]))
+    return found
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _single(row: Json) -> dict[str, Any]:
+    return {key: each for key, each in row.items() if not isinstance(each, (dict, list))}
+
+
+def _table(name: str, rows: Sequence[Json]) -> Table:
+    header = list(dict.fromkeys(key for row in rows for key in _single(row)))
+    body = tuple(tuple(_fact(key, row.get(key)) for key in header) for row in rows)
+    return Table(tuple(key.replace("_", " ") for key in header), body, name.replace("_", " ").capitalize())
+
+
+def _over_t(name: str, rows: Sequence[Json]) -> Figure | None:
+    """The other numbers over t, each in a share of its greatest value, where rows are those of times."""
+    if not all(isinstance(row.get("t"), (int, float)) for row in rows):
+        return None
+    lines = {}
+    for key in rows[0]:
+        ys = [row[key] for row in rows if isinstance(row.get(key), float)]
+        if key != "t" and len(ys) == len(rows) and (top := max(abs(y) for y in ys)) > 0:
+            lines[f"{key.replace('_', ' ')} (of {number(top)})"] = ([row["t"] for row in rows], [y / top for y in ys])
+    return pieces.plot(lines, "t", "share of the greatest", name.replace("_", " ").capitalize(), "")
+
+
+# Bits per dimension
+
+
+def bits(found: Terms | None, summary: Json, query: Json, process: Process, how: str) -> Section:
+    """The bound with its terms, those by t, and for a whole chain the rate-distortion curve."""
+    error = summary.get("standard_error")
+    value = f"{summary['bits_per_dim']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    facts = [("bits/dim, at most" if "prior" in summary else "bits/dim", value), ("images", f"{summary['images']:,}")]
+    figures, tables = list[Figure | None](), list[Table]()
+    if "prior" in summary:
+        tables.append(pieces.terms(summary))
+    if found is not None:
+        figures += by_time(found, query, process)
+        if (found.weights == 1).all():
+            curve = found.rate_distortion()
+            caption = f"All {len(curve)} steps: what a receiver knows after so many bits."
+            figures.append(pieces.rate_distortion(curve, caption))
+            tables.append(pieces.table_4(nll.table(found)))
+    known = {"bits_per_dim", "standard_error", "images", "prior", "rate", "decoder", "format", "model"}
+    rest = {name: each for name, each in summary.items() if name not in known}
+    said = {name: value for name, value in query.items() if name not in ("format",) and value is not None}
+    listing = Listing(tuple(flat(said | rest)), "How it was measured")
+    return Section(
+        "Bits per dimension", how, tuple(facts), (), tuple(tables), pieces.present(figures),
+        (listing,) if listing.rows else (), least=pieces.HALF,
+    )  # fmt: skip
+
+
+def by_time(found: Terms, query: Json, process: Process) -> list[Figure | None]:
+    """The mean term of the bound and the error of x̂_0 at each time, in bins where the terms are many."""
+    lines = time_lines(found, query, process)
+    if lines is None:
+        return []
+    loss, error = lines
+    return [
+        pieces.plot(
+            {"": loss}, "t", "bits/dim of a step", "Loss by t",
+            "The mean term of the bound by the time t that its step starts from. The first is the decoder's.",
+            log_x=True, log_y=True,
+        ),
+        pieces.plot(
+            {"": error}, "t", "RMSE of x̂₀, 0–255", "Error of the predicted image by t",
+            "How far the image that the network predicts from x_t is from the true one.",
+        ),
+    ]  # fmt: skip
+
+
+def time_lines(found: Terms, query: Json, process: Process) -> tuple[pieces.Line, pieces.Line] | None:
+    """(t, bits of a step) and (t, RMSE of x̂_0); None where the chain is not known any more."""
+    chain = nll.Nll(steps=query.get("steps"), grid=query.get("grid")).times(process)
+    total = len(chain) - 1
+    if int(found.index.max()) >= total:
+        return None
+    edges = [low for low, _ in strata(total, min(BINS, total))]
+    which = np.searchsorted(edges, found.index.ravel(), side="right") - 1
+    times = chain.numpy()[found.index.ravel() + 1]
+    count = np.bincount(which, minlength=len(edges))
+    full = count > 0
+    means = [
+        np.bincount(which, values.ravel(), len(edges))[full] / count[full] for values in (times, found.bits, found.mse)
+    ]
+    t, loss, mse = (each.tolist() for each in means)
+    return (t, loss), (t, [127.5 * value**0.5 for value in mse])

@@ -1,0 +1,132 @@
+"""What a page is about: a model or a run with what was measured of it, real images beside it, how it is drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from undiffuse.errors import NoSplit, UsageError
+from undiffuse.machine import log
+from undiffuse.measure import sets
+from undiffuse.measure.sets import Real
+from undiffuse.model.model import Model
+from undiffuse.view import results
+from undiffuse.view.results import Bound, Evaluation
+
+STEPS, SMALL = 50, 64 * 64  # steps of a chain; pixels up to which 64 samples are drawn, of larger images 16
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What a page is about. `log` is empty where the history is missing; `spec` is how a user names it."""
+
+    spec: str
+    model: Model
+    log: list[dict[str, Any]]
+    evaluations: list[Evaluation]
+    bound: Bound | None
+    unfinished: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> Path | None:
+        """Its folder, where it is one."""
+        return Path(self.spec) if Path(self.spec).is_dir() else None
+
+    @property
+    def steps(self) -> int | None:
+        return self.model.meta.get("step")
+
+
+def subject(spec: str, model: Model, evaluations: Sequence[Path] = (), bound: Path | None = None) -> Subject:
+    """A model with its log and its measurements: those that are named, else those inside of its folder.
+
+    Raises UsageError for a measurement that is named and is not finished; of one that is found so, that is told.
+    """
+    folder = Path(spec) if Path(spec).is_dir() else None
+    found, left = list[Evaluation](), list[str]()
+    named = [*evaluations]
+    if folder is not None and not named:
+        named = sorted(path for path in folder.glob("eval*") if path.is_dir())
+    for path in named:
+        if evaluations or (path / results.SUMMARY).exists():
+            found.append(Evaluation.read(path))
+        else:
+            left.append(f"{path} is an evaluation that is not finished; the same `undiffuse eval` again goes on.")
+    if bound is None and folder is not None and (folder / "nll").is_dir():
+        if (folder / "nll" / results.SUMMARY).exists():
+            bound = folder / "nll"
+        else:
+            left.append(
+                f"{folder / 'nll'} is a measurement that is not finished; the same `undiffuse nll` again goes on."
+            )
+    rows = [] if folder is None else log.read_rows(folder / "log.jsonl")
+    return Subject(spec, model, rows, found, None if bound is None else Bound.read(bound), tuple(left))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How much is drawn: n samples (64, of large images 16, unless given) in so many steps (50 unless given)."""
+
+    n: int | None = None
+    steps: int | None = None
+    solver: str = "ddim"
+    seed: int = 0
+
+    def count(self, model: Model) -> int:
+        _, height, width = model.image_shape
+        return self.n if self.n is not None else (64 if height * width <= SMALL else 16)
+
+    def length(self, model: Model) -> int:
+        """The steps of the chain."""
+        return self.steps if self.steps is not None else min(STEPS, model.process.steps or STEPS)
+
+    def check(self, model: Model) -> None:
+        """UsageError for what cannot be drawn, before anything is."""
+        if self.n is not None and self.n < 1:
+            raise UsageError(f"-n {self.n} is not possible; give 1 or more")
+        model.times(self.length(model))
+        model.sampler(self.solver)
+
+    def said(self, model: Model) -> str:
+        whole = f" of {model.process.steps:,}" if model.process.steps else ""
+        return f"{self.length(model)}{whole} steps of {self.solver}, seed {self.seed}"
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Real images in the shape of the model's: those it was trained on, and others, where there are any."""
+
+    spec: str
+    train: Real | None
+    held_out: Real | None
+
+    @property
+    def shown(self) -> Real:
+        found = self.held_out or self.train
+        assert found is not None
+        return found
+
+    @property
+    def words(self) -> str:
+        return "held-out images" if self.held_out is not None else "training images"
+
+    @staticmethod
+    def open(spec: str, model: Model, skip_bad: bool = False) -> "Data":
+        """Both splits, or the one that there is. Raises DataError."""
+        read = partial(sets.open_real, spec, model.image_shape, reading=model.data.reading, skip_bad=skip_bad)
+        train = read(split="train")
+        try:
+            return Data(spec, train, read(split="test"))
+        except NoSplit:
+            return Data(spec, train, None)
+
+
+def some(source: Real, n: int) -> UInt8[Tensor, "n c h w"]:
+    """At most n images, spread evenly, since data may be in the order of its classes."""
+    chosen = sets.spread_over(source, n)
+    return chosen.gather(torch.arange(len(chosen), dtype=torch.int64, device="cpu"))[0]
