@@ -130,10 +130,10 @@ def claimed(out: Path | None, model: Model, source: Source, question: dict[str, 
     """What the folder is for: these weights, this data, and the rest of the question. Raises UsageError for another."""
     if out is None:
         return {}
-    return check(out, {"model": digest_of(model), "data": source.fingerprint()} | question)
+    return check(out, {"model": identity(model), "data": source.fingerprint()} | question)
 
 
-def digest_of(model: Model) -> str:
+def identity(model: Model) -> str:
     """sha256 of the weights of a model and of its config, the variance left out, which is said beside it."""
     config = {name: value for name, value in plain(model.config).items() if name != "variance"}
     return digest_of(model, json.dumps(config, sort_keys=True).encode())

@@ -48,10 +48,15 @@ def thinned(points: Sequence[tuple[float, float]]) -> Line:
 
 
 def loss(rows: Rows) -> Figure | None:
-    """The objective over the steps of a run; None where its log has none."""
+    """The objective over the steps of a run, with the band that a preset expects; None where its log has none."""
     lines = {
         name: line(rows, key)
         for name, key in (("on training batches", "loss"), ("on held-out images, by the averaged weights", "held_out"))
+    }
+    bands = [(float(row["step"]), *row["expected"]) for row in rows if "expected" in row]
+    lines |= {
+        "the least that the preset expects of it": thinned([(step, low) for step, low, _ in bands]),
+        "and the most": thinned([(step, high) for step, _, high in bands]),
     }
     return plot(lines, "step", "loss", "Loss", "", log_y=True)
 

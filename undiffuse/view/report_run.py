@@ -18,7 +18,8 @@ from undiffuse.data.made import channels
 from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
-from undiffuse.measure import nll, parts, sets
+from undiffuse.measure import nll, parts
+from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model
 from undiffuse.view import explore, pieces, results
 from undiffuse.view.report import Figure, Listing, Section, write_report
@@ -236,7 +237,7 @@ def _scores(page: Page) -> list[Section]:
 
 def _strange(page: Page, weights: str | None) -> str:
     """A warning where a measurement is not of the weights that the page shows."""
-    if weights is None or weights == sets.digest_of(page.model):
+    if weights is None or weights == digest_of(page.model):
         return ""
     return "These scores are of other weights than those of this page: the training has gone on since, or another " \
            "average was measured."  # fmt: skip
@@ -270,7 +271,7 @@ def _bits(page: Page) -> Section:
     if about.bound is not None:
         bound = about.bound
         how = f"Measured by `undiffuse nll`, from {bound.path}."
-        if bound.query.get("model") not in (None, parts.digest_of(page.model)):
+        if bound.query.get("model") not in (None, parts.identity(page.model)):
             how += " It is of other weights than those of this page: the training has gone on since, or another " \
                    "average was measured."  # fmt: skip
         found = results.bits(bound.terms, bound.summary, bound.query, process, how)
@@ -369,7 +370,7 @@ def _settings(page: Page) -> Section:
 def _made(page: Page, took: str) -> Section:
     rows = (
         ("model", page.about.spec), ("weights", page.model.meta.get("weights", "as they are in the file")),
-        ("sha256", sets.digest_of(page.model)), ("drawn with", page.how.said(page.model)),
+        ("sha256", digest_of(page.model)), ("drawn with", page.how.said(page.model)),
         ("device", name_of(page.model.device)), ("threads", str(torch.get_num_threads())), ("took", took),
         ("undiffuse", __version__), ("torch", torch.__version__),
     )  # fmt: skip
