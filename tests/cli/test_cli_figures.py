@@ -13,6 +13,7 @@ from undiffuse.data.source import open_source
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.measure.nll import Nll, terms_of
 from undiffuse.model.load import load
+from undiffuse.quality.feature.base import open_features
 from undiffuse.view import explore
 
 CHAIN = ["--seed", 3, "--steps", 4, "--solver", "ddim", "--eta", 0.5]
@@ -90,3 +91,16 @@ def test_bits_per_dim_are_those_of_python(call, model, words, query, split):
     expected = terms_of(load(model), open_source("digits", split=split), query).summary()
     found = json.loads(out)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_neighbours_in_features_are_those_of_python(call, model, tmp_path):
+    loaded, name = load(model), "tests.measure.test_memorise:Quarters"
+    words = ["neighbours", model, "digits", "-n", 2, "-k", 3, "--features", name, *CHAIN, "--out", tmp_path / "x.png"]
+    code, out, err = call(*words, "--json")
+    assert code == 0, err
+    found, data = json.loads(out), open_source("digits")
+    near = explore.neighbours_in(open_features(name), loaded.sample(2, **SAME), data, 3)
+    assert found["index"] == near.indices.tolist() and found["features"] == "quarters"
+    np.testing.assert_allclose(found["distance_of_nearest"], near.distance[:, 0])
+    explore.write_grid(torch.cat([loaded.sample(2, **SAME)[:, None], data.images[near.indices]], 1), tmp_path / "y.png")
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()

@@ -14,6 +14,8 @@ from undiffuse.key import Key
 from undiffuse.model.model import Model, to_float, to_uint8
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
+from undiffuse.quality.feature.base import Extractor
+from undiffuse.quality.metric.base import Features
 from undiffuse.view import explore
 
 VARIANCE = 0.04  # of the Gaussian data, small enough that nothing is ever clipped
@@ -218,6 +220,32 @@ def test_neighbours_refuse_what_cannot_be_compared():
         explore.neighbours(source.images[:, :, :2, :2], source)
     with pytest.raises(UsageError, match=r"crop \(2, 0, 3, 4\) .* does not lie within images of 4×4"):
         explore.neighbours(source.images, source, 1, (2, 0, 3, 4))
+
+
+def halves(images):
+    return Features(images.to(torch.float32).mean(3).flatten(1))
+
+
+def test_neighbours_in_features_are_those_of_the_features(tmp_path, monkeypatch):
+    """Rows' means: an image and its mirror image are the same to them, and far from each other in pixels."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    extractor = Extractor("rows", "FD-rows", "0" * 64, "none", None, 1, {"pool": 4}, halves)
+    train = torch.randint(0, 256, (300, 1, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    samples = torch.cat([train[[7]].flip(3), train[[250]].flip(3), 255 - train[:5]])
+    index, distance = explore.neighbours_in(extractor, samples, ArraySource(train), 3)
+    expected = torch.cdist(halves(samples).pool.to(F64), halves(train).pool.to(F64)).sort(1)
+    assert torch.equal(index, expected.indices[:, :3]) and index[:2, 0].tolist() == [7, 250]
+    np.testing.assert_allclose(distance, expected.values[:, :3], rtol=1e-9, atol=1e-5)
+    assert not torch.equal(index, explore.neighbours(samples, ArraySource(train), 3).indices)
+
+
+def test_neighbours_in_features_refuse_what_cannot_be_compared():
+    extractor = Extractor("rows", "FD-rows", "0" * 64, "none", (4, 4), 1, {"pool": 4}, halves)
+    source = ArraySource(torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
+    with pytest.raises(UsageError, match="4 neighbours are not possible in 3 images; give 1 to 3"):
+        explore.neighbours_in(extractor, source.images, source, 4)
+    with pytest.raises(UsageError, match="images of 4×5 cannot be seen by rows, which takes 4×4"):
+        explore.neighbours_in(extractor, torch.zeros(1, 1, 4, 5, dtype=torch.uint8), source)
 
 
 def test_langevin_has_the_moments_that_its_recursion_predicts():

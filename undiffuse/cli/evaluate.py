@@ -13,6 +13,7 @@ from undiffuse.cli.options import (
     DataArg,
     DeviceOpt,
     EtaOpt,
+    FeatureWeightsOpt,
     GridOpt,
     LabelOpt,
     OverwriteOpt,
@@ -56,10 +57,6 @@ MetricOpt = Annotated[
     list[str] | None,
     typer.Option("--metric", help="Only this metric, such as frechet or kernel; may be repeated. All unless given"),
 ]
-FeatureWeightsOpt = Annotated[
-    Path | None,
-    typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
-]
 ResizeOpt = Annotated[
     str | None,
     typer.Option("--resize", help="How images get the size that the extractor wants: tf1, pil, pil-uint8 or torch"),
@@ -84,6 +81,12 @@ KeepOpt = Annotated[
 SaveOpt = Annotated[
     Path | None,
     typer.Option("--save-statistics", help="Write mean and covariance of the reference to this .npz, to be DATA"),
+]
+MemorisationOpt = Annotated[
+    bool,
+    typer.Option(
+        "--memorisation/--no-memorisation", help="Whether training images were copied; the worst pairs are in --out"
+    ),
 ]
 
 ProgressiveOpt = Annotated[
@@ -120,6 +123,7 @@ def evaluate(
     keep_images: KeepOpt = False,
     save_statistics: SaveOpt = None,
     size: SizeOpt = None,
+    memorisation: MemorisationOpt = True,
     settings: ReadOpt = None,
     skip_bad: SkipBadOpt = False,
     overwrite: OverwriteOpt = False,
@@ -148,7 +152,8 @@ def evaluate(
     model, chosen = _model(samples, drawing, device, clip)
     named = tuple(features or ("auto",)), tuple(metrics or ())
     query = Query(*named, feature_weights, resize, split, _pair(size), _reading(settings, model), skip_bad)
-    score = _how(samples, progressive, keep_images, save_statistics, drawn=model is not None)
+    whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
+    score = _how(samples, progressive, whole, drawn=model is not None)
     with dist.joined(dist.LONG):
         found = score(
             model or samples, data, query, n=n, steps=chosen, solver=solver, eta=eta, label=label, seed=seed,
@@ -176,17 +181,17 @@ def _pair(size: str | None) -> tuple[int, int] | None:
 
 
 def _how(
-    samples: str, progressive: int | None, keep_images: bool, save_statistics: Path | None, drawn: bool
+    samples: str, progressive: int | None, whole: dict[str, Any], drawn: bool
 ) -> "Callable[..., Result | Along]":
     """The evaluation that is asked for. Raises UsageError for what one along the chain has not."""
     from undiffuse.measure.along import evaluate_along
     from undiffuse.measure.evaluate import evaluate
 
     if progressive is None:
-        return partial(evaluate, keep_images=keep_images, save_statistics=save_statistics)
+        return partial(evaluate, **whole)
     if not drawn:
         raise UsageError(f"--progressive follows the chain of a model, and {samples} is none; give a model")
-    other = "--keep-images" if keep_images else "--save-statistics" if save_statistics is not None else None
+    other = "--keep-images" if whole["keep_images"] else "--save-statistics" if whole["save_statistics"] else None
     if other is not None:
         raise UsageError(f"{other} and --progressive are not possible together; leave one of them out")
     return partial(evaluate_along, points=progressive)
@@ -214,6 +219,8 @@ def _show(found: "Result | Along", out: Path | None, as_json: bool) -> None:
         return
     if not as_json:
         for line in found.table():
+            typer.echo(line)
+        for line in [] if found.memorisation is None else found.memorisation.lines():
             typer.echo(line)
         for note in found.notes:
             log.warn(note)

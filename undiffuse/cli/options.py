@@ -60,6 +60,10 @@ VarianceOpt = Annotated[
     typer.Option("--variance", help="Reverse variance: fixed-large or fixed-small; as in training unless given"),
 ]
 DeviceOpt = Annotated[str, typer.Option("--device", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1 or mps")]
+FeatureWeightsOpt = Annotated[
+    Path | None,
+    typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
+]
 WeightsOpt = Annotated[
     str | None,
     typer.Option(

@@ -11,6 +11,7 @@ from undiffuse.cli.options import (
     DataArg,
     DeviceOpt,
     EtaOpt,
+    FeatureWeightsOpt,
     GridOpt,
     LabelOpt,
     ModelArg,
@@ -37,11 +38,23 @@ from undiffuse.cli.tools import JsonOpt, show
 from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
-    from undiffuse.view.explore import Crop
+    from torch import Tensor
+
+    from undiffuse.data.source import Source
+    from undiffuse.model.model import Model
+    from undiffuse.quality.feature.base import Extractor
+    from undiffuse.view.explore import Crop, Neighbours
 
 CropOpt = Annotated[
     str | None,
     typer.Option("--crop", help="Compare only a part, in pixels: the middle HEIGHTxWIDTH, or TOP,LEFT,HEIGHT,WIDTH"),
+]
+NeighbourFeaturesOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--features",
+        help="Compare in the features of an extractor of `undiffuse eval`, such as inception, not in pixels",
+    ),
 ]
 
 
@@ -266,6 +279,8 @@ def neighbours(
     n: Annotated[int, typer.Option("-n", help="Number of samples")] = 8,
     k: Annotated[int, typer.Option("-k", help="Number of neighbours of each sample")] = 8,
     crop: CropOpt = None,
+    features: NeighbourFeaturesOpt = None,
+    feature_weights: FeatureWeightsOpt = None,
     settings: ReadOpt = None,
     steps: StepsOpt = None,
     times: TimesOpt = None,
@@ -285,13 +300,14 @@ def neighbours(
     """Find the training images nearest to samples.
 
     This shows whether the model has copied its training data (Figs. 12 and 15 of the paper). Each row is one sample
-    and its nearest training images, compared pixel by pixel.
+    and its nearest training images, compared pixel by pixel or in features. `undiffuse eval` tells how many are copies.
 
     Examples:
 
     \b
     - `undiffuse neighbours fashion-mnist fashion-mnist --steps 100 --out neighbours.png`
     - `undiffuse neighbours runs/faces faces/ --crop 100x100 --out neighbours.png`
+    - `undiffuse neighbours fashion-mnist fashion-mnist --features classifier-28 --steps 100 --out neighbours.png`
     """
     import torch
 
@@ -302,19 +318,50 @@ def neighbours(
 
     writable(out, overwrite)
     refuse_inside(out, join(data), "--out")
+    _refuse_both(crop, features, feature_weights)
     loaded = open_model(model, device, clip, variance, weights)
     chosen = choose_steps(loaded, steps, times, grid)
     source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
+    extractor = None if features is None else _extractor(features, feature_weights, loaded)
     total = loaded.count(n, label)
     told = drawn(loaded.classes, n, seed) if label is None else loaded.told(label, total, seed)
     with ticking(loaded.sampling_steps(total, chosen), "sampling", as_json) as tick:
         samples = loaded.sample(total, chosen, loaded.sampler(solver, eta), seed, label=told.label, progress=tick)
-    near = explore.neighbours(samples, source, k, box)
+    near, seen = _nearest(extractor, samples, source, k, box, as_json)
     rows = torch.stack([torch.cat([s[None], source.gather(i)[0]]) for s, i in zip(samples, near.indices, strict=True)])
     explore.write_grid(rows, out)
-    found = {"rmse_of_nearest": near.distance[:, 0].tolist(), "index": near.indices.tolist()}
-    show({"picture": out, **said(told, loaded), **found}, as_json)
+    show({"picture": out, **said(told, loaded), **seen, "index": near.indices.tolist()}, as_json)
+
+
+def _refuse_both(crop: str | None, features: str | None, weights: Path | None) -> None:
+    """UsageError for a part of features, and for weights of none."""
+    if features is not None and crop is not None:
+        raise UsageError(f"--crop {crop} is for pixels, and --features {features} see whole images; give one of them")
+    if weights is not None and features is None:
+        raise UsageError("--feature-weights is for --features, which is not given; give it too, or leave both out")
+
+
+def _nearest(
+    extractor: "Extractor | None", samples: "Tensor", source: "Source", k: int, crop: "Crop | None", as_json: bool
+) -> "tuple[Neighbours, dict[str, Any]]":
+    """Also what is shown of them."""
+    from undiffuse.view import explore
+
+    if extractor is None:
+        near = explore.neighbours(samples, source, k, crop)
+        return near, {"rmse_of_nearest": near.distance[:, 0].tolist()}
+    near = explore.neighbours_in(extractor, samples, source, k, lambda what, total: ticking(total, what, as_json))
+    return near, {"features": extractor.name, "distance_of_nearest": near.distance[:, 0].tolist()}
+
+
+def _extractor(name: str, weights: Path | None, model: "Model") -> "Extractor":
+    """With its weights, before anything is drawn. Raises UsageError for images that it cannot see."""
+    from undiffuse.quality.feature.base import open_features
+
+    found = open_features(name, model.device, weights, shape=model.image_shape)
+    found.check(model.image_shape)
+    return found
 
 
 def parse_crop(text: str) -> "Crop":

@@ -79,6 +79,7 @@ def evaluate(
     out: str | Path | None = None,
     keep_images: bool = False,
     save_statistics: str | Path | None = None,
+    memorisation: bool = True,
     named: str | None = None,
     device: str = "auto",
     ticking: Ticking = silent,
@@ -90,7 +91,8 @@ def evaluate(
     anything made. `data` is the reference: images, or an npz of statistics. `query` may be the names of the features.
     A model draws n images (10,000) for each of `seeds` seeds from `seed` (0) on, as `Model.sample` does. With `out` a
     stopped evaluation goes on, and `keep_images` writes the samples there; `save_statistics` is a file for those of
-    the reference. `named` is what a protocol calls the model. Raises UsageError, DataError, Corrupt, NotFiniteError.
+    the reference. `memorisation`: where these are training images, the nearest to each sample are looked for. `named`
+    is what a protocol calls the model. Raises UsageError, DataError, Corrupt, NotFiniteError.
     """
     query, count, batch = query_of(query), whole("seeds", seeds, 1), whole("batch", batch, 1)
     n = None if n is None else whole("n", n, 2)
@@ -112,7 +114,7 @@ def evaluate(
     if save_statistics is not None:
         _refuse_statistics(save_statistics, judges, reference)
     about = {} if model is None else {"model": sets.said_of(model, named or samples)}
-    found = score(every, reference, floor, judges, batch, out, keep_images, about, ticking, say)
+    found = score(every, reference, floor, judges, batch, out, keep_images, about, ticking, say, memorisation)
     if save_statistics is not None and dist.rank() == 0:
         _write_statistics(save_statistics, found, judges[0], reference)
     return found

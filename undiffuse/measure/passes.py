@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source
@@ -22,6 +23,7 @@ from undiffuse.quality.statistics import Statistics
 
 REAL_BATCH = 128  # images of a batch of real ones, whatever --batch is, so that what is kept of them can be used
 MOST_KEPT = 2 << 30  # bytes of features of real images that are kept in the cache
+MOST_SEEN, MOST_SEEN_BYTES = 10_000, 1 << 30  # images of a set whose pixels are held in memory
 
 # (what, how many) -> inside, what is told how many more are done
 Ticking = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -104,10 +106,41 @@ class Against:
     rest: Gathered  # the reference of the floor, which may have had to give images up
 
 
-def against(judge: Judge, reference: Reference, floor: Floor | None, ticking: Ticking = silent) -> Against:
-    """One pass over the reference, and one over the real images apart from it."""
-    whole, rest = (Gathered(judge.metrics, is_reference=True) for _ in range(2))
-    apart = Gathered(judge.metrics)
+class Seen:
+    """The first images of a set, held in memory: `most` of them, filled in one pass."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._images: list[Tensor] = []
+        self._index: list[Tensor] = []
+
+    @staticmethod
+    def of(samples: Samples) -> "Seen":
+        """As many as there is room for."""
+        c, h, w = samples.shape
+        return Seen(min(samples.n, MOST_SEEN, max(1, MOST_SEEN_BYTES // (c * h * w))))
+
+    def update(self, images: UInt8[Tensor, "b c h w"], index: Int[Tensor, "b"]) -> None:
+        """Adds a batch; `index` are the numbers of its images."""
+        few = index < self.most
+        self._images.append(images[few].to("cpu"))
+        self._index.append(index[few])
+
+    def everywhere(self) -> UInt8[Tensor, "n c h w"]:
+        """Those of all processes, in the order of their numbers; the same in each."""
+        empty = torch.zeros(0, 0, 0, 0, dtype=torch.uint8, device="cpu")
+        own = torch.cat(self._images) if self._images else empty
+        numbers = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *self._index])
+        parts = [part for part in exchange((own, numbers)) if len(part[0])]
+        return torch.cat([images for images, _ in parts])[torch.cat([index for _, index in parts]).argsort()]
+
+
+def against(
+    judge: Judge, reference: Reference, floor: Floor | None, ticking: Ticking = silent, rows: bool = False
+) -> Against:
+    """One pass over the reference, and one over the real images apart from it; with `rows` their features are kept."""
+    whole, rest = Gathered(judge.metrics, True, rows), Gathered(judge.metrics, is_reference=True)
+    apart = Gathered(judge.metrics, rows=rows)
     mask = None if floor is None else floor.apart
 
     def take(_: str, features: Features, index: Int[Tensor, "b"]) -> None:
@@ -118,9 +151,9 @@ def against(judge: Judge, reference: Reference, floor: Floor | None, ticking: Ti
             rest.update(features.some(~inside), index[~inside])
 
     if reference.images is not None:
-        _real(reference.images, judge.extractor, take, ticking, "reference images", reference.fingerprint)
+        over_real(reference.images, judge.extractor, take, ticking, "reference images", reference.fingerprint)
     if floor is not None and floor.images is not None:
-        _real(floor.images, judge.extractor, lambda _, features, i: apart.update(features, i), ticking, "for the floor")
+        over_real(floor.images, judge.extractor, lambda _, features, i: apart.update(features, i), ticking, "for floor")
     found = whole.everywhere(exchange)
     if reference.statistics is not None:
         found = found.known(reference.statistics.moments)
@@ -131,7 +164,7 @@ def against(judge: Judge, reference: Reference, floor: Floor | None, ticking: Ti
     )
 
 
-def _real(
+def over_real(
     source: Source, extractor: Extractor, take: Take, ticking: Ticking, what: str, fingerprint: str | None = None
 ) -> None:
     """The features of real images, kept in the cache by their fingerprint and the extractor's identity."""
@@ -151,9 +184,15 @@ def over_samples(
     kept: Kept | None = None,
     ticking: Ticking = silent,
     say: Callable[[str], None] = log.silent,
+    seen: Seen | None = None,
 ) -> tuple[dict[str, Gathered], dict[str, Gathered]]:
-    """One pass over samples: what is gathered of all, and of the first `prefix` of them, by the extractor's name."""
-    whole, first = ({judge.extractor.name: Gathered(judge.metrics) for judge in judges} for _ in range(2))
+    """One pass over samples: what is gathered of all, and of the first `prefix` of them, by the extractor's name.
+
+    With `seen`, which takes the first images, their features are kept as well.
+    """
+    rows = seen is not None
+    whole = {judge.extractor.name: Gathered(judge.metrics, rows=rows) for judge in judges}
+    first = {judge.extractor.name: Gathered(judge.metrics) for judge in judges}
     few = prefix is not None and prefix < samples.n
 
     def take(name: str, features: Features, index: Int[Tensor, "b"]) -> None:
@@ -178,11 +217,12 @@ def over_samples(
             done += count
             advance(count)
 
-        gather(samples.images, samples.n, extractors, take, batch, kept, tick, timed)
+        see, most = (None, 0) if seen is None else (seen.update, seen.most)
+        gather(samples.images, samples.n, extractors, take, batch, kept, tick, timed, see, most)
     all_of = {name: each.everywhere(exchange) for name, each in whole.items()}
     return all_of, {name: each.everywhere(exchange) for name, each in first.items()} if few else all_of
 
 
-def kept_of(out: Path | None, samples: Samples, images: bool) -> Kept | None:
-    """Where the finished batches of a set of samples are, in the folder of an evaluation."""
+def kept_of(out: Path | None, samples: Samples, images: int) -> Kept | None:
+    """Where the finished batches of a set of samples are, in the folder of an evaluation, with the first images."""
     return None if out is None else Kept(out / "parts" / samples.digest[:16], images)

@@ -13,10 +13,12 @@ import torch
 
 from undiffuse import __version__
 from undiffuse.errors import UsageError
+from undiffuse.figure import png
 from undiffuse.machine import disk, dist, log
 from undiffuse.machine.arrayfile import write_arrays
 from undiffuse.measure import claim
-from undiffuse.measure.passes import Against, Judge, Reference, Ticking, against, kept_of, over_samples, silent
+from undiffuse.measure.memorise import FILE, Memorisation, memorise
+from undiffuse.measure.passes import Against, Judge, Reference, Seen, Ticking, against, kept_of, over_samples, silent
 from undiffuse.measure.sets import Floor, Samples, words_of
 from undiffuse.quality.gather import Kept
 from undiffuse.quality.metric.base import METRICS, Gathered, Metric, compute
@@ -30,13 +32,15 @@ Numbers = dict[str, float]
 class Result:
     """`rows`: one for each number, with the same of real images; `protocol`: all that was chosen.
 
-    `references` are what was gathered of the reference, by the extractor's name.
+    `references` are what was gathered of the reference, by the extractor's name. `memorisation` is None where it was
+    left out, or nothing can be said.
     """
 
     rows: list[dict[str, Any]]
     notes: list[str]
     protocol: dict[str, Any]
     references: dict[str, Gathered]
+    memorisation: Memorisation | None = None
 
     def table(self) -> list[str]:
         """Lines of text: each score, its spread over the seeds, and the same of real images."""
@@ -67,7 +71,8 @@ class Result:
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        return {"scores": self.rows, "notes": self.notes, "protocol": self.protocol}
+        found = {} if self.memorisation is None else {"memorisation": self.memorisation.plain()}
+        return {"scores": self.rows, "notes": self.notes, **found, "protocol": self.protocol}
 
 
 def number(value: float | None) -> str:
@@ -96,10 +101,12 @@ def score(
     about: Mapping[str, Any] | None = None,
     ticking: Ticking = silent,
     say: Callable[[str], None] = log.silent,
+    memorisation: bool = True,
 ) -> Result:
     """The scores of each set of samples (one for each seed), their mean and spread, and those of real images.
 
     Every process of a run returns the same. With `out` a stopped evaluation goes on; `about` is put into the protocol.
+    `memorisation` of the first set is told where the reference is training images.
     """
     for judge in judges:
         reference.refuse(judge, sets[0].n)
@@ -108,16 +115,20 @@ def score(
         question = claim.check(out, question_of(sets, reference, judges, batch, keep_images))
         if dist.rank() == 0:
             disk.write_json(out / claim.QUERY, question)
+    memorisation &= reference.images is not None and reference.split == "train" and floor is not None
+    seen = Seen.of(sets[0]) if memorisation else None
     prefix = None if floor is None else floor.n
     # Samples first: they cost most as a rule, and what they cost is told after their first batch.
-    passes = [
-        over_samples(each, judges, prefix, batch, kept_of(out, each, keep_images), ticking, cost)
-        for each, cost in zip(sets, [_of_all(say, len(sets)), *[log.silent] * (len(sets) - 1)], strict=True)
-    ]
-    if keep_images and out is not None and dist.rank() == 0:
-        for each in sets:
-            _write_images(out / f"samples-{each.said.get('seed', 0)}.npz", each, kept_of(out, each, True), batch)
-    others = {judge.extractor.name: against(judge, reference, floor, ticking) for judge in judges}
+    passes = []
+    for each in sets:
+        is_first = each is sets[0]
+        look = seen if is_first else None
+        images = each.n if keep_images else look.most if look is not None and each.are_drawn else 0
+        kept, cost = kept_of(out, each, images), _of_all(say, len(sets)) if is_first else log.silent
+        passes.append(over_samples(each, judges, prefix, batch, kept, ticking, cost, look))
+        if keep_images and out is not None and dist.rank() == 0:
+            _write_images(out / f"samples-{each.said.get('seed', 0)}.npz", each, kept, batch)
+    others = {judge.extractor.name: against(judge, reference, floor, ticking, memorisation) for judge in judges}
     rows, notes = list[dict[str, Any]](), list[str]()
     for judge in judges:
         name = judge.extractor.name
@@ -125,10 +136,24 @@ def score(
         for metric in judge.metrics:
             rows += rows_of(judge, metric, pairs, others[name], floor, notes)
     notes += _warnings(rows, sets[0], reference)
-    result = Result(rows, notes, protocol, {name: each.reference for name, each in others.items()})
+    copied = None
+    if seen is not None and floor is not None:
+        device = judges[0].extractor.device
+        copied = memorise(seen.everywhere(), passes[0][0], others, reference, floor, device, ticking)
+        notes += [] if copied else ["memorisation is left out: too few training images to say what is near to them"]
+    result = Result(rows, notes, protocol, {name: each.reference for name, each in others.items()}, copied)
     if out is not None and dist.rank() == 0:
         disk.write_json(out / "summary.json", {"format": claim.FORMAT} | result.plain())
+        if copied is not None:
+            disk.write_atomic(out / FILE, png(copied.picture(), drawn=True))
     return result
+
+
+def _claim(out: Path, question: dict[str, Any]) -> None:
+    """Makes the folder that of this question. UsageError where it is another's."""
+    question = claim.check(out, question)
+    if dist.rank() == 0:
+        disk.write_json(out / claim.QUERY, question)
 
 
 def _write_images(path: Path, samples: Samples, kept: Kept | None, batch: int) -> None:

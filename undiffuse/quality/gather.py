@@ -29,10 +29,10 @@ Found = dict[str, Features]  # by the name of the extractor
 
 @dataclass(frozen=True)
 class Kept:
-    """A folder with a file for each finished batch; with `images` they are in it as well."""
+    """A folder with a file for each finished batch; those that begin below image `images` hold their images as well."""
 
     folder: Path
-    images: bool = False
+    images: int = 0
 
     def path(self, first: int) -> Path:
         """The file of the batch that begins with that image."""
@@ -43,7 +43,7 @@ class Kept:
         arrays: dict[str, Any] = {
             f"{name}.{part}": each[part].numpy() for name, each in found.items() for part in each.parts()
         }
-        if self.images:
+        if first < self.images:
             arrays[IMAGES] = images.numpy()
         write_arrays(self.path(first), {"format": np.array(FORMAT)} | arrays)
 
@@ -54,7 +54,7 @@ class Kept:
             return None
         with reading_arrays(path, "is damaged; delete it, and the same command makes it again") as arrays:
             refuse_newer(path, arrays["format"].item())
-            if self.images and IMAGES not in arrays.files:
+            if first < self.images and IMAGES not in arrays.files:
                 return None
             found = {each.name: _features(arrays, each) for each in extractors}
         whole = {name: each for name, each in found.items() if each is not None and len(each.pool) == rows}
@@ -85,15 +85,18 @@ def gather(
     kept: Kept | None = None,
     tick: Callable[[int], None] | None = None,
     timed: Callable[[float], None] | None = None,
+    see: Callable[[UInt8[Tensor, "b c h w"], Int[Tensor, "b"]], None] | None = None,
+    seen: int = 0,
 ) -> None:
     """Gives the features of this process's share of n images to `take(extractor's name, features, numbers)`.
 
-    `timed` is told the seconds of the first batch that is not read from `kept`. Raises NotFiniteError, before anything
-    of that batch is kept, for features with NaN or infinity in them.
+    `timed` is told the seconds of the first batch that is not read from `kept`; `see` is given the images of the
+    batches that begin below image `seen`, and their numbers. Raises NotFiniteError, before anything of that batch is
+    kept, for features with NaN or infinity in them.
     """
     for first in dist.turns(n, batch):
         index = torch.arange(first, min(first + batch, n), dtype=torch.int64, device="cpu")
-        found = None if kept is None else kept.read(first, len(index), extractors)
+        pictures, found = None, None if kept is None else kept.read(first, len(index), extractors)
         if found is None:
             began = time.monotonic()
             pictures = images(index)
@@ -106,6 +109,10 @@ def gather(
             if timed is not None:
                 timed(time.monotonic() - began)
                 timed = None
+        if see is not None and first < seen:
+            if pictures is None:
+                pictures = kept.read_images(first) if kept and first < kept.images else images(index)
+            see(pictures, index)
         for name, features in found.items():
             take(name, features, index)
         if tick is not None:

@@ -22,9 +22,14 @@ from undiffuse.key import Key, Keys
 from undiffuse.machine import disk
 from undiffuse.machine.arrayfile import write_arrays
 from undiffuse.measure.along import stops, x_0_along
+from undiffuse.measure.passes import Ticking, over_real, silent
 from undiffuse.model.classes import Label
 from undiffuse.model.model import Model, Steps, to_float, to_uint8
 from undiffuse.network.base import Conditioning
+from undiffuse.quality.feature.base import Extractor
+from undiffuse.quality.gather import gather
+from undiffuse.quality.metric.base import Features, refuse_not_finite
+from undiffuse.quality.metric.distances import nearest
 from undiffuse.strict import whole
 
 Number = float | int  # said in full, because the tests' type checker does not take an int for a float
@@ -191,7 +196,7 @@ def _box(crop: Crop, h: int, w: int) -> tuple[int, int, int, int]:
 
 
 class Neighbours(NamedTuple):
-    """The nearest first; distances are root-mean-square differences of values in [0, 255]."""
+    """The nearest first; distances are root-mean-square differences of values in [0, 255], in features Euclidean."""
 
     indices: Int[Tensor, "n k"]
     distance: Float[Tensor, "n k"]
@@ -217,6 +222,29 @@ def neighbours(samples: Shaped[Tensor, "n c h w"], source: Source, k: int = 1, c
         best, order = torch.sort(torch.cat([best, squared], 1), dim=1, stable=True)
         best, index = best[:, :k], candidates.gather(1, order[:, :k])
     return Neighbours(index, (best / queries.shape[1]).sqrt())
+
+
+def neighbours_in(
+    extractor: Extractor, samples: UInt8[Tensor, "n c h w"], source: Source, k: int = 1, ticking: Ticking = silent
+) -> Neighbours:
+    """The k images of `source` that are nearest to each sample in the features of an extractor (Figs. 12 and 15).
+
+    The features of `source` are kept in the cache for the next time. Raises UsageError for images that the extractor
+    cannot see, DataError for other ones than the samples, and NotFiniteError.
+    """
+    shape = (samples.shape[1], samples.shape[2], samples.shape[3])
+    extractor.check(shape)
+    comparable(shape, source, k)
+    found: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    def take(is_sample: bool, features: Features, index: Int[Tensor, "b"]) -> None:
+        refuse_not_finite(features.pool, index, "pool")
+        found[is_sample].append(features.pool.to(F64))
+
+    gather(lambda index: samples[index].cpu(), len(samples), [extractor], lambda _, *each: take(True, *each))
+    over_real(source, extractor, lambda _, *each: take(False, *each), ticking, "training images")
+    distance, indices = nearest(torch.cat(found[True]), torch.cat(found[False]), k)
+    return Neighbours(indices, distance)
 
 
 def langevin(

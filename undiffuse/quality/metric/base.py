@@ -242,13 +242,13 @@ METRICS = Table("metric", Metric, "undiffuse.quality.metric")
 
 
 class Gathered:
-    """The summaries that some metrics need of one set of images, filled in one pass."""
+    """The summaries that some metrics need of one set of images, filled in one pass; with `rows` also the features."""
 
-    def __init__(self, metrics: Iterable[Metric], is_reference: bool = False):
+    def __init__(self, metrics: Iterable[Metric], is_reference: bool = False, rows: bool = False):
         self.is_reference = is_reference
-        self._summaries: dict[tuple[str, type[Summary]], Summary] = {
-            key: key[1]() for key in {self._key(each): None for each in metrics if each.compares or not is_reference}
-        }
+        keys = {self._key(each): None for each in metrics if each.compares or not is_reference}
+        keys |= {("pool", Rows): None} if rows else {}
+        self._summaries: dict[tuple[str, type[Summary]], Summary] = {key: key[1]() for key in keys}
 
     def _key(self, metric: Metric) -> tuple[str, type[Summary]]:
         kind = metric.keeps_reference if self.is_reference else None
@@ -285,6 +285,11 @@ class Gathered:
     def moments(self) -> dict[str, Moments]:
         """Those that were taken, by part of the features."""
         return {part: each for (part, _), each in self._summaries.items() if isinstance(each, Moments)}
+
+    def rows(self) -> Rows | None:
+        """The pooled features themselves, where they were kept."""
+        found = self._summaries.get(("pool", Rows))
+        return found if isinstance(found, Rows) and found.n else None
 
     def has(self, metric: Metric) -> bool:
         """Whether there is such a summary, with images in it."""
