@@ -214,7 +214,7 @@ def test_the_command_says_it_or_leaves_it_out(call, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_that_was_trained_on_fifty_images_is_caught(digits, tmp_path):
-    """And the same model after a tenth of the training is not."""
+    """And the same model after 60 steps, which has learnt little, is not."""
     data, held_out, _ = digits
     data = data.subset(slice(0, 50))
     settings = ["data.size=8", "network.channels=16", "train.batch=50", "train.held_out=0", "train.lr=2e-3"]
@@ -227,5 +227,5 @@ def test_a_model_that_was_trained_on_fifty_images_is_caught(digits, tmp_path):
         images = model.sample(200, seed=1)
         rates[steps] = firsts(judged(ArraySource(images), data, beside(held_out)))
     for name, rate in rates[800].items():
-        assert rate.is_more and rate.low > 0.3, (name, rate)
+        assert rate.is_more and rate.rate > 0.5 and rate.low > rate.expected_high, (name, rate)
     assert not any(rate.is_more for rate in rates[60].values())
