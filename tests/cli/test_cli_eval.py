@@ -42,8 +42,10 @@ def test_people_get_a_table_the_protocol_and_the_cost(folder, call, tmp_path):
     code, text, err = call("eval", folder / "MODEL", "digits", *words, *WAVES)
     lines = text.splitlines()
     assert code == 0 and lines[0].split() == ["score", "samples", "±", "(2", "seeds)", "20", "real"]
-    assert lines[1].startswith("FD-waves ") and lines[2] == "protocol:"
-    said = {line[:20].strip(): line[22:] for line in lines[3:]}
+    assert lines[1].startswith("FD-waves ") and lines[7] == "protocol:"
+    assert lines[2].endswith("than the closest 1 % of 20 images of the test split")
+    assert [line.split()[0] for line in lines[3:6]] == ["in", "pixels", "tests.waves:Waves"] and lines[6][-1] == "."
+    said = {line[:20].strip(): line[22:] for line in lines[8:]}
     assert said["samples"] == "solver heun, steps 3, evaluations 5, grid even, clip True, seed 0 1"
     assert said["reference"].startswith("data digits, split train, images 1500, fingerprint 0493")
     assert said["floor"] == "20 images of the test split" and said["out"] == str(out)

@@ -44,7 +44,7 @@ def test_each_image_is_seen_once_and_the_numbers_are_its_own():
 
 
 def test_what_is_kept_is_not_made_again_and_is_the_same_to_the_bit(tmp_path):
-    kept = Kept(tmp_path / "parts", images=True)
+    kept = Kept(tmp_path / "parts", images=len(IMAGES))
     before, _, _ = run(kept)
     after, ticks, times = run(kept)
     assert waves.seen == [5, 5, 5, 5, 3] and ticks == [5, 5, 5, 5, 3] and times == []
@@ -54,7 +54,7 @@ def test_what_is_kept_is_not_made_again_and_is_the_same_to_the_bit(tmp_path):
 
 def test_a_batch_without_images_or_of_other_extractors_or_of_another_length_is_made_anew(tmp_path):
     run(Kept(tmp_path))
-    run(Kept(tmp_path, images=True))
+    run(Kept(tmp_path, images=len(IMAGES)))
     assert len(waves.seen) == 10
     run(Kept(tmp_path), (waves.Waves, waves.Fid))
     assert len(waves.seen) == 20
