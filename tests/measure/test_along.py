@@ -133,8 +133,8 @@ def test_the_table_and_the_plots_say_the_same(images, tmp_path):
     assert head == ["reverse_step", "t", "mean FD-mean", "mean FD-mean sd", "mean mean score", "mean mean score sd"]
     assert [int(line[0]) for line in lines] == [20, 40, 60, 80, 100]
     assert [float(line[2]) for line in lines] == column(found, "fd")
-    assert found.table()[0].split() == ["reverse", "step", "t", "FD-mean", "mean", "score"]
-    assert found.table()[-1].startswith("real images") and len(found.table()) == 7
+    assert found.lines()[0].split() == ["reverse", "step", "t", "FD-mean", "mean", "score"]
+    assert found.lines()[-1].startswith("real images") and len(found.lines()) == 7
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["points"] == found.points
     for name in ("mean-fd.svg", "mean-is.svg"):
         real, ours = re.findall(r'points="([^"]*)"', (tmp_path / "out" / name).read_text())

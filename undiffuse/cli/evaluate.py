@@ -36,6 +36,7 @@ from undiffuse.errors import UsageError
 if TYPE_CHECKING:
     from undiffuse.data.picture import Reading
     from undiffuse.measure.along import Along
+    from undiffuse.measure.evaluate import Query
     from undiffuse.measure.scores import Result
     from undiffuse.model.model import Model, Steps
 
@@ -145,13 +146,11 @@ def evaluate(
     - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --progressive 10 --out along`
     """
     from undiffuse.machine import dist
-    from undiffuse.measure.evaluate import Query
 
     writable(save_statistics, overwrite, picture=False)
     drawing: dict[str, Any] = {"steps": steps, "times": times, "grid": grid, "variance": variance, "weights": weights}
     model, chosen = _model(samples, drawing, device, clip)
-    named = tuple(features or ("auto",)), tuple(metrics or ())
-    query = Query(*named, feature_weights, resize, split, _pair(size), _reading(settings, model), skip_bad)
+    query = _query(features, metrics, feature_weights, resize, split, _pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
     score = _how(samples, progressive, whole, drawn=model is not None)
     with dist.joined(dist.LONG):
@@ -169,6 +168,12 @@ def _say(as_json: bool) -> "Callable[[str], None]":
     return log.say if dist.is_first() and not as_json else log.silent
 
 
+def _query(features: list[str] | None, metrics: list[str] | None, *rest: Any) -> "Query":
+    from undiffuse.measure.evaluate import Query
+
+    return Query(tuple(features or ("auto",)), tuple(metrics or ()), *rest)
+
+
 def _reading(settings: list[str] | None, model: "Model | None") -> "Reading":
     """How DATA is read, as --set says; a model knows the rest, and its channels."""
     return reading_of(settings, model.data if model else None, fixed=("channels",) if model else ())
@@ -180,9 +185,7 @@ def _pair(size: str | None) -> tuple[int, int] | None:
     return None if sides is None else (sides[0], sides[-1])
 
 
-def _how(
-    samples: str, progressive: int | None, whole: dict[str, Any], drawn: bool
-) -> "Callable[..., Result | Along]":
+def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bool) -> "Callable[..., Result | Along]":
     """The evaluation that is asked for. Raises UsageError for what one along the chain has not."""
     from undiffuse.measure.along import evaluate_along
     from undiffuse.measure.evaluate import evaluate
@@ -218,9 +221,7 @@ def _show(found: "Result | Along", out: Path | None, as_json: bool) -> None:
     if not dist.is_first():
         return
     if not as_json:
-        for line in found.table():
-            typer.echo(line)
-        for line in [] if found.memorisation is None else found.memorisation.lines():
+        for line in found.lines():
             typer.echo(line)
         for note in found.notes:
             log.warn(note)

@@ -106,7 +106,7 @@ class Along:
         ]
         return [row.get(name, float("nan")) for row in rows]
 
-    def table(self) -> list[str]:
+    def lines(self) -> list[str]:
         """Lines of text: a row for each point, and one for real images."""
         columns = [(self._values(f, key), self._values(f, key, "real")) for f, _, key in self.columns()]
         lines = [["reverse step", "t", *(score for _, score, _ in self.columns())]]
@@ -194,9 +194,7 @@ def evaluate_along(
     for judge in judges:
         reference.refuse(judge, chains[0].n)
     if out is not None:
-        question = claim.check(out, question_of(chains, reference, judges, batch, keep_images=False))
-        if dist.rank() == 0:
-            disk.write_json(out / claim.QUERY, question)
+        claim.take(out, question_of(chains, reference, judges, batch, keep_images=False))
     heard = [say, *[log.silent] * (count - 1)]
     every = [
         _over(each, judges, len(at), batch, kept_of(out, each, False), ticking, cost)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from undiffuse.errors import Corrupt, UsageError
-from undiffuse.machine import disk
+from undiffuse.machine import disk, dist
 from undiffuse.machine.tensorfile import refuse_newer
 
 FORMAT, QUERY = 1, "query.json"
@@ -30,6 +30,13 @@ def check(out: Path, question: dict[str, Any]) -> dict[str, Any]:
             f"{out} holds another measurement (other {', '.join(changed)}); give the same settings or another --out"
         )
     return question
+
+
+def take(out: Path, question: dict[str, Any]) -> None:
+    """Makes the folder that of the question. UsageError if it is another's; process 0 writes."""
+    question = check(out, question)
+    if dist.rank() == 0:
+        disk.write_json(out / QUERY, question)
 
 
 def digest(question: Any) -> str:

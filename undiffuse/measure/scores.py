@@ -46,8 +46,12 @@ class Result:
         """Lines of text: each score, its spread over the seeds, and the same of real images."""
         return aligned(self.cells())
 
+    def lines(self) -> list[str]:
+        """The table, and what is said of memorisation."""
+        return [*self.table(), *([] if self.memorisation is None else self.memorisation.lines())]
+
     def __str__(self) -> str:
-        return "\n".join(self.table())
+        return "\n".join(self.lines())
 
     def _repr_html_(self) -> str:
         head, *lines = (tuple(map(escape, line)) for line in self.cells())
@@ -112,9 +116,7 @@ def score(
         reference.refuse(judge, sets[0].n)
     protocol = protocol_of(sets, reference, floor, judges, batch, about or {})
     if out is not None:
-        question = claim.check(out, question_of(sets, reference, judges, batch, keep_images))
-        if dist.rank() == 0:
-            disk.write_json(out / claim.QUERY, question)
+        claim.take(out, question_of(sets, reference, judges, batch, keep_images))
     memorisation &= reference.images is not None and reference.split == "train" and floor is not None
     seen = Seen.of(sets[0]) if memorisation else None
     prefix = None if floor is None else floor.n
@@ -147,13 +149,6 @@ def score(
         if copied is not None:
             disk.write_atomic(out / FILE, png(copied.picture(), drawn=True))
     return result
-
-
-def _claim(out: Path, question: dict[str, Any]) -> None:
-    """Makes the folder that of this question. UsageError where it is another's."""
-    question = claim.check(out, question)
-    if dist.rank() == 0:
-        disk.write_json(out / claim.QUERY, question)
 
 
 def _write_images(path: Path, samples: Samples, kept: Kept | None, batch: int) -> None:
