@@ -25,7 +25,7 @@ from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
 from undiffuse.quality.feature.base import Extractor, FeatureExtractor
-from undiffuse.quality.metric.base import Features
+from undiffuse.quality.metric.base import Features, Rows
 from undiffuse.training.start import train
 
 NAME = "tests.measure.test_memorise:Quarters"
@@ -180,6 +180,15 @@ def test_a_stopped_evaluation_of_a_model_has_its_images_again(tmp_path, monkeypa
     assert len(drawn) == 2
     assert evaluate(model, "digits", query, n=8, steps=2, batch=4, out=tmp_path / "out").plain() == first.plain()
     assert len(drawn) == 4
+
+
+def test_features_of_some_training_images_are_told(digits, monkeypatch):
+    data, held_out, new = digits
+    whole = Rows.__init__
+    monkeypatch.setattr(Rows, "__init__", lambda self: whole(self, 100))
+    found = judged(new, data, beside(held_out)).memorisation
+    assert [space.training for space in found.spaces] == [1000, 63]
+    assert "in quarters 63 of the 1,000 training images are compared, spread evenly" in found.lines()
 
 
 def test_images_are_held_as_far_as_there_is_room(digits, monkeypatch):

@@ -72,7 +72,12 @@ class Memorisation:
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows
         ]
-        return [*head, *table, self.sentence()]
+        some = [
+            f"in {space.name} {space.training:,} of the {self.training:,} training images are compared, spread evenly"
+            for space in self.spaces
+            if space.training < self.training
+        ]
+        return [*head, *table, *some, self.sentence()]
 
     def sentence(self) -> str:
         """What the first rates mean, and what to do."""

@@ -213,6 +213,11 @@ def _nll_command(page: Page) -> str:
     return _command(page, "nll", *split, "-n", "100", "--out", _place(page, "nll"))
 
 
+def _eval_command(page: Page) -> str:
+    place = _place(page, "eval")
+    return _command(page, "eval", "-n", "2000", "--steps", "50", "--solver", "ddim", "--out", place)
+
+
 def _option(page: Page, name: str) -> str:
     """What makes the page see a measurement that is not in the folder of a run."""
     return "" if page.about.run is not None else f", with `--{name} {_place(page, name)}`"
@@ -224,10 +229,7 @@ def _scores(page: Page) -> list[Section]:
     if not found:
         text = "Not measured. This command measures FID and its kin, with the protocol beside the number; "
         text += f"the same `undiffuse report` then shows it{_option(page, 'eval')}."
-        command = _command(
-            page, "eval", "-n", "2000", "--steps", "50", "--solver", "ddim", "--out", _place(page, "eval")
-        )
-        return [Section("Scores", "\n\n".join([*unfinished, text]), commands=(command,))]
+        return [Section("Scores", "\n\n".join([*unfinished, text]), commands=(_eval_command(page),))]
     sections = []
     for each in found:
         title = "Scores" if len(found) == 1 else f"Scores: {each.path.name}"
@@ -256,13 +258,11 @@ def _memorisation(page: Page, samples: UInt8[Tensor, "n c h w"] | None) -> list[
             text = "The training set is large, so the samples were not compared with it."
     if any(section.title == results.TITLES["memorisation"] for section in measured):
         return [*measured, *([Section("Nearest training images", text, figures=figures)] if figures or text else [])]
-    text = text or ("" if figures else "Not measured.")
-    text += (
-        " A plain picture is near to everything, so a small distance alone does not prove a copy." if figures else ""
-    )
-    text += " This command shows samples beside their nearest training images, in full."
-    command = _command(page, "neighbours", "--steps", "50", "--out", "neighbours.png")
-    return [*measured, Section(results.TITLES["memorisation"], text.strip(), figures=figures, commands=(command,))]
+    plain = "A plain picture is near to everything, so a small distance alone does not prove a copy." if figures else ""
+    tells = "The first command tells how many samples are copies; the second shows samples beside training images."
+    commands = (_eval_command(page), _command(page, "neighbours", "--steps", "50", "--out", "neighbours.png"))
+    words = " ".join(filter(None, [text or ("" if figures else "Not measured."), plain, tells]))
+    return [*measured, Section(results.TITLES["memorisation"], words, figures=figures, commands=commands)]
 
 
 def _bits(page: Page) -> Section:
