@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from machine import machine, publish
+from machine import machine, made_of, publish
 
 import undiffuse
 from undiffuse.data.source import open_source
@@ -22,6 +22,7 @@ from undiffuse.figure import grid, line_plot, png
 from undiffuse.machine import disk, log
 from undiffuse.measure import nll
 from undiffuse.model import model
+from undiffuse.model.load import digest_of
 from undiffuse.view import explore
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
@@ -133,12 +134,13 @@ def main() -> None:
         "command": f"python bench/fashion_mnist.py --whole {given.whole} --draws {given.draws}",
         "date": date.today().isoformat(),
         "machine": machine(),
+        "made_of": made_of("fashion-mnist"),
         "model": {"parameters": loaded.parameters(), "train_command": "undiffuse train fashion-mnist -p fashion-mnist"},
         "seed": 0,
         "note": given.note or before.get("note", ""),
         "training": keep_log(given.run) if given.run else before.get("training"),
         "samples": pictures(loaded),
-        "bits_per_dim": measure(loaded, given.whole, given.draws, given.cache),
+        "bits_per_dim": measure(loaded, given.whole, given.draws, given.cache / digest_of(loaded)[:16]),
     }
     disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", "fashion-mnist", table(result))

@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import machine, publish
+from machine import machine, made_of, publish
 
 import undiffuse
 from undiffuse.machine import disk
@@ -48,6 +48,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "seed": 0,
         "machine": machine(),
+        "made_of": made_of(MODEL),
         "images": count,
         "model": model.meta.get("step"),
         "measured": measured,

@@ -1,4 +1,4 @@
-"""What ran a benchmark, and where its table goes."""
+"""What ran a benchmark, of which weights its figures are, and where its table goes."""
 
 import platform
 import re
@@ -8,6 +8,8 @@ import torch
 
 import undiffuse
 from undiffuse.machine import disk
+from undiffuse.model.load import digest_of
+from undiffuse.quality.feature.base import FEATURES, open_features
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -23,6 +25,14 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "undiffuse": undiffuse.__version__,
+    }
+
+
+def made_of(*names: str) -> dict[str, str]:
+    """sha256 of the weights of shipped models and extractors: by it `bench/refresh.py` sees that they have changed."""
+    return {
+        name: open_features(name, "cpu").sha256 if name in FEATURES.classes else digest_of(undiffuse.load(name, "cpu"))
+        for name in names
     }
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine, publish
+from machine import machine, made_of, publish
 
 from undiffuse.machine import disk
 from undiffuse.measure.along import Along, evaluate_along
@@ -60,7 +60,8 @@ def main() -> None:
             batch=given.batch, out=given.work, named="fashion-mnist", say=print,
         )  # fmt: skip
         command = f"python bench/progressive.py --n {given.n} --steps {given.steps}"
-        result = {"command": command, "machine": machine(), "seconds": time.monotonic() - began, **found.plain()}
+        about = {"command": command, "machine": machine(), "made_of": made_of("fashion-mnist", FEATURES)}
+        result = about | {"seconds": time.monotonic() - began} | found.plain()
         disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     result = json.loads(path.read_text())
     for name, text in Along(result["points"], result["notes"], result["protocol"]).plots().items():

@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from machine import machine, publish
+from machine import machine, made_of, publish
 from torch import Tensor
 
 from undiffuse.data.source import open_source
@@ -174,6 +174,7 @@ def main() -> None:
         "command": " ".join(["python", "bench/ranking.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": machine(),
+        "made_of": made_of(*arguments.features),
         "options": vars(arguments) | {"directions": DIRECTIONS},
         "grades": {"noise": NOISE, "blur": BLUR, "classes": CLASSES, "distinct": DISTINCT},
         "features": {},

@@ -15,12 +15,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import machine, publish
+from machine import machine, made_of, publish
 
 from undiffuse.machine import disk
 from undiffuse.machine.device import choose, name_of
 from undiffuse.measure.evaluate import Query, evaluate
-from undiffuse.model.load import digest_of, load
+from undiffuse.model.load import load
 
 HERE = Path(__file__).parent
 CHAINS = {
@@ -45,6 +45,11 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{row['value']:.4g}" + (f" ± {row['sd']:.2g}" if "sd" in row else "") for row in rows]
         name = score if features in score.lower() or score.startswith("FD") else f"{score}, {features}"
         lines.append(f"| {name} | {' | '.join(cells)} | {rows[0]['real']:.4g} |")
+    for i, space in enumerate(next(iter(found))["memorisation"]["spaces"]):
+        rates = [each["memorisation"]["spaces"][i]["rates"][0] for each in found]
+        cells = [f"{rate['rate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})" for rate in rates]
+        new = f"{rates[0]['expected']:.1%} ({rates[0]['expected_low']:.1%} to {rates[0]['expected_high']:.1%})"
+        lines.append(f"| memorisation rate, {space['space']} | {' | '.join(cells)} | {new} |")
     first = next(iter(found))["protocol"]
     seeds = first["samples"]["seed"]
     return "\n".join(
@@ -52,10 +57,11 @@ def table(result: dict[str, Any]) -> str:
             *lines,
             "",
             f"{first['n']:,} samples for each of {len(seeds)} seeds (mean ± standard deviation over them) against the "
-            f"{first['reference']['images']:,} training images; real images are {floor}. Drawn on "
+            f"{first['reference']['images']:,} training images; real images are {floor}. Memorisation is that of the "
+            "first seed, with its interval of 95 %, beside what new images show in 95 % of cases. Drawn on "
             f"{result['device']}, torch {result['torch']}, {result['date']}; the whole evaluation took "
             + ", ".join(f"{each['seconds']:.0f} s ({name})" for name, each in result["chains"].items())
-            + f". Weights `{result['weights'][:16]}`. Made by `{result['command']}`.",
+            + f". Weights `{result['made_of']['fashion-mnist'][:16]}`. Made by `{result['command']}`.",
         ]
     )
 
@@ -72,7 +78,7 @@ def main() -> None:
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     if not options.table:
         model = load("fashion-mnist", options.device)
-        asked = {"n": options.n, "seeds": options.seeds, "weights": digest_of(model)}
+        asked = {"n": options.n, "seeds": options.seeds, "made_of": made_of("fashion-mnist", *FEATURES)}
         if {key: result.get(key) for key in asked} != asked:
             result = {"chains": {}}
         result |= asked | {"command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat()}
@@ -94,7 +100,7 @@ def main() -> None:
             )
             result["chains"][name] = found.plain() | {"seconds": time.monotonic() - began}
             disk.write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
-            print("\n".join(found.table()), flush=True)
+            print(found, flush=True)
     if options.out.resolve().parent == HERE:
         publish("benchmarks.md", "scores", table(result))
 

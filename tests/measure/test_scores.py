@@ -29,6 +29,14 @@ def test_a_table_has_the_columns_that_there_are():
     assert len({line.index(text) + len(text) for line, text in zip(lines, ("2,000 real", "1.5"), strict=False)}) == 1
 
 
+def test_one_set_has_the_error_that_it_tells():
+    lines = table({"score": "IS", "value": 9.46, "error": 0.11}, {})
+    assert [line.split() for line in lines] == [
+        ["score", "samples", "±", "(one", "set)"], ["IS", "9.46", "0.11"], ["FID", "3.17"]
+    ]  # fmt: skip
+    assert len(table({"error": 1.0, "sd": 0.25, "each": [3.0, 3.34]})[1].split()) == 3
+
+
 def test_a_page_shows_markup_as_text():
     assert "<b>" not in Result([PLAIN | {"score": "<b>"}], [], {}, {})._repr_html_()
 

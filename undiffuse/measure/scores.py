@@ -43,7 +43,7 @@ class Result:
     memorisation: Memorisation | None = None
 
     def table(self) -> list[str]:
-        """Lines of text: each score, its spread over the seeds, and the same of real images."""
+        """Lines of text: each score, its spread over the seeds, else what one set tells of it, and real images."""
         return aligned(self.cells())
 
     def lines(self) -> list[str]:
@@ -61,14 +61,16 @@ class Result:
     def cells(self) -> list[list[str]]:
         """The table by rows, the first of which says what stands in the others."""
         seeds = max((len(row.get("each", ())) for row in self.rows), default=0)
-        head = ["score", "samples"] + ([f"± ({seeds} seeds)"] if seeds else [])
+        spread, of = ("sd", f"{seeds} seeds") if seeds else ("error", "one set")
+        is_spread = any(spread in row for row in self.rows)
+        head = ["score", "samples"] + ([f"± ({of})"] if is_spread else [])
         floors = {row["real_n"] for row in self.rows if "real_n" in row}
         fewer = any("value_at_real_n" in row for row in self.rows)
         for n in sorted(floors):
             head += [f"{n:,} real"] + ([f"{n:,} samples"] if fewer else [])
         lines = [head]
         for row in self.rows:
-            line = [row["score"], number(row["value"])] + ([number(row.get("sd"))] if seeds else [])
+            line = [row["score"], number(row["value"])] + ([number(row.get(spread))] if is_spread else [])
             line += [number(row.get("real"))] if floors else []
             lines.append(line + ([number(row.get("value_at_real_n"))] if floors and fewer else []))
         return lines
@@ -188,6 +190,8 @@ def rows_of(
         row |= {"value": fmean(each), "better": metric.better[key]}
         if len(each) > 1:
             row |= {"sd": stdev(each), "each": each}
+        if key in metric.errors:
+            row["error"] = fmean(value[metric.errors[key]] for value in values)
         row |= {name: fmean(value[name] for value in values) for name in values[0] if name.startswith(f"{key}_")}
         if best is not None and floor is not None:
             row |= {"real": best[key], "real_n": floor.n}

@@ -121,7 +121,7 @@ def _best(group: Sequence[Score]) -> int | None:
         return None
     sign = 1 if group[0].row.get("better") == "higher" else -1
     first, second, *_ = sorted(group, key=lambda score: -sign * score.row["value"])
-    spread = sum((score.row.get("sd") or 0) ** 2 for score in (first, second)) ** 0.5
+    spread = sum((score.row.get("sd", score.row.get("error")) or 0) ** 2 for score in (first, second)) ** 0.5
     return first.owner if abs(first.row["value"] - second.row["value"]) > spread else None
 
 

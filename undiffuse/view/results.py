@@ -125,8 +125,9 @@ def number(value: Any) -> str:
 
 
 def spread(row: Json) -> str:
-    """`12.3 ± 0.4`, or the value alone where there was one seed."""
-    return number(row["value"]) + (f" ± {row['sd']:.2g}" if row.get("sd") is not None else "")
+    """`12.3 ± 0.4`: over the seeds, else as one set of samples tells it; or the value alone."""
+    error = row.get("sd", row.get("error"))
+    return number(row["value"]) + ("" if error is None else f" ± {error:.2g}")
 
 
 # Sections
@@ -148,7 +149,10 @@ def scores(found: Evaluation, title: str = "Scores", about: str = "") -> Section
     caption = (
         f"{found.protocol.get('n', 0):,} samples. Real images that take the place of samples show how far one can come."
     )
-    caption += f" ± is the standard deviation over {seeds} seeds." if seeds else ""
+    caption += f" ± is the standard deviation over {seeds} seeds." if seeds else (
+        " ± is what one set of samples tells: over the parts of an Inception score, and the standard error of a kernel "
+        "or an extrapolated distance." if any("error" in row for row in found.scores) else ""
+    )  # fmt: skip
     return Section(
         title,
         "\n\n".join(filter(None, [about, *found.notes])),

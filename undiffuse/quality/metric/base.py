@@ -203,8 +203,8 @@ class Metric(ABC):
     """One file each: a frozen dataclass whose fields are its options.
 
     The keys of `compute` are known by `labels`, where `{fd}` is what a Fréchet distance on the features is called (FID,
-    FD-EffLite0) and `{kd}` the kernel distance; `better` is "lower" or "higher". What else `compute` gives, such as a
-    standard error, are details of these.
+    FD-EffLite0) and `{kd}` the kernel distance; `better` is "lower" or "higher". What else `compute` gives are details
+    of these, and `errors` says which of them is the error of a number, as far as one set of samples tells.
     """
 
     part: ClassVar[str] = "pool"  # of the features
@@ -214,6 +214,7 @@ class Metric(ABC):
     place: ClassVar[int] = 9  # in a table of scores, the least first
     labels: ClassVar[dict[str, str]]
     better: ClassVar[dict[str, str]]
+    errors: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
     def compute(self, samples: Any, reference: Any) -> dict[str, float]:

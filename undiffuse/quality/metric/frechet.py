@@ -101,6 +101,7 @@ class FrechetInfinity(Metric):
     place = 1
     labels: ClassVar[dict[str, str]] = {"fd_infinity": "{fd}∞"}
     better: ClassVar[dict[str, str]] = {"fd_infinity": "lower"}
+    errors: ClassVar[dict[str, str]] = {"fd_infinity": "fd_infinity_se"}
 
     @property
     def least(self) -> int:

@@ -33,6 +33,7 @@ class InceptionScore(Metric):
     place = 3
     labels: ClassVar[dict[str, str]] = {"is": "{is}"}
     better: ClassVar[dict[str, str]] = {"is": "higher"}
+    errors: ClassVar[dict[str, str]] = {"is": "is_sd"}  # as the score is given in the literature
 
     @property
     def least(self) -> int:

@@ -92,6 +92,7 @@ class Kernel(Metric):
     place = 4
     labels: ClassVar[dict[str, str]] = {"kd": "{kd}"}
     better: ClassVar[dict[str, str]] = {"kd": "lower"}
+    errors: ClassVar[dict[str, str]] = {"kd": "kd_se"}
 
     @property
     def least(self) -> int:
