@@ -1,6 +1,6 @@
 """Fig. 10 of the paper for the shipped model: the scores of the predicted x_0 along the reverse chain.
 
-    python bench/progressive.py --n 2000 --steps 100
+    python bench/progressive.py --n 2000 --steps 1000 --batch 2000
 
 Writes `bench/progressive.json`, with the protocol, the plots of docs/images and the table of docs/benchmarks.md.
 """
@@ -30,6 +30,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {point['step']} | {point['t']:.3f} | {' | '.join(cells)} |")
     real = [f"{row['real']:.4g}" for row in result["points"][-1]["scores"]]
     said, samples, ran = result["protocol"], result["protocol"]["samples"], result["machine"]
+    threads = f"{ran['threads']} thread" + ("s" if ran["threads"] > 1 else "")
+    where = f"{ran['processor']}, {threads}" if said["model"]["device"] == "cpu" else said["model"]["device"]
     return "\n".join(
         [
             *lines,
@@ -37,8 +39,7 @@ def table(result: dict[str, Any]) -> str:
             "",
             f"{said['n']:,} chains of {samples['steps']} steps ({samples['solver']}, seed {samples['seed']}) against "
             f"the {said['reference']['images']:,} training images on the features of `{FEATURES}`; real images are "
-            f"{said['floor']}. {result['seconds']:,.0f} s on {ran['processor']}, {ran['threads']} thread"
-            f"{'s' if ran['threads'] > 1 else ''}, torch {ran['torch']}; {said['date']}. Weights "
+            f"{said['floor']}. {result['seconds']:,.0f} s on {where}, torch {ran['torch']}; {said['date']}. Weights "
             f"`{said['model']['sha256'][:16]}`. Made by `{result['command']}`.",
         ]
     )
@@ -59,7 +60,7 @@ def main() -> None:
             load("fashion-mnist", given.device), "fashion-mnist", FEATURES, n=given.n, steps=given.steps,
             batch=given.batch, out=given.work, named="fashion-mnist", say=print,
         )  # fmt: skip
-        command = f"python bench/progressive.py --n {given.n} --steps {given.steps}"
+        command = f"python bench/progressive.py --n {given.n} --steps {given.steps} --batch {given.batch}"
         about = {"command": command, "machine": machine(), "made_of": made_of("fashion-mnist", FEATURES)}
         result = about | {"seconds": time.monotonic() - began} | found.plain()
         disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())

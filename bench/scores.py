@@ -43,7 +43,7 @@ def table(result: dict[str, Any]) -> str:
             for each in found
         ]
         cells = [f"{row['value']:.4g}" + (f" ± {row['sd']:.2g}" if "sd" in row else "") for row in rows]
-        name = score if features in score.lower() or score.startswith("FD") else f"{score}, {features}"
+        name = score if features in score.lower() or score.startswith(("FD", "sFD")) else f"{score}, {features}"
         lines.append(f"| {name} | {' | '.join(cells)} | {rows[0]['real']:.4g} |")
     for i, space in enumerate(next(iter(found))["memorisation"]["spaces"]):
         rates = [each["memorisation"]["spaces"][i]["rates"][0] for each in found]

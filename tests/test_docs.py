@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import os
 import re
 import shutil
@@ -389,15 +388,6 @@ def test_architecture_counts_what_there_is():
     text = (DOCS / "architecture.md").read_text("utf-8")
     counted = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.MULTILINE))
     assert counted == {table.base.__name__: str(len(table.classes)) for table in tables}
-
-
-def test_figures_are_of_the_weights_of_today():
-    """Else `python bench/refresh.py` makes them anew."""
-    made_of = load(ROOT / "bench" / "machine.py").made_of
-    found = {path.stem: json.loads(path.read_text()) for path in (ROOT / "bench").glob("*.json")}
-    said = {name: each["made_of"] for name, each in found.items() if "made_of" in each}
-    assert {"fashion_mnist", "scores", "progressive", "ranking", "flow"} <= said.keys()
-    assert said == {name: made_of(*weights) for name, weights in said.items()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -335,10 +335,11 @@ def test_two_extractors_of_one_name_are_refused_and_one_named_twice_is_one(drawn
 
 def test_it_is_public_and_reads_well(drawn):
     found = undiffuse.evaluate(drawn, "digits", WAVES, device="cpu")
-    assert str(found).splitlines()[0].split() == ["score", "samples", "24", "real"]
+    assert str(found).splitlines()[0].split() == ["score", "samples", "±", "(one", "set)", "24", "real"]
     assert str(found).splitlines()[1].split() == ["FD-waves", f"{value(found):.5g}", f"{value(found, of='real'):.5g}"]
     html = found._repr_html_()
-    assert html.startswith("<table><tr><th>score</th><th>samples</th><th>24 real</th></tr><tr><th>FD-waves</th><td>")
+    head = "<tr><th>score</th><th>samples</th><th>± (one set)</th><th>24 real</th></tr>"
+    assert html.startswith(f"<table>{head}<tr><th>FD-waves</th><td>")
     disk.to_json(found.plain())
 
 
