@@ -1,6 +1,7 @@
 """Other tools' functions, and torch-fidelity's Inception with random weights: without torchvision, their import."""
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -38,8 +39,8 @@ def a_bare_torchvision() -> Iterator[None]:
 
 with a_bare_torchvision():
     from pytorch_fid import fid_score
+    from torch_fidelity import calculate_metrics, metric_fid, metric_isc, metric_kid, metric_prc
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
-    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from torchmetrics.image import fid  # noqa: E402, which finds torch-fidelity imported
@@ -58,6 +59,40 @@ def pictures(count: int = 4, size: int = 32) -> torch.Tensor:
     china, flower = (torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images)
     places = [(china, 40, 60), (flower, 150, 250), (china, 250, 300), (flower, 20, 20), (china, 120, 420)]
     return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in places[:count]])
+
+
+def photographs(count: int, size: int = 32) -> torch.Tensor:
+    """uint8 [count, 3, size, size]: as many random parts of the two photographs."""
+    images = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
+    generator, parts = torch.Generator().manual_seed(0), []
+    for i in range(count):
+        image = images[i % 2]
+        y, x = (int(torch.randint(side - size, (1,), generator=generator)) for side in image.shape[1:])
+        parts.append(image[:, y : y + size, x : x + size])
+    return torch.stack(parts)
+
+
+def metrics_of_fidelity(samples: torch.Tensor, data: torch.Tensor) -> dict[str, float]:
+    """What torch-fidelity says of two sets of uint8 images, with the random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = f"{folder}/weights.pth"
+        torch.save(random_inception().state_dict(), weights)
+        return calculate_metrics(
+            input1=_Images(samples), input2=_Images(data), fid=True, isc=True, kid=True,
+            kid_subset_size=min(100, len(samples), len(data)),
+            feature_extractor_weights_path=weights, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+        )  # fmt: skip
+
+
+class _Images(torch.utils.data.Dataset):
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.images[i]
 
 
 @cache

@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from undiffuse.diffusion.likelihood import Terms
 from undiffuse.diffusion.process import Linear
 from undiffuse.errors import Corrupt, UsageError
+from undiffuse.measure.memorise import FILE, Memorisation, Space
+from undiffuse.quality.nearer import rate
 from undiffuse.view import results
 from undiffuse.view.results import Bound, Evaluation
 
@@ -36,21 +39,33 @@ def test_scores_stand_with_floor_spread_and_protocol(tmp_path):
     assert ("sha256", "a" * 64) in [row for card in section.listings for row in card.rows]
 
 
-def test_what_is_new_in_a_result_is_shown_without_being_known(tmp_path):
-    space = {"space": "pixels", "rates": [{"n": 100, "rate": 0.02, "p": 0.5}], "worst": [{"sample": 3, "ratio": 0.5}]}
-    chain = [{"t": 0.5, "fd": 4.0}, {"t": 1.0, "fd": 8.0}]
-    more = {"memorisation": {"spaces": [space], "says": "Samples are new."}, "chain": chain}
-    path = folder(tmp_path / "eval", FOUND | more)
-    Image.new("L", (9, 7)).save(path / "memorised.png")
-    memorised, along = results.more(Evaluation.read(path))
-    assert (memorised.title, memorised.text) == ("Memorisation", "Samples are new.")
-    assert [table.rows for table in memorised.tables] == [
-        (("pixels", "100", "2.00%", "0.5"),),
-        (("pixels", "3", "0.5"),),
-    ]
-    assert memorised.figures[0].content.size == (9, 7)
-    assert along.tables[0].rows == (("0.5", "4"), ("1", "8"))
-    assert along.figures[0].legend == ("fd (of 8)",)
+def test_memorisation_stands_with_its_sentence_its_rates_and_its_worst_pairs(tmp_path):
+    found = rate(torch.linspace(0, 1, 200), torch.linspace(0.3, 1.3, 99))
+    space = Space("pixels", (found,), 1000, 50, ((3, 7, 0.5),))
+    whole = Memorisation((space,), "99 held-out images", 1000, torch.zeros(16, 1, 3, 3, dtype=torch.uint8))
+    path = folder(tmp_path / "eval", FOUND | {"memorisation": whole.plain()})
+    section = results.memorisation(Evaluation.read(path))
+    assert section.text.startswith(whole.sentence()) and "closest 1 % of 99 held-out images" in section.text
+    assert section.tables[0].rows[0][:3] == ("pixels", "200", "30 %") and section.figures == ()
+    assert " ".join(section.tables[0].header) == "in samples nearer 95 % new images p"
+    Image.new("L", (9, 7)).save(path / FILE)
+    assert results.memorisation(Evaluation.read(path)).figures[0].content.size == (9, 7)
+    (path / FILE).write_bytes(b"no picture")
+    with pytest.raises(Corrupt, match="memorised.png is damaged; delete it"):
+        results.memorisation(Evaluation.read(path))
+    assert results.memorisation(Evaluation.read(folder(tmp_path / "other", FOUND))) is None
+
+
+def test_scores_along_the_chain_stand_as_plots_and_the_last_are_the_scores(tmp_path):
+    row = FOUND["scores"][0]
+    points = [{"step": 50 * k, "t": 1 - k / 2, "scores": [row | {"value": 8.0 / k}]} for k in (1, 2)]
+    shared = {name: FOUND[name] for name in ("format", "notes", "protocol")}
+    path = folder(tmp_path / "along", shared | {"points": points})
+    found = Evaluation.read(path)
+    assert [row["value"] for row in found.scores] == [4.0]
+    section = results.along(found)
+    assert len(section.gallery) == 1 and section.gallery[0].content.startswith("<svg")
+    assert results.along(Evaluation.read(folder(tmp_path / "eval", FOUND))) is None
 
 
 BAD = {

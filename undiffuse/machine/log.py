@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -199,3 +199,13 @@ def _bar(total: int, done: int) -> Iterator[Callable[[str, int], None]]:
     with Bars(*columns, console=Console(stderr=True), auto_refresh=False, redirect_stdout=False) as bars:
         task = bars.add_task("", total=max(total, 1), completed=done)
         yield lambda text, done: bars.update(task, description=text, completed=done, refresh=True)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its first column at the left and the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(_cells(line, widths)).rstrip() for line in lines]
+
+
+def _cells(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]

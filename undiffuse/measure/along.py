@@ -19,7 +19,7 @@ from undiffuse.machine import disk, dist, log
 from undiffuse.measure import claim
 from undiffuse.measure.evaluate import DRAWN, Query, compared, query_of
 from undiffuse.measure.passes import Judge, Reference, Ticking, against, kept_of, silent
-from undiffuse.measure.scores import aligned, number, protocol_of, question_of, rows_of
+from undiffuse.measure.scores import number, protocol_of, question_of, rows_of
 from undiffuse.measure.sets import Drawing, Floor, Samples, drawn_by, said_of
 from undiffuse.model.classes import drawn
 from undiffuse.model.load import load
@@ -116,7 +116,7 @@ class Along:
             lines.append(
                 ["real images", "", *("" if real[-1] != real[-1] else number(real[-1]) for _, real in columns)]
             )
-        return aligned(lines)
+        return log.aligned(lines)
 
     def tsv(self) -> str:
         """The same for other programs, in full, with the spread over the seeds where there are several."""

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from undiffuse.figure import enlarged, grid
-from undiffuse.machine import dist
+from undiffuse.machine import dist, log
 from undiffuse.measure.passes import Against, Reference, Ticking, silent
 from undiffuse.measure.sets import Floor, Real
 from undiffuse.quality.gather import exchange
@@ -60,24 +60,14 @@ class Memorisation:
 
     def lines(self) -> list[str]:
         """A small table, and what it means."""
-        head = [f"memorisation: samples nearer to a training image than the closest 1 % of {self.held_out}"]
-        rows = [["in", "samples", "nearer", "95 %", "new images", "p"]]
-        for space in self.spaces:
-            for each in space.rates:
-                name = space.name if each is space.rates[0] else f"{space.name}, closest {_share(each.level)}"
-                new = f"{_share(each.expected)} ({_span(each.expected_low, each.expected_high)})"
-                rows.append([name, f"{each.n:,}", _share(each.rate), _span(each.low, each.high), new, f"{each.p:.2g}"])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
+        said = self.plain()
+        head = [f"memorisation: {told(said)}"]
         some = [
             f"in {space.name} {space.training:,} of the {self.training:,} training images are compared, spread evenly"
             for space in self.spaces
             if space.training < self.training
         ]
-        return [*head, *table, *some, self.sentence()]
+        return [*head, *log.aligned(rows_of(said)), *some, self.sentence()]
 
     def sentence(self) -> str:
         """What the first rates mean, and what to do."""
@@ -102,6 +92,23 @@ class Memorisation:
     def picture(self) -> Image.Image:
         """The worst pairs: a sample at the left, its nearest training image at the right."""
         return grid(self.pictures, 2 * ACROSS, enlarged(self.pictures.shape[-1]))
+
+
+def told(said: Mapping[str, Any]) -> str:
+    """What is counted, of a memorisation as JSON has it."""
+    return f"samples nearer to a training image than the closest 1 % of {said['held_out']}"
+
+
+def rows_of(said: Mapping[str, Any]) -> list[list[str]]:
+    """Its table, the first row of which says what stands in the others."""
+    rows = [["in", "samples", "nearer", "95 %", "new images", "p"]]
+    for space in said["spaces"]:
+        for i, each in enumerate(space["rates"]):
+            name = f"{space['space']}, closest {_share(each['level'])}" if i else space["space"]
+            new = f"{_share(each['expected'])} ({_span(each['expected_low'], each['expected_high'])})"
+            found = [f"{each['n']:,}", _share(each["rate"]), _span(each["low"], each["high"])]
+            rows.append([name, *found, new, f"{each['p']:.2g}"])
+    return rows
 
 
 def _share(value: float) -> str:

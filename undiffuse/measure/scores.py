@@ -44,7 +44,7 @@ class Result:
 
     def table(self) -> list[str]:
         """Lines of text: each score, its spread over the seeds, else what one set tells of it, and real images."""
-        return aligned(self.cells())
+        return log.aligned(self.cells())
 
     def lines(self) -> list[str]:
         """The table, and what is said of memorisation."""
@@ -84,16 +84,6 @@ class Result:
 def number(value: float | None) -> str:
     """For a table: five digits."""
     return "" if value is None else f"{value:.5g}" if abs(value) >= 0.001 or value == 0 else f"{value:.2e}"
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, its first column at the left and the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(_cells(line, widths)).rstrip() for line in lines]
-
-
-def _cells(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
 
 
 def score(

@@ -253,12 +253,13 @@ def _eval_command(entry: Entry) -> str:
 
 
 def _memorised(page: Comparison, names: Sequence[str]) -> list[Section]:
-    """What evaluations found besides scores, one after the other."""
+    """What evaluations say of copies, and the scores along the chain, one after the other."""
     return [
         replace(section, title=f"{section.title}: {name}")
         for entry, name in zip(page.entries, names, strict=True)
         for found in entry.evaluations
-        for section in results.more(found)
+        for section in (results.memorisation(found), results.along(found))
+        if section is not None
     ]
 
 

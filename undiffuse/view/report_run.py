@@ -234,6 +234,7 @@ def _scores(page: Page) -> list[Section]:
     for each in found:
         title = "Scores" if len(found) == 1 else f"Scores: {each.path.name}"
         sections.append(results.scores(each, title, "\n\n".join([*unfinished, _strange(page, each.weights)]).strip()))
+        sections += [section for section in [results.along(each)] if section is not None]
     return sections
 
 
@@ -246,8 +247,10 @@ def _strange(page: Page, weights: str | None) -> str:
 
 
 def _memorisation(page: Page, samples: UInt8[Tensor, "n c h w"] | None) -> list[Section]:
-    """What evaluations found besides scores, and the samples that are nearest to a training image."""
-    measured = [section for found in page.about.evaluations for section in results.more(found)]
+    """What evaluations say of copies; where there is none, the samples that are nearest to a training image."""
+    measured = [section for found in page.about.evaluations if (section := results.memorisation(found)) is not None]
+    if measured:
+        return measured
     figures, text = tuple[Figure, ...](), ""
     train = None if page.data is None else page.data.train
     if train is not None and samples is not None:
@@ -256,13 +259,11 @@ def _memorisation(page: Page, samples: UInt8[Tensor, "n c h w"] | None) -> list[
             figures = (pieces.closest(samples, train),)
         else:
             text = "The training set is large, so the samples were not compared with it."
-    if any(section.title == results.TITLES["memorisation"] for section in measured):
-        return [*measured, *([Section("Nearest training images", text, figures=figures)] if figures or text else [])]
     plain = "A plain picture is near to everything, so a small distance alone does not prove a copy." if figures else ""
     tells = "The first command tells how many samples are copies; the second shows samples beside training images."
     commands = (_eval_command(page), _command(page, "neighbours", "--steps", "50", "--out", "neighbours.png"))
     words = " ".join(filter(None, [text or ("" if figures else "Not measured."), plain, tells]))
-    return [*measured, Section(results.TITLES["memorisation"], words, figures=figures, commands=commands)]
+    return [Section("Memorisation", words, figures=figures, commands=commands)]
 
 
 def _bits(page: Page) -> Section:

@@ -1,6 +1,6 @@
 """What `undiffuse eval` and `undiffuse nll` left in their folders, read back, and its parts of a page."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,44 +14,46 @@ from undiffuse.errors import Corrupt, UsageError
 from undiffuse.machine import disk
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.measure import nll
+from undiffuse.measure import scores as measured
+from undiffuse.measure.along import Along
 from undiffuse.measure.claim import QUERY
+from undiffuse.measure.memorise import FILE, rows_of, told
 from undiffuse.view import pieces
 from undiffuse.view.report import Figure, Listing, Section, Table
 
 SUMMARY = "summary.json"
-KNOWN = {"format", "scores", "notes", "protocol"}
-TITLES = {"memorisation": "Memorisation", "chain": "Scores along the chain"}
 BINS = 40  # times of a plot over t
-ALIKE, MOST = 7, 12  # letters by which a picture is known (memorised.png); rows of a table
-PERCENT = {"rate", "low", "high", "level", "expected", "expected_low", "expected_high", "share"}
 WIDEST = 200  # characters of a value in a listing
 Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A finished `undiffuse eval`: a row for each score, and its protocol. `more` is whatever else it found."""
+    """A finished `undiffuse eval`: a row for each score, and its protocol.
+
+    `memorised` is what it says of copies. With --progressive there are `points` of the chain, the last of which has the
+    scores of the samples.
+    """
 
     path: Path
     scores: list[dict[str, Any]]
     notes: list[str]
     protocol: dict[str, Any]
-    more: dict[str, Any] = field(default_factory=dict)
+    memorised: dict[str, Any] | None = None
+    points: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
     def read(path: Path) -> "Evaluation":
         """Raises UsageError for a folder that is none or is not finished, Corrupt for a damaged one."""
         found = _summary(path, "undiffuse eval")
-        scores, notes, protocol = (found.get(name, kind()) for name, kind in PARTS.items())
-        is_whole = (
-            "scores" in found
-            and isinstance(scores, list)
-            and all(isinstance(row, dict) and {"score", "value", "features"} <= row.keys() for row in scores)
-        )
-        if not is_whole or not isinstance(notes, list) or not isinstance(protocol, dict):
+        points = found.get("points", [])
+        scores = points[-1].get("scores") if points else found.get("scores")
+        notes, protocol = found.get("notes"), found.get("protocol")
+        if not (isinstance(scores, list) and isinstance(notes, list) and isinstance(protocol, dict)) or not all(
+            isinstance(row, dict) and {"score", "value", "features"} <= row.keys() for row in scores
+        ):
             raise UsageError(f"{path / SUMMARY} has no scores; give the --out folder of `undiffuse eval`")
-        more = {name: value for name, value in found.items() if name not in KNOWN}
-        return Evaluation(path, scores, [str(note) for note in notes], protocol, more)
+        return Evaluation(path, scores, notes, protocol, found.get("memorisation"), points)
 
     def features(self, row: Json) -> dict[str, Any]:
         """What the protocol says of the extractor of a score."""
@@ -63,13 +65,6 @@ class Evaluation:
         """sha256 of the weights that drew the samples; None where no model did."""
         model = self.protocol.get("model")
         return model.get("sha256") if isinstance(model, dict) else None
-
-    def pictures(self) -> list[Path]:
-        """PNGs beside the result."""
-        return sorted(self.path.glob("*.png"))
-
-
-PARTS = {"scores": list, "notes": list, "protocol": dict}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +116,7 @@ def number(value: Any) -> str:
         return "" if value is None else str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.5g}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
+    return measured.number(value)
 
 
 def spread(row: Json) -> str:
@@ -201,93 +196,43 @@ def words(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def more(found: Evaluation) -> list[Section]:
-    """Whatever else an evaluation found, such as memorisation: sentences, numbers, tables and plots of what is there.
+def memorisation(found: Evaluation) -> Section | None:
+    """The rates, what they mean, and the worst pairs; None where nobody looked."""
+    said = found.memorised
+    if said is None:
+        return None
+    header, *rows = map(tuple, rows_of(said))
+    worst, path = tuple[Figure, ...](), found.path / FILE
+    if path.exists():
+        spaces = ", then in ".join(space["space"] for space in said["spaces"])
+        worst = (
+            Figure(_picture(path), f"The nearest pairs, in {spaces}: a sample, and its training image at the right."),
+        )
+    text = (
+        f"How many are {told(said)}. Each distance is divided by what is usual around that training image. The column "
+        "of new images is what as many images that the model has not seen would show."
+    )
+    table = Table(tuple(header), tuple(rows))
+    return Section("Memorisation", f"{said['says']}\n\n{text}", tables=(table,), figures=worst)
 
-    The pictures of the folder stand with the part whose name theirs begins with, else by themselves.
-    """
-    pictures, sections = {path: path.stem.replace("-", "_") for path in found.pictures()}, list[Section]()
-    for name, value in found.more.items():
-        mine = [path for path, stem in pictures.items() if stem[:ALIKE] == name[:ALIKE]]
-        sections.append(_part(name, value, tuple(map(_picture, mine))))
-        pictures = {path: stem for path, stem in pictures.items() if path not in mine}
-    if pictures:
-        sections.append(Section("Pictures of the evaluation", figures=tuple(map(_picture, pictures))))
-    return [section for section in sections if section.text or section.facts or section.figures or section.tables
-            or section.listings]  # fmt: skip
+
+def along(found: Evaluation) -> Section | None:
+    """The scores of the predicted x_0 along the chain; None where they were not measured."""
+    if not found.points:
+        return None
+    whole = Along(found.points, found.notes, found.protocol)
+    text = "The scores of what the model expects the finished image to be, at several steps (Fig. 10 of the paper)."
+    gallery = tuple(Figure(svg) for svg in whole.plots().values())
+    return Section("Scores along the chain", text, gallery=gallery, least=pieces.HALF)
 
 
-def _picture(path: Path) -> Figure:
+def _picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.load()
-            return Figure(file.copy(), path.stem.replace("-", " ").replace("_", " ").capitalize())
+            return file.copy()
     except OSError as error:
         raise Corrupt(f"{path} is damaged; delete it, and the same `undiffuse eval` writes it again") from error
-
-
-def _part(name: str, value: Any, figures: tuple[Figure, ...]) -> Section:
-    title = TITLES.get(name, name.replace("_", " ").capitalize())
-    if not isinstance(value, dict):
-        value = {name: value}
-    texts = [text for text in value.values() if isinstance(text, str) and " " in text.strip()]
-    facts = tuple(
-        (key.replace("_", " "), _fact(key, each))
-        for key, each in value.items()
-        if isinstance(each, (int, float)) and not isinstance(each, bool)
-    )
-    tables, plots, rest = list[Table](), list[Figure | None](), dict[str, Any]()
-    for key, each in value.items():
-        if _are_rows(each):
-            tables += _tables(key, each)
-            plots.append(_over_t(key, each))
-        elif isinstance(each, (dict, list, bool)) or (isinstance(each, str) and each not in texts):
-            rest[key] = each
-    listings = (Listing(tuple(flat(rest)), ""),) if rest else ()
-    return Section(title, "\n\n".join(texts), facts[:12], (*figures, *pieces.present(plots)), tuple(tables),
-                   listings=listings)  # fmt: skip
-
-
-def _fact(name: str, value: Any) -> str:
-    return f"{value:.2%}" if isinstance(value, float) and name in PERCENT else number(value)
-
-
-def _tables(name: str, rows: Sequence[Json]) -> list[Table]:
-    """A table of the rows, and one for each list of rows inside of them."""
-    inner = dict.fromkeys(key for row in rows for key, each in row.items() if _are_rows(each))
-    if not inner:
-        return [_table(name, rows)]
-    found = []
-    for key in inner:
-        whole = [_single(row) | part for row in rows if _are_rows(row.get(key)) for part in row[key]]
-        found.append(_table(key, whole[:MOST]))
-    return found
-
-
-def _are_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _single(row: Json) -> dict[str, Any]:
-    return {key: each for key, each in row.items() if not isinstance(each, (dict, list))}
-
-
-def _table(name: str, rows: Sequence[Json]) -> Table:
-    header = list(dict.fromkeys(key for row in rows for key in _single(row)))
-    body = tuple(tuple(_fact(key, row.get(key)) for key in header) for row in rows)
-    return Table(tuple(key.replace("_", " ") for key in header), body, name.replace("_", " ").capitalize())
-
-
-def _over_t(name: str, rows: Sequence[Json]) -> Figure | None:
-    """The other numbers over t, each in a share of its greatest value, where rows are those of times."""
-    if not all(isinstance(row.get("t"), (int, float)) for row in rows):
-        return None
-    lines = {}
-    for key in rows[0]:
-        ys = [row[key] for row in rows if isinstance(row.get(key), float)]
-        if key != "t" and len(ys) == len(rows) and (top := max(abs(y) for y in ys)) > 0:
-            lines[f"{key.replace('_', ' ')} (of {number(top)})"] = ([row["t"] for row in rows], [y / top for y in ys])
-    return pieces.plot(lines, "t", "share of the greatest", name.replace("_", " ").capitalize(), "")
 
 
 # Bits per dimension
