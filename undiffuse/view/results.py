@@ -209,8 +209,8 @@ def memorisation(found: Evaluation) -> Section | None:
             Figure(_picture(path), f"The nearest pairs, in {spaces}: a sample, and its training image at the right."),
         )
     text = (
-        f"The table counts {told(said)}. Each distance is divided by what is usual around that training image. The column "
-        "of new images is what as many images that the model has not seen would show."
+        f"The table counts {told(said)}. Each distance is divided by what is usual around that training image. The "
+        "column of new images is what as many images that the model has not seen would show."
     )
     table = Table(tuple(header), tuple(rows))
     return Section("Memorisation", f"{said['says']}\n\n{text}", tables=(table,), figures=worst)
