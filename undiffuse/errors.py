@@ -71,14 +71,24 @@ class Preempted(Error):
     exit_code = 143
 
 
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: ",
+    "not enough memory: ",
+    "backend out of memory",
+    "could not create a primitive",  # oneDNN, where there is no memory for the code that it makes for a convolution
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",  # cuDNN, where no algorithm has room for its workspace
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, or torch on any device, asked for more memory than there is; torch has no one type for it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
-    # The last is oneDNN's answer where there is no memory for the code that it makes for a convolution.
-    signs = ("DefaultCPUAllocator: ", "not enough memory: ", "backend out of memory", "could not create a primitive")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

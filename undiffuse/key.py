@@ -16,7 +16,7 @@ from functools import cache
 from typing import SupportsIndex
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
@@ -27,6 +27,15 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 NORMAL_TABLE_CRC32 = 0x546C8CB1
 SQRT_HALF = 0.7071067690849304  # float32(1/√2), exactly
+
+
+def moved(values: Shaped[Tensor, "*n"], device: torch.device | str) -> Shaped[Tensor, "*n"]:
+    """A few numbers on their way from the CPU, without waiting for what a card has still to do.
+
+    CUDA takes them out of the memory that they are in before the call returns, so they may change afterwards.
+    """
+    device = torch.device(device)
+    return values.to(device, non_blocking=device.type == "cuda" and values.device.type == "cpu")
 
 
 def philox(counter: Sequence[Int[Tensor, "*n"]], key: tuple[int, int], rounds: int = 10) -> list[Int[Tensor, "*n"]]:
@@ -75,7 +84,7 @@ class Key:
     def rows(self, rows: int | Int[Tensor, "b"], device: torch.device | str = "cpu") -> "Keys":
         """The keys of rows 0 … n − 1, or of the rows given."""
         index = torch.arange(rows, dtype=torch.int64, device="cpu") if isinstance(rows, int) else rows
-        return Keys(self, index.to(device=device, dtype=torch.int64))
+        return Keys(self, moved(index.to(torch.int64), device))
 
     def normal(self, *shape: int) -> Float[Tensor, "*shape"]:
         return self.rows(1).normal(*shape)[0]
@@ -103,7 +112,7 @@ class Keys:
         return replace(self, rows=self.rows[part])
 
     def to(self, device: torch.device | str) -> "Keys":
-        return replace(self, rows=self.rows.to(device))
+        return replace(self, rows=moved(self.rows, device))
 
     def bits(self, count: int) -> Int[Tensor, "b n"]:
         """At least `count` random 32-bit words a row, a multiple of four."""

@@ -97,6 +97,8 @@ BAD = {
     "SHEET digits --split val": 'split "val" is not known; expected train or test',
     "SHEET SHEET --split test": "SHEET has no test split",
     "NOPE digits": "samples NOPE are neither a model nor pictures",
+    "fashon-mnist digits --steps 5": 'Did you mean "fashion-mnist"?',
+    "fashon-mnist digits --solver ddim": 'Did you mean "fashion-mnist"?',
     "EMPTY digits": "samples: EMPTY has no images",
     "SHEET NOPE": 'data "NOPE" is neither a path nor a named set',
     "SHEET COLOUR": "the samples are grey and COLOUR is RGB, so a distance would mostly say that; give --set data.ch",

@@ -192,9 +192,10 @@ def test_a_measurement_in_the_run_that_is_not_finished_is_told(runs, tmp_path, c
     import shutil
 
     shutil.copytree(runs / "B", tmp_path / "B")
-    (tmp_path / "B" / "eval" / "summary.json").unlink()
+    (tmp_path / "B" / "eval" / "summary.json").rename(tmp_path / "B" / "eval" / "query.json")
+    (tmp_path / "B" / "evaluation-notes").mkdir()
     call("report", tmp_path / "B", "-n", 1, "--steps", 1, "--out", tmp_path / "page.html")
-    assert "is an evaluation that is not finished" in of((tmp_path / "page.html").read_text(), "Scores")
+    assert of((tmp_path / "page.html").read_text(), "Scores").count("is an evaluation that is not finished") == 1
 
 
 @pytest.mark.slow
@@ -202,3 +203,28 @@ def test_torch_is_as_it_was(runs, tmp_path, call):
     before = torch.get_default_dtype(), torch.get_rng_state()
     call("report", runs / "bare.safetensors", "-n", 1, "--steps", 1, "--out", tmp_path / "page.html")
     assert torch.get_default_dtype() == before[0] and bool((torch.get_rng_state() == before[1]).all())
+
+
+def test_what_is_stale_is_told_and_a_dash_is_none(runs, tmp_path, call):
+    out = tmp_path / "page.html"
+    words = ["compare", runs / "A", runs / "B", "-n", 2, "--steps", 2, "--out", out, "--overwrite"]
+    assert call(*words, "--eval", runs / "B" / "eval", "--eval", runs / "B" / "eval")[0] == 0
+    said = f"{runs / 'B' / 'eval'} is of other weights than those of this page"
+    assert out.read_text().count(said) == 1 and f"A: A: {said}" in out.read_text()
+    assert call(*words, "--nll", "-", "--nll", "-", "--eval", "-", "--eval", "-")[0] == 0
+    page = out.read_text()
+    assert "Bits per dimension" not in titles(page) and "FD-EffLite0" not in page
+
+
+def test_one_real_image_is_too_few_to_mix_but_no_reason_to_have_no_page(runs, tmp_path, call):
+    (tmp_path / "one").mkdir()
+    Image.new("L", (8, 8), 99).save(tmp_path / "one" / "a.png")
+    out = tmp_path / "page.html"
+    code, _, error = call("report", runs / "B", tmp_path / "one", "-n", 4, "--steps", 2, "--out", out)
+    assert code == 0, error
+    assert "The first and the last of the samples above" in of(out.read_text(), "Between two pictures")
+
+
+def test_pictures_alone_are_not_compared_by_none(runs, tmp_path, call):
+    code, _, error = call("compare", runs / "SHEET", runs / "SHEET", "-n", 0, "--out", tmp_path / "x.html")
+    assert code == 2 and "-n 0 is not possible; give 1 or more" in error and not (tmp_path / "x.html").exists()

@@ -215,6 +215,14 @@ def test_out_of_memory_is_told_from_other_failures(call, folder, monkeypatch):
         code, _, err = call("sample", folder / "MODEL", "--out", "x")
         assert code == 6 and err.startswith("undiffuse: out of memory")
         assert ("(tried to allocate 2.00 gib)" in err) == bool(str(error))
+    for text in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",
+    ):
+        assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
     monkeypatch.setattr(load, "load", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("a bug")))

@@ -111,6 +111,17 @@ def test_the_last_point_is_what_eval_measures_of_the_finished_samples(images, ho
     assert len(set(values)) == 4
 
 
+def test_more_samples_than_real_images_are_told_as_eval_tells_it(images):
+    """The same score at the number of real images, and the warning on few samples."""
+    path, _ = images
+    along = evaluate_along(gaussian(), path, QUERY, points=2, n=60, batch=16)
+    whole = evaluate(gaussian(), path, Query((HERE,), ("frechet",)), n=60, batch=16, memorisation=False)
+    last = along.points[-1]["scores"][0]
+    assert last["real_n"] < 60 and last["value_at_real_n"] != last["value"]
+    assert last["value_at_real_n"] == whole.rows[0]["value_at_real_n"]
+    assert along.notes == whole.notes and "60 samples are fewer than the 10,000" in along.notes[-1]
+
+
 def test_it_goes_on_where_it_stopped(images, tmp_path):
     path, _ = images
     once = evaluate_along(gaussian(), path, QUERY, points=4, n=20, batch=6)
@@ -134,7 +145,7 @@ def test_the_table_and_the_plots_say_the_same(images, tmp_path):
     assert [int(line[0]) for line in lines] == [20, 40, 60, 80, 100]
     assert [float(line[2]) for line in lines] == column(found, "fd")
     assert found.lines()[0].split() == ["reverse", "step", "t", "FD-mean", "mean", "score"]
-    assert found.lines()[-1].startswith("real images") and len(found.lines()) == 7
+    assert re.match(r"\d+ real images", found.lines()[-1]) and len(found.lines()) == 7
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["points"] == found.points
     for name in ("mean-fd.svg", "mean-is.svg"):
         real, ours = re.findall(r'points="([^"]*)"', (tmp_path / "out" / name).read_text())

@@ -81,7 +81,13 @@ def test_copies_of_all_and_none_near():
     assert found.rate == found.low == 0 and found.p == pytest.approx(1) and not found.is_more
 
 
-def test_a_held_out_image_that_is_a_copy_itself_is_no_threshold():
-    """The closest 1 % of the held-out values are zero: nothing is nearer, and nothing is said."""
-    found = rate(torch.zeros(300), torch.cat([torch.zeros(5), drawn("held-out", 95)]))
-    assert found.nearer == 0 and found.low == 0 and not found.is_more
+@pytest.mark.parametrize("zeros", [1, 3, 12])
+def test_held_out_copies_do_not_hide_copies(zeros):
+    """Held-out images that are training images too are at distance 0, and no sample can be nearer."""
+    held_out = torch.cat([torch.zeros(zeros, dtype=F64), 1 + drawn("held out", 400 - zeros)])
+    found = rate(torch.cat([torch.zeros(50, dtype=F64), 1.5 + drawn("new", 50)]), held_out)
+    k = max(4, zeros + 1)
+    assert found.expected == k / 401 and 0 < found.threshold == float(held_out.sort().values[k - 1])
+    assert found.is_more and found.nearer == 50 and found.low > found.expected_high
+    assert not rate(1 + drawn("other", 300), held_out).is_more
+    assert rate(torch.zeros(5), torch.zeros(9)).threshold == 0

@@ -213,21 +213,6 @@ def test_the_same_command_goes_on_with_what_was_chosen(photos, tmp_path):
     assert Run(tmp_path / "run").latest() == 3
 
 
-def test_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert choose_device() == choose_device("auto") == torch.device("cpu")
-    tried: list[torch.device] = []
-    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: tried.append(device))
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device().type == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device() == torch.device("cuda")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_device() == choose_device("cuda") == tried[-1] == torch.device("cuda:1")
-    assert choose_device("cpu") == torch.device("cpu")
-
-
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(UsageError, match=r'device "tpu" cannot be used here \(.*\); try --device cpu'):
         choose_device("tpu")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.training.test_loop import assert_equal, recipe, run, state
+from undiffuse.data.source import ArraySource
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.key import Key
@@ -185,3 +186,10 @@ def test_one_process_of_two_scores(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "proxy" in row] == [2, 3]
     assert sum(err.count("proxy at step 2") for _, _, err in ended) == 1
+
+
+def test_one_training_image_is_too_few(data):
+    chosen = recipe(train={"precision": "float32", "eval_every": 2, "eval_features": HERE})
+    trainer = Trainer(chosen, chosen.model(data.image_shape), ArraySource(data.images[:1]))
+    with pytest.raises(UsageError, match="train.eval_every = 2 is not possible: 1 training image is too few"):
+        proxy.prepare(trainer)

@@ -1,5 +1,6 @@
 """Which scores share a row, who is the best of it, and what is said of those that do not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,15 @@ def test_what_eval_writes_is_understood(tmp_path):
     assert said["recall"]["metric k"] == str(features["metrics"]["precision-recall"]["k"])
     assert "metric k" not in said["kd"]
     assert len(table(found, found)[1].rows) == len(said)
+
+
+def test_two_evaluations_of_one_model_are_rows_of_their_own_by_their_folders():
+    """They may differ in the chain alone, which is no reason to rank one against the other."""
+    few, many = measured(20.0), replace(measured(10.0), path=Path("eval-2steps"))
+    section = ranking.section([[few, many], [measured(15.0)]], ["A: x", "B: x"])
+    assert section is not None and section.text == ""
+    assert [row[:3] for row in section.tables[0].rows] == [
+        ("FD-EffLite0 (in eval)", "20", "15"),
+        ("FD-EffLite0 (in eval-2steps)", "10", "–"),
+    ]
+    assert section.tables[0].strong == {(0, 2)}

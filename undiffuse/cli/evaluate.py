@@ -202,11 +202,13 @@ def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bo
 
 def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "tuple[Model | None, Steps]":
     """The model that is named and its times; None for pictures, which cannot be asked what only a model can."""
+    from undiffuse.measure.evaluate import refuse_unknown
     from undiffuse.model.load import holds_model
 
     if holds_model(samples):
         model = open_model(samples, device, clip, drawing["variance"], drawing["weights"])
         return model, choose_steps(model, drawing["steps"], drawing["times"], drawing["grid"])
+    refuse_unknown(samples)
     given = drawing | {"no-clip": None if clip else True}
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:

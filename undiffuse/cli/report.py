@@ -85,7 +85,7 @@ def report(
 
     writable_page(out, overwrite)
     loaded = open_model(model, device, weights=weights)
-    about = subject(model, loaded, evaluations or (), bound)
+    about = subject(model, loaded, evaluations or None, bound)
     real = Data.open(join(data), loaded, skip_bad) if data else None
     page = report_run.Page(about, real, Drawing(n, steps, solver, seed), _command())
     with ticking(page.work(), "evaluations", as_json) as tick:
@@ -127,10 +127,11 @@ def compare(
     writable_page(out, overwrite)
     if len(what) < 2:
         raise UsageError(f"{what[0]} alone cannot be compared; give two or more, or take `undiffuse report`")
-    folders = _each("--eval", evaluations, len(what)), _each("--nll", bounds, len(what))
+    named = _each("--eval", evaluations, len(what))
+    scores = [None if evaluations is None else [] if each is None else [each] for each in named]
     every = [
-        compare_runs.opened(spec, device, None if scores is None else [scores], bound, n)
-        for spec, scores, bound in zip(what, *folders, strict=True)
+        compare_runs.opened(spec, device, found, bound, n, looks=bounds is None)
+        for spec, found, bound in zip(what, scores, _each("--nll", bounds, len(what)), strict=True)
     ]
     page = compare_runs.Comparison(tuple(every), Drawing(n, steps, solver, seed), _command())
     with ticking(page.work(), "evaluations", as_json) as tick:

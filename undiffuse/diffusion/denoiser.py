@@ -16,6 +16,7 @@ from undiffuse.config import Positive, Table
 from undiffuse.diffusion.gaussian import bits, decoder_nll, kl
 from undiffuse.diffusion.process import F64, PROCESSES, Process, per_image
 from undiffuse.errors import UsageError
+from undiffuse.key import moved
 from undiffuse.network.base import NOTHING, Conditioning
 
 Time = Float[Tensor, "b"]
@@ -245,8 +246,8 @@ class Denoiser(nn.Module):
         """x_t in float32, t in float64 within [t_min, 1]; the two may be on different devices."""
         t = t.cpu()
         coefficients = self.parameterisation.coefficients(self.process, t)
-        time = network_time(self.time, self.process, t).to(torch.float32).to(x_t.device)
-        output = self.network(per_image(coefficients.input, x_t) * x_t, time, cond).to(x_t.dtype)
+        time = network_time(self.time, self.process, t).to(torch.float32)
+        output = self.network(per_image(coefficients.input, x_t) * x_t, moved(time, x_t.device), cond).to(x_t.dtype)
         raw_variance = None
         if self.variance.learned:
             output, raw_variance = output.chunk(2, dim=1)
@@ -290,4 +291,4 @@ def bound_term(
     posterior_log_variance = per_image(_step_log_variances(process, t, s)[0], x_t)
     divergence = bits(kl(posterior_mean, posterior_log_variance, mean, log_variance))
     decoder = bits(decoder_nll(x_0, mean, log_variance))
-    return torch.where((s <= 0).to(x_0.device), decoder, divergence)
+    return torch.where(moved(s <= 0, x_0.device), decoder, divergence)

@@ -16,7 +16,7 @@ from undiffuse.diffusion.denoiser import Denoiser, Prediction, bound_term
 from undiffuse.diffusion.density import DENSITIES, Density, Uniform, suited
 from undiffuse.diffusion.process import PROCESSES, Process, per_image
 from undiffuse.errors import UsageError
-from undiffuse.key import Keys
+from undiffuse.key import Keys, moved
 from undiffuse.network.base import Conditioning
 
 UNIFORM = Uniform()  # the bound is a sum over all steps, each as likely
@@ -32,7 +32,7 @@ class Loss(NamedTuple):
 
 def quartile_sums(loss: Float[Tensor, "b"], t: Float[Tensor, "b"]) -> Float[Tensor, "2 4"]:
     """Sums of the loss, and counts, for t in [0, ¼), [¼, ½), [½, ¾) and [¾, 1]; these add up over parts of a batch."""
-    quarter = (4 * t).long().clamp(max=3).to(loss.device)
+    quarter = moved((4 * t).long().clamp(max=3), loss.device)
     inside = quarter == torch.arange(4, dtype=torch.int64, device=loss.device)[:, None]  # 4 b
     # Not a product with 0 and 1, so that a NaN stays in the quarter that it came from.
     return torch.stack([torch.where(inside, loss.detach(), 0).sum(1), inside.sum(1).to(loss)])

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from undiffuse.config import Count, Fraction, Positive, Table
 from undiffuse.errors import UsageError
+from undiffuse.key import moved
 
 F64 = torch.float64
 
@@ -26,7 +27,7 @@ def per_image(value: Float[Tensor, "b"], like: Float[Tensor, "b *x"]) -> Float[T
 
     Cast first: there are accelerators without float64.
     """
-    return value.to(like.dtype).to(like.device).reshape(-1, *(1,) * (like.ndim - 1))
+    return moved(value.to(like.dtype), like.device).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 class Suits(NamedTuple):

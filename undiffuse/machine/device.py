@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,24 +14,56 @@ from undiffuse.errors import UsageError
 def choose(name: str = "auto") -> torch.device:
     """The device of that name; `auto` is CUDA where there is a card, else MPS, else the CPU.
 
-    Under `torchrun` a bare `cuda` is this process's own card. Raises UsageError for one that cannot be used here.
+    Under `torchrun` a bare `cuda` is this process's own card. A card that is chosen is from then on that of which torch
+    is asked without one being named, and float32 on it is float32: torch alone would compute convolutions in TF32, of
+    10 bits. Raises UsageError for a device that cannot be used here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{_own_card()}"
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f'device "{name}" cannot be used here ({reason}); try --device cpu') from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        use_tf32(False)
     return device
+
+
+def _own_card() -> int:
+    """The card of this process: that of its place on the machine under `torchrun`, else the current one."""
+    if "LOCAL_RANK" not in os.environ:
+        return torch.cuda.current_device()
+    place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if place >= count:
+        raise UsageError(
+            f"process {place} of this machine has no card of its own, because there {'is' if count == 1 else 'are'} "
+            f"{count}; start at most {count} on each machine (--nproc-per-node {count}), or give --device cpu"
+        )
+    return place
+
+
+def use_tf32(on: bool) -> None:
+    """Whether products and convolutions of float32 on cards of NVIDIA round their factors to 10 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def name_of(device: torch.device) -> str:
     """`cpu`, or the name of the card."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What decides the last bits on a card, besides its name and torch; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    tf32 = torch.backends.cudnn.allow_tf32
+    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": tf32}
 
 
 @contextmanager

@@ -55,10 +55,8 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
     if not together() or group.is_initialized():
         yield
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Which device a process computes on is not known yet; sums on the CPU never touch nccl.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and group.is_nccl_available() else "gloo"
     with lost():
         group.init_process_group(backend, timeout=patience)
         _patient.append(group.new_group(timeout=LONG, backend="gloo"))

@@ -19,7 +19,7 @@ from undiffuse.machine import disk, dist, log
 from undiffuse.measure import claim
 from undiffuse.measure.evaluate import DRAWN, Query, compared, query_of
 from undiffuse.measure.passes import Judge, Reference, Ticking, against, kept_of, silent
-from undiffuse.measure.scores import number, protocol_of, question_of, rows_of
+from undiffuse.measure.scores import number, once, protocol_of, question_of, rows_of, warnings_of
 from undiffuse.measure.sets import Drawing, Floor, Samples, drawn_by, said_of
 from undiffuse.model.classes import drawn
 from undiffuse.model.load import load
@@ -106,6 +106,11 @@ class Along:
         ]
         return [row.get(name, float("nan")) for row in rows]
 
+    def _real(self) -> str:
+        """How many real images there were."""
+        n = next(row["real_n"] for row in self._every_row() if "real_n" in row)
+        return f"{n:,} real images"
+
     def lines(self) -> list[str]:
         """Lines of text: a row for each point, and one for real images."""
         columns = [(self._values(f, key), self._values(f, key, "real")) for f, _, key in self.columns()]
@@ -113,9 +118,7 @@ class Along:
         for i, point in enumerate(self.points):
             lines.append([f"{point['step']:,}", f"{point['t']:.4g}", *(number(values[i]) for values, _ in columns)])
         if any(real[-1] == real[-1] for _, real in columns):
-            lines.append(
-                ["real images", "", *("" if real[-1] != real[-1] else number(real[-1]) for _, real in columns)]
-            )
+            lines.append([self._real(), "", *("" if real[-1] != real[-1] else number(real[-1]) for _, real in columns)])
         return log.aligned(lines)
 
     def tsv(self) -> str:
@@ -195,13 +198,14 @@ def evaluate_along(
         reference.refuse(judge, chains[0].n)
     if out is not None:
         claim.take(out, question_of(chains, reference, judges, batch, keep_images=False))
-    heard = [say, *[log.silent] * (count - 1)]
+    prefix, told = None if floor is None else floor.n, list[str]()
     every = [
-        _over(each, judges, len(at), batch, kept_of(out, each, False), ticking, cost)
-        for each, cost in zip(sets, heard, strict=True)
+        _over(each, judges, len(at), batch, prefix, kept_of(out, each, False), ticking, once(say, told, count - i))
+        for i, each in enumerate(sets)
     ]
     where = [{"step": total - remaining, "t": float(model.times(steps)[total - 1 - remaining])} for remaining in at]
     found = _scored(where, every, judges, reference, floor, protocol, ticking)
+    found.notes.extend(warnings_of(found.points[-1]["scores"], chains[0], reference))
     if out is not None and dist.rank() == 0:
         found.write(out)
     return found
@@ -216,18 +220,26 @@ def _over(
     judges: Sequence[Judge],
     points: int,
     batch: int,
+    prefix: int | None,
     kept: Kept | None,
     ticking: Ticking,
     say: Callable[[str], None],
-) -> dict[str, list[Gathered]]:
-    """One pass over the chains: what is gathered at each point, by the extractor's name."""
-    found = {judge.extractor.name: [Gathered(judge.metrics) for _ in range(points)] for judge in judges}
+) -> dict[str, list[tuple[Gathered, Gathered]]]:
+    """One pass over the chains: what is gathered at each point, by the extractor's name, of all and of `prefix`."""
     chains = samples.n // points
+    few = chains if prefix is None else min(prefix, chains)
+    found = {
+        judge.extractor.name: [(Gathered(judge.metrics), Gathered(judge.metrics)) for _ in range(points)]
+        for judge in judges
+    }
 
     def take(name: str, features: Features, index: Int[Tensor, "b"]) -> None:
-        for k, gathered in enumerate(found[name]):
+        for k, (every, first) in enumerate(found[name]):
             here = index % points == k
-            gathered.update(features.some(here), index[here] // points)
+            every.update(features.some(here), index[here] // points)
+            if few < chains:
+                here &= index // points < few
+                first.update(features.some(here), index[here] // points)
 
     def timed(seconds: float) -> None:
         cost = f"{chains:,} chains, {chains * samples.said['evaluations']:,} evaluations of the network"
@@ -236,7 +248,12 @@ def _over(
     extractors = [replace(it.extractor, network=partial(_in_parts, it.extractor.network, batch)) for it in judges]
     with ticking(f"x_0 at {points} points of chains", samples.n) as tick:
         gather(samples.images, samples.n, extractors, take, batch * points, kept, tick, timed)
-    return {name: [each.everywhere(exchange) for each in gathered] for name, gathered in found.items()}
+    pairs = dict[str, list[tuple[Gathered, Gathered]]]()
+    for name, points_of in found.items():
+        for every, first in points_of:
+            joined = every.everywhere(exchange)
+            pairs.setdefault(name, []).append((joined, first.everywhere(exchange) if few < chains else joined))
+    return pairs
 
 
 def _in_parts(network: Callable[[Tensor], Features], most: int, images: UInt8[Tensor, "n c h w"]) -> Features:
@@ -247,7 +264,7 @@ def _in_parts(network: Callable[[Tensor], Features], most: int, images: UInt8[Te
 
 def _scored(
     where: Sequence[dict[str, Any]],
-    every: Sequence[dict[str, list[Gathered]]],
+    every: Sequence[dict[str, list[tuple[Gathered, Gathered]]]],
     judges: Sequence[Judge],
     reference: Reference,
     floor: Floor | None,
@@ -261,7 +278,7 @@ def _scored(
         rows = list[dict[str, Any]]()
         for judge in judges:
             name = judge.extractor.name
-            pairs = [(of_seed[name][k], of_seed[name][k]) for of_seed in every]
+            pairs = [of_seed[name][k] for of_seed in every]
             for metric in judge.metrics:
                 rows += rows_of(judge, metric, pairs, others[name], floor, notes)
         points.append({**point, "scores": rows})

@@ -176,8 +176,19 @@ def _write_statistics(path: Path, found: Result, judge: Judge, reference: Refere
     statistics.write(path, Statistics(found.references[judge.extractor.name].moments(), said))
 
 
+def refuse_unknown(spec: str) -> None:
+    """Raises UsageError for samples that are nothing that is there."""
+    if not Path(spec).exists() and not is_readable(spec):
+        raise UsageError(
+            f"samples {spec} are neither a model nor pictures: there is no such file or folder, and no such name."
+            + nearest(spec, shipped())
+        )
+
+
 def _refuse_for_pictures(samples: Given, given: dict[str, Any]) -> None:
     """UsageError for what only a model can be asked."""
+    if isinstance(samples, (str, Path)):
+        refuse_unknown(str(samples))
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         what = "the images" if isinstance(samples, Tensor) else str(samples)
@@ -199,11 +210,6 @@ def _pictures(samples: Any, n: int | None, query: Query, say: Callable[[str], No
     spec = str(samples)
     if statistics.is_statistics(spec) and not statistics.has_images(spec):
         raise UsageError(f"{spec} holds statistics and no images, which are for DATA; give the samples themselves")
-    if not Path(spec).exists() and not is_readable(spec):
-        raise UsageError(
-            f"samples {spec} are neither a model nor pictures: there is no such file or folder, and no such name."
-            + nearest(spec, shipped())
-        )
     try:
         source = sets.open_samples(spec, query.size, reading, query.skip_bad)
     except Error as error:

@@ -140,6 +140,10 @@ def memorise(
     found = [_in_pixels(samples, training, floor, device)]
     found += [_in_features(name, gathered[name], other, is_apart) for name, other in others.items()]
     spaces = [_space(each, len(samples), ticking) for each in found if around(each.known.n, is_apart) > 0]
+    # Where all held-out images are training images too, they say nothing.
+    spaces = [each for each in spaces if each.rates[0].threshold > 0]
+    if not spaces:
+        return None
     pictures = torch.cat([_pictures(space, samples, training) for space in spaces])[: -2 * ACROSS]
     held_out = floor.said if is_apart else f"{floor.said}, each against all the others"
     return Memorisation(tuple(spaces), held_out, len(training), pictures)

@@ -23,6 +23,8 @@ from undiffuse.measure.sets import Floor, Samples, words_of
 from undiffuse.quality.gather import Kept
 from undiffuse.quality.metric.base import METRICS, Gathered, Metric, compute
 
+BIASED = {"fd", "sfd"}  # keys of the numbers that few samples make too high
+NO_MEASURE = "too few training images, or no held-out image that is not among them, so nothing says what is near"
 ENOUGH, ENOUGH_OF_FEW = 50_000, 10_000  # images that a distance wants; and where the reference has fewer than the first
 
 Numbers = dict[str, float]
@@ -113,12 +115,11 @@ def score(
     seen = Seen.of(sets[0]) if memorisation else None
     prefix = None if floor is None else floor.n
     # Samples first: they cost most as a rule, and what they cost is told after their first batch.
-    passes = []
-    for each in sets:
-        is_first = each is sets[0]
-        look = seen if is_first else None
+    passes, told = [], list[str]()
+    for i, each in enumerate(sets):
+        look = seen if i == 0 else None
         images = each.n if keep_images else look.most if look is not None and each.are_drawn else 0
-        kept, cost = kept_of(out, each, images), _of_all(say, len(sets)) if is_first else log.silent
+        kept, cost = kept_of(out, each, images), once(say, told, len(sets) - i)
         passes.append(over_samples(each, judges, prefix, batch, kept, ticking, cost, look))
         if keep_images and out is not None and dist.rank() == 0:
             _write_images(out / f"samples-{each.said.get('seed', 0)}.npz", each, kept, batch)
@@ -129,12 +130,12 @@ def score(
         pairs = [(whole[name], first[name]) for whole, first in passes]
         for metric in judge.metrics:
             rows += rows_of(judge, metric, pairs, others[name], floor, notes)
-    notes += _warnings(rows, sets[0], reference)
+    notes += warnings_of(rows, sets[0], reference)
     copied = None
     if seen is not None and floor is not None:
         device = judges[0].extractor.device
         copied = memorise(seen.everywhere(), passes[0][0], others, reference, floor, device, ticking)
-        notes += [] if copied else ["memorisation is left out: too few training images to say what is near to them"]
+        notes += [] if copied else [f"memorisation is left out: {NO_MEASURE}"]
     result = Result(rows, notes, protocol, {name: each.reference for name, each in others.items()}, copied)
     if out is not None and dist.rank() == 0:
         disk.write_json(out / "summary.json", {"format": claim.FORMAT} | result.plain())
@@ -150,9 +151,15 @@ def _write_images(path: Path, samples: Samples, kept: Kept | None, batch: int) -
     write_arrays(path, {"arr_0": images.permute(0, 2, 3, 1).numpy()})
 
 
-def _of_all(say: Callable[[str], None], seeds: int) -> Callable[[str], None]:
-    """Says what one set of samples costs, and how many such there are."""
-    return lambda text: say(text + (f" for each of {seeds} seeds" if seeds > 1 else ""))
+def once(say: Callable[[str], None], told: list[str], sets: int) -> Callable[[str], None]:
+    """Says what a set of samples costs, and of how many, unless that of an earlier one was `told`."""
+
+    def cost(text: str) -> None:
+        if not told:
+            told.append(text)
+            say(text + (f" for each of {sets} seeds" if sets > 1 else ""))
+
+    return cost
 
 
 def rows_of(
@@ -220,18 +227,19 @@ def question_of(
     return asked | {"reference": claim.digest(reference.said()), "keep_images": keep_images}
 
 
-def _warnings(rows: Sequence[Mapping[str, Any]], samples: Samples, reference: Reference) -> list[str]:
+def warnings_of(rows: Sequence[Mapping[str, Any]], samples: Samples, reference: Reference) -> list[str]:
     """Of samples that are the reference or of another size, and of few, with what is known of the bias."""
-    n, total = samples.n, None if reference.images is None else len(reference.images)
+    n, statistics = samples.n, reference.statistics
+    total = len(reference.images) if reference.images is not None else statistics.n if statistics is not None else None
     notes = []
     if reference.fingerprint == samples.digest:
         notes.append(f"the samples are the images of {reference.spec} themselves, so that these scores say nothing")
-    shape, statistics = words_of(samples.shape), reference.statistics
+    shape = words_of(samples.shape)
     other = None if statistics is None else statistics.said.get("images")
     if other not in (None, shape):
         notes.append(f"{reference.spec} was made of images of {other}, and these samples are {shape}")
     enough = ENOUGH if total is None or total >= ENOUGH else ENOUGH_OF_FEW
-    if n >= enough:
+    if n >= enough or not any(row["key"] in BIASED for row in rows):
         return notes
     key = "fd_infinity_bias"
     bias = [f"{row['score'].removesuffix('∞')} by {row[key]:.3g}" for row in rows if row.get(key, 0) > 0]

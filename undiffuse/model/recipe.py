@@ -116,7 +116,7 @@ class TrainConfig:
     parts, whose gradients are summed in one order, so that any number of processes that divides it gives the same bits.
     `deterministic` takes only algorithms that give the same bits each time, which CUDA does not by itself.
     `recompute` keeps no activations inside the blocks: less memory, a third more time. `precision` "auto" is bf16
-    where the processor has it natively.
+    where the processor has it natively; "tf32", for cards of NVIDIA, is float32 whose factors are rounded to 10 bits.
 
     `sample_every` 0 draws no previews. `keep` is how many checkpoints stay. With `patience` a run ends when the
     held-out loss has not fallen for that share of the steps up to its lowest: 0.5 stops at step 1,500 if the lowest was
@@ -137,7 +137,7 @@ class TrainConfig:
     ema_ramp: bool = False
     ema_profiles: tuple[Width, ...] = ()
     ema_snapshot_every: Count = 5000
-    precision: Literal["auto", "float32", "bf16"] = "auto"
+    precision: Literal["auto", "float32", "bf16", "tf32"] = "auto"
     drop_label: Fraction = 0.1
     seed: int = 0
 

@@ -13,7 +13,9 @@ def attend(q: Float[Tensor, "b n c"], k: Float[Tensor, "b n c"], v: Float[Tensor
     if q.device.type == "cpu" and q.shape[1] <= 1024:
         scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)  # (b, n, n)
         return torch.bmm(scores.softmax(-1), v)
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    # Fused kernels take rows that are contiguous, and only those; MPS gave wrong values of others.
+    q, k, v = (each[:, None].contiguous() for each in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[:, 0]
 
 
 class Attention(nn.Module):

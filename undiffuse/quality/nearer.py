@@ -48,8 +48,10 @@ def rate(samples: Float[Tensor, "n"], held_out: Float[Tensor, "m"], level: float
     """The share of samples below the closest `level` of the held-out values; the law of neither is assumed.
 
     *Threshold.* With u_1 < … < u_m the held-out values in order, it is u_k, k the whole number nearest to
-    level (m + 1), at least 1. The share of new values of the same law below u_k is a Beta(k, m + 1 − k) variable of
-    mean q = k/(m + 1), which is `expected`: 1 % but for rounding, and more where m is below 99.
+    level (m + 1), at least 1, and at least one more than there are zeros among them: held-out images that are training
+    images too say nothing of how near others are. The share of new values of the same law below u_k is a
+    Beta(k, m + 1 − k) variable of mean q = k/(m + 1), which is `expected`: 1 % but for rounding, and more where m is
+    below 99 or there are such copies.
 
     *If the samples had the held-out law*, every order of the n + m values would be as likely as another, so that of S,
     the number of samples below u_k, is negative hypergeometric (beta-binomial):
@@ -69,7 +71,10 @@ def rate(samples: Float[Tensor, "n"], held_out: Float[Tensor, "m"], level: float
     """
     values, ordered = samples.to(F64).sort().values, held_out.to(F64).sort().values
     n, m = len(values), len(ordered)
-    k = max(1, round(level * (m + 1)))
+    copies = int((ordered == 0).sum())
+    k = min(m, max(1, round(level * (m + 1)), copies + 1))
+    if copies < m:
+        ordered = ordered.clamp(min=float(ordered[copies]) / 2)
     q, nearer = k / (m + 1), int((values < ordered[k - 1]).sum())
     law = beta_binomial(n, k, m)
     below = law.cumsum(0)

@@ -240,7 +240,7 @@ class _Loop:
         ):
             if self.resumed is not None and (differs := differences(self.resumed, trainer, self.last)):
                 text = ", ".join(differs)
-                log.warn(f"resumed with other {text}: the numbers will differ from those of an unbroken run")
+                log.warn(f"resumed with other {text}: the numbers may differ from those of an unbroken run")
                 lines.write({"step": trainer.step, "exact": False, "differs": differs})
             while trainer.step < self.last and not self.ended:
                 self.ended = self._step(lines, bar, dog)

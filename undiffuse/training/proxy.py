@@ -79,6 +79,11 @@ def prepare(trainer: Trainer) -> Proxy | None:
         return None
     if train.eval_images < 2:
         raise UsageError(f"train.eval_images = {train.eval_images} is too few for a distance; set 2 or more")
+    if len(trainer.batches.loader.source) < 2:
+        raise UsageError(
+            f"train.eval_every = {train.eval_every} is not possible: 1 training image is too few for a distance; give "
+            "more, or leave it out"
+        )
     model = trainer.model()
     try:
         model.config.parameterisation.check(model.process)
@@ -122,7 +127,10 @@ def score(proxy: Proxy, trainer: Trainer, tick: Callable[[int], None]) -> dict[s
     if proxy.real is None:
         proxy.real = _real(proxy.extractor, trainer, tick)
     real, batches = proxy.real, look.draw(trainer, "proxy", proxy.images, proxy.steps, True, tick)
-    rows = torch.cat([_seen(proxy.extractor, images, i) for i, images in enumerate(batches)])
+    parts = list[Tensor]()
+    for images in batches:
+        parts.append(_seen(proxy.extractor, images, sum(map(len, parts))))
+    rows = torch.cat(parts)
     found = {
         "proxy_fd": frechet_of_rows(rows, real.mean, real.half),
         "proxy_kd": kernel_distance(rows, real.rows),
@@ -136,16 +144,15 @@ def _real(extractor: Extractor, trainer: Trainer, tick: Callable[[int], None]) -
     source = trainer.batches.loader.source
     index = torch.tensor(spread(len(source), REFERENCE), dtype=torch.int64, device="cpu")
     parts = []
-    for i, part in enumerate(index.split(64)):
+    for part in index.split(64):
         tick(0)
-        parts.append(_seen(extractor, source.gather(part)[0], i))
+        parts.append(_seen(extractor, source.gather(part)[0], sum(map(len, parts))))
     rows = torch.cat(parts)
     wide = rows.to(F64)
     return Real(rows, wide.mean(0), root(torch.atleast_2d(wide.T.cov())))
 
 
-def _seen(extractor: Extractor, images: UInt8[Tensor, "b c h w"], batch: int) -> Float[Tensor, "b d"]:
+def _seen(extractor: Extractor, images: UInt8[Tensor, "b c h w"], first: int) -> Float[Tensor, "b d"]:
     pool = extractor(images).pool.to("cpu", torch.float32)
-    first = batch * len(images)
     refuse_not_finite(pool, torch.arange(first, first + len(pool), dtype=torch.int64, device="cpu"), "pool")
     return pool

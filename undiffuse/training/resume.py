@@ -32,7 +32,10 @@ def differences(meta: dict[str, Any], trainer: Trainer, last: int) -> list[str]:
     before, now = meta.get("environment", {}), trainer.environment()
     if trainer.recipe.train.decay != "constant":  # the rate of every step depends on the last one
         before, now = {**before, "last step": meta.get("last_step", last)}, {**now, "last step": last}
-    return [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    found = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if trainer.device.type == "cuda" and not trainer.recipe.train.deterministic:
+        found.append("choices of algorithms (train.deterministic is off, and this is a card)")
+    return found
 
 
 def claim_classes(path: Path, data: Source, accept: bool, warn: Callable[[str], None]) -> None:

@@ -66,6 +66,12 @@ class Trainer:
         """The network as it is run: layout, recomputation, compilation, and the sum over processes."""
         train = self.recipe.train
         machine.keep_memory()
+        if self.device.type == "cuda":
+            machine.use_tf32(train.precision == "tf32")
+        elif train.precision == "tf32":
+            raise UsageError(
+                f"train.precision = tf32 is for cards of NVIDIA, and this run is on {self.device}; set float32 or auto"
+            )
         if train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -75,11 +81,11 @@ class Trainer:
             for part in network.modules():
                 if isinstance(part, self.config.network.recomputed):
                     part.forward = partial(checkpoint, part.forward, use_reentrant=False)
-        if train.compile:
-            network.compile()
         if dist.size() > 1 and not train.exact_shards:
             cards = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(network, cards, broadcast_buffers=False, gradient_as_bucket_view=True)
+            network = DistributedDataParallel(network, cards, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if train.compile:  # with what sums over the processes, so that it sums what is ready while the rest is computed
+            network.compile()
         return network
 
     def update(self, last: int) -> dict[str, float]:
@@ -90,10 +96,11 @@ class Trainer:
         losses, sums = self._gradients(batch)
         with record_function("undiffuse clip"):
             norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
+            read = torch.cat([norm.to(sums).reshape(1), sums.flatten()]).cpu()  # the one wait for the device of a step
+            norm, sums = float(read[0]), read[1:].reshape(2, 4)
             loss = float(sums[0].sum()) / train.batch
-            finite = bool(norm.isfinite() and sums.isfinite().all())
-        if not finite:
-            raise self._not_finite(batch, losses, loss, float(norm))
+        if not read.isfinite().all():
+            raise self._not_finite(batch, losses, loss, norm)
         rate = learning_rate(train, step, last)
         for group in self.adam.param_groups:
             group["lr"] = rate
@@ -103,7 +110,7 @@ class Trainer:
             self.ema.update(self.weights, step)
             self.profiles.update(self.weights, step)
         self.step += 1
-        return {"loss": loss, "grad_norm": float(norm), "lr": rate, **by_quartile(sums)}
+        return {"loss": loss, "grad_norm": norm, "lr": rate, **by_quartile(sums)}
 
     def _gradients(self, batch: Batch) -> tuple[Float[Tensor, "share"], Float[Tensor, "2 4"]]:
         """Leaves the gradient of the mean loss of the global batch in `.grad`.
@@ -246,6 +253,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "device": machine.name_of(self.device),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            **machine.versions(self.device),
             "micro_batch": self.micro,
             "processes": "any" if exact else dist.size(),
         }

@@ -23,7 +23,7 @@ from undiffuse.model.load import digest_of, holds_model, load
 from undiffuse.model.model import Model
 from undiffuse.view import pieces, ranking, results
 from undiffuse.view.report import Figure, Listing, Section, Table, write_report
-from undiffuse.view.results import Bound, Evaluation
+from undiffuse.view.results import Evaluation
 from undiffuse.view.subject import Drawing, Subject, subject
 
 UNCOMPARED = {"step", "images", "lr", "grad_norm", "images_per_second"} | pieces.QUARTERS  # rows of a log
@@ -61,10 +61,15 @@ class Entry:
         return [] if self.subject is None else self.subject.log
 
 
-def opened(spec: str, device: str, evaluations: Sequence[Path] | None, bound: Path | None, n: int) -> Entry:
-    """A model, or the first n pictures of a folder, zip or npz. Raises UsageError and DataError."""
+def opened(
+    spec: str, device: str, evaluations: Sequence[Path] | None, bound: Path | None, n: int, looks: bool = True
+) -> Entry:
+    """A model, or the first n pictures of a folder, zip or npz; the rest as in `subject`.
+
+    Raises UsageError and DataError.
+    """
     if holds_model(spec):
-        return Entry(spec, subject(spec, load(spec, device), evaluations or (), bound))
+        return Entry(spec, subject(spec, load(spec, device), evaluations, bound, looks))
     if bound is not None:
         raise UsageError(f"--nll {bound} is of a model, and {spec} is none; give - in its place")
     if (Path(spec) / "config.toml").exists():
@@ -90,6 +95,8 @@ class Comparison:
     tick: Callable[[int], None] = lambda count: None
 
     def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError(f"-n {self.count} is not possible; give 1 or more")
         for entry in self.entries:
             if entry.model is not None:
                 self.how.check(entry.model)
@@ -99,6 +106,10 @@ class Comparison:
     @property
     def count(self) -> int:
         return 16 if self.how.n is None else self.how.n
+
+    @property
+    def subjects(self) -> list[Subject | None]:
+        return [entry.subject for entry in self.entries]
 
     def work(self) -> int:
         """Evaluations of the networks, all together."""
@@ -241,7 +252,9 @@ def _scores(page: Comparison, names: Sequence[str]) -> list[Section]:
     text = f"Not measured: {', '.join(name for _, name in lacking)}. These commands measure it." if lacking else ""
     if found is None:
         return [Section("Scores", text, commands=commands)]
-    whole = replace(found, text="\n\n".join(filter(None, [found.text, text])), commands=commands)
+    known = [(name, it) for name, it in zip(names, page.subjects, strict=True) if it is not None]
+    stale = [f"{name}: {text}" for name, it in known for text in it.stale(of_scores=True)]
+    whole = replace(found, text="\n\n".join(filter(None, [found.text, *stale, text])), commands=commands)
     return [whole, *_memorised(page, names), ranking.protocols(every, names)]
 
 
@@ -264,45 +277,8 @@ def _memorised(page: Comparison, names: Sequence[str]) -> list[Section]:
 
 
 def _bits(page: Comparison, names: Sequence[str]) -> list[Section]:
-    """bits/dim, and the terms and the curves over each other."""
-    known = [
-        (name, entry.subject.bound, entry.subject.model)
-        for entry, name in zip(page.entries, names, strict=True)
-        if entry.subject is not None and entry.subject.bound is not None
-    ]
-    if not known:
-        return []
-    rows = tuple((name, *_bound(bound)) for name, bound, _ in known)
-    header = ("", "bits/dim", "images", "prior", "rate", "decoder", "terms an image", "data")
-    data = {(bound.query.get("data"), bound.summary["images"]) for _, bound, _ in known}
-    text = "" if len(data) == 1 else "Measured on other images, so that the numbers are not to be compared."
-    loss, error, curves = dict[str, pieces.Line](), dict[str, pieces.Line](), dict[str, pieces.Line]()
-    for name, bound, model in known:
-        if bound.terms is not None and (lines := results.time_lines(bound.terms, bound.query, model.process)):
-            loss[name], error[name] = lines
-        if bound.terms is not None and bound.whole:
-            curve = bound.terms.rate_distortion()
-            curves[name] = ([row["rate"] for row in curve], [row["rmse"] for row in curve])
-    figures = (
-        pieces.plot(loss, "t", "bits/dim of a step", "Loss by t", "", log_x=True, log_y=True),
-        pieces.plot(error, "t", "RMSE of x̂₀, 0–255", "Error of the predicted image by t", ""),
-        pieces.plot(curves, "rate (bits/dim)", "distortion (RMSE, 0–255)", "Rate-distortion", ""),
-    )
-    caption = "± is the standard error over the images."
-    table = Table(header, rows, caption)
-    return [Section("Bits per dimension", text, (), (), (table,), pieces.present(figures), least=pieces.HALF)]
-
-
-def _bound(bound: Bound) -> tuple[str, ...]:
-    """A row of the table, in the order of its header."""
-    said, query = bound.summary, bound.query
-    return (
-        results.spread({"value": said["bits_per_dim"], "sd": said.get("standard_error")}),
-        f"{said['images']:,}",
-        *(results.number(said.get(key)) for key in ("prior", "rate", "decoder")),
-        "all" if query.get("draws") is None else f"{query['draws']:,}",
-        ranking.shortened(query.get("data", "–")),
-    )
+    known = [(name, it) for name, it in zip(names, page.subjects, strict=True) if it is not None]
+    return ranking.bits([(name, it.bound, it.model, it.stale()) for name, it in known if it.bound is not None])
 
 
 def _losses(page: Comparison, names: Sequence[str]) -> list[Section]:

@@ -1,13 +1,14 @@
-"""Scores of several evaluations in one table, where a row is only for what was measured in the same way."""
+"""Scores and bits/dim of several models, each in one table; a row of scores is of what was measured in the same way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from undiffuse.model.model import Model
 from undiffuse.quality.metric.base import METRICS
-from undiffuse.view import results
+from undiffuse.view import pieces, results
 from undiffuse.view.report import Listing, Section, Table
-from undiffuse.view.results import Evaluation
+from undiffuse.view.results import Bound, Evaluation
 
 UNSAID = {"device", "note", "metrics"}  # what the protocol says of features and does not decide a score
 Row = dict[str, Any]
@@ -15,15 +16,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """One number of one evaluation: whose it is, and what must be the same for another to be compared with it."""
+    """One number of one evaluation: whose it is, its folder, and what must be the same for another to be compared."""
 
     owner: int
     row: Row
     terms: dict[str, str]
+    folder: str
 
     @staticmethod
     def of(owner: int, found: Evaluation, row: Row) -> "Score":
-        return Score(owner, row, terms(found, row))
+        return Score(owner, row, terms(found, row), found.path.name)
 
 
 def terms(found: Evaluation, row: Row) -> dict[str, str]:
@@ -60,19 +62,23 @@ def differences(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, st
 
 
 def groups(evaluations: Sequence[Sequence[Evaluation]]) -> list[list[Score]]:
-    """The scores that may be compared, together; those of one name follow one another."""
+    """The scores that may be compared, together, one of each owner; those of one name follow one another."""
     by_name = dict[tuple[str, str], list[list[Score]]]()
     for owner, several in enumerate(evaluations):
         for found in several:
             for row in found.scores:
                 score = Score.of(owner, found, row)
                 same = by_name.setdefault((row["features"], row["score"]), [])
-                fitting = next((group for group in same if group[0].terms == score.terms), None)
+                fitting = next((group for group in same if _fits(score, group)), None)
                 if fitting is None:
                     same.append([score])
                 else:
                     fitting.append(score)
     return [group for same in by_name.values() for group in same]
+
+
+def _fits(score: Score, group: Sequence[Score]) -> bool:
+    return group[0].terms == score.terms and all(other.owner != score.owner for other in group)
 
 
 def section(evaluations: Sequence[Sequence[Evaluation]], names: Sequence[str]) -> Section | None:
@@ -107,7 +113,9 @@ def section(evaluations: Sequence[Sequence[Evaluation]], names: Sequence[str]) -
 def _apart(score: Score, others: Sequence[Score]) -> list[str]:
     """What sets a score apart from others of its name."""
     names = dict.fromkeys(name for other in others for name, _, _ in differences(score.terms, other.terms))
-    return [f"{name} {shortened(score.terms.get(name, '–'))}" for name in names]
+    alike = sum(other.terms == score.terms for other in others) > 1
+    folder = [f"in {score.folder}"] if alike else []  # several of one owner, which may differ in how they were drawn
+    return folder + [f"{name} {shortened(score.terms.get(name, '–'))}" for name in names]
 
 
 def shortened(text: str) -> str:
@@ -132,7 +140,8 @@ def refusals(evaluations: Sequence[Sequence[Evaluation]], names: Sequence[str]) 
     said = dict[str, None]()
     for group in groups(evaluations):
         name = (group[0].row["features"], group[0].row["score"])
-        if (other := first.setdefault(name, group[0])) is not group[0]:
+        other = first.setdefault(name, group[0])
+        if other.terms != group[0].terms:
             both = "; ".join(
                 f"{what} is {shortened(a)} for {letters[other.owner]} and {shortened(b)} for {letters[group[0].owner]}"
                 for what, a, b in differences(other.terms, group[0].terms)
@@ -168,3 +177,53 @@ def _said(found: Evaluation) -> dict[str, str]:
     """Each line of a protocol, features by the name of their extractor."""
     features = {str(each.get("extractor")): each for each in found.protocol.get("features", ())}
     return dict(results.flat(found.protocol | {"features": features}))
+
+
+def bits(known: Sequence[tuple[str, Bound, Model, list[str]]]) -> list[Section]:
+    """bits/dim of several models by name, and the terms and the curves over each other; warnings of each come first."""
+    if not known:
+        return []
+    stale = [f"{name}: {text}" for name, _, _, texts in known for text in texts]
+    rows = tuple((name, *_bound(bound)) for name, bound, _, _ in known)
+    header = ("", "bits/dim", "images", "prior", "rate", "decoder", "terms an image", "data")
+    data = {(bound.query.get("data"), bound.summary["images"]) for _, bound, _, _ in known}
+    text = [] if len(data) == 1 else ["Measured on other images, so that the numbers are not to be compared."]
+    if len({"ode" in bound.query for _, bound, _, _ in known}) > 1:
+        text.append("A bound is higher than the likelihood of the ODE of the same model; compare like with like.")
+    loss, error, curves = dict[str, pieces.Line](), dict[str, pieces.Line](), dict[str, pieces.Line]()
+    for name, bound, model, _ in known:
+        if bound.terms is not None and (lines := results.time_lines(bound.terms, bound.query, model.process)):
+            loss[name], error[name] = lines
+        if bound.terms is not None and bound.whole:
+            curve = bound.terms.rate_distortion()
+            curves[name] = ([row["rate"] for row in curve], [row["rmse"] for row in curve])
+    figures = (
+        pieces.plot(loss, "t", "bits/dim of a step", "Loss by t", "", log_x=True, log_y=True),
+        pieces.plot(error, "t", "RMSE of x̂₀, 0–255", "Error of the predicted image by t", ""),
+        pieces.plot(curves, "rate (bits/dim)", "distortion (RMSE, 0–255)", "Rate-distortion", ""),
+    )
+    caption = "± is the standard error over the images."
+    table = Table(header, rows, caption)
+    return [
+        Section(
+            "Bits per dimension",
+            "\n\n".join([*stale, *text]),
+            (),
+            (),
+            (table,),
+            pieces.present(figures),
+            least=pieces.HALF,
+        )
+    ]
+
+
+def _bound(bound: Bound) -> tuple[str, ...]:
+    """A row of the table, in the order of its header."""
+    said, query = bound.summary, bound.query
+    return (
+        results.spread({"value": said["bits_per_dim"], "sd": said.get("standard_error")}),
+        f"{said['images']:,}",
+        *(results.number(said.get(key)) for key in ("prior", "rate", "decoder")),
+        "ODE" if "ode" in query else "all" if query.get("draws") is None else f"{query['draws']:,}",
+        shortened(query.get("data", "–")),
+    )

@@ -18,12 +18,12 @@ from undiffuse.data.made import channels
 from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
-from undiffuse.measure import nll, parts
+from undiffuse.measure import nll
 from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model
 from undiffuse.view import explore, pieces, results
 from undiffuse.view.report import Figure, Listing, Section, write_report
-from undiffuse.view.subject import Data, Drawing, Subject, some
+from undiffuse.view.subject import OTHER, Data, Drawing, Subject, some
 
 AT, MIXTURES, STRIPS, SLOTS = (0.0, 0.25, 0.5, 0.75, 1.0), 9, 6, 12
 BITS_IMAGES, DRAWS = 64, 50  # of the estimate where nothing was measured
@@ -134,7 +134,8 @@ def _glance(page: Page) -> Section:
     if about.bound is not None:
         facts.append(("bits/dim", f"{about.bound.summary['bits_per_dim']:.3f}"))
     for found in about.evaluations:
-        facts += [(row["score"], results.number(row["value"])) for row in found.scores[:1]]
+        where = f", {found.path.name}" if len(about.evaluations) > 1 else ""
+        facts += [(row["score"] + where, results.number(row["value"])) for row in found.scores[:1]]
     return Section("At a glance", facts=tuple(facts))
 
 
@@ -177,7 +178,7 @@ def _progressive(page: Page) -> Section:
 
 
 def _interpolation(page: Page, samples: UInt8[Tensor, "n c h w"] | None) -> Section:
-    if page.data is not None:
+    if page.data is not None and len(page.data.shown) > 1:
         (a, b), what = some(page.data.shown, 2), f"Two {page.data.words}, the first and the last column at t = 0"
     elif samples is not None and len(samples) > 1:
         (a, b), what = (samples[0], samples[-1]), "The first and the last of the samples above"
@@ -233,17 +234,10 @@ def _scores(page: Page) -> list[Section]:
     sections = []
     for each in found:
         title = "Scores" if len(found) == 1 else f"Scores: {each.path.name}"
-        sections.append(results.scores(each, title, "\n\n".join([*unfinished, _strange(page, each.weights)]).strip()))
+        stale = [f"These scores are {OTHER}"] if page.about.is_stale(each) else []
+        sections.append(results.scores(each, title, "\n\n".join([*unfinished, *stale])))
         sections += [section for section in [results.along(each)] if section is not None]
     return sections
-
-
-def _strange(page: Page, weights: str | None) -> str:
-    """A warning where a measurement is not of the weights that the page shows."""
-    if weights is None or weights == digest_of(page.model):
-        return ""
-    return "These scores are of other weights than those of this page: the training has gone on since, or another " \
-           "average was measured."  # fmt: skip
 
 
 def _memorisation(page: Page, samples: UInt8[Tensor, "n c h w"] | None) -> list[Section]:
@@ -272,9 +266,8 @@ def _bits(page: Page) -> Section:
     if about.bound is not None:
         bound = about.bound
         how = f"Measured by `undiffuse nll`, from {bound.path}."
-        if bound.query.get("model") not in (None, parts.identity(page.model)):
-            how += " It is of other weights than those of this page: the training has gone on since, or another " \
-                   "average was measured."  # fmt: skip
+        if about.is_stale(bound):
+            how += f" It is {OTHER}"
         found = results.bits(bound.terms, bound.summary, bound.query, process, how)
         return (
             found if bound.whole else _with(found, page, f"\n\nRate-distortion needs every term of the chain: {notes}")

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from undiffuse.errors import NoSplit, UsageError
 from undiffuse.machine import log
-from undiffuse.measure import sets
+from undiffuse.measure import parts, sets
+from undiffuse.measure.claim import QUERY
 from undiffuse.measure.sets import Real
+from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model
 from undiffuse.view import results
 from undiffuse.view.results import Bound, Evaluation
@@ -34,30 +36,49 @@ class Subject:
 
     @property
     def run(self) -> Path | None:
-        """Its folder, where it is one."""
-        return Path(self.spec) if Path(self.spec).is_dir() else None
+        """Its folder, where it is one of a run."""
+        return Path(self.spec) if (Path(self.spec) / "config.toml").exists() else None
+
+    def is_stale(self, found: Evaluation | Bound) -> bool:
+        """Whether a measurement is of other weights."""
+        if isinstance(found, Evaluation):
+            return found.weights not in (None, digest_of(self.model))
+        return found.query.get("model") not in (None, parts.identity(self.model))
+
+    def stale(self, of_scores: bool = False) -> list[str]:
+        """What is said of the bound, or of evaluations, that are of other weights."""
+        found = self.evaluations if of_scores else [] if self.bound is None else [self.bound]
+        return [f"{each.path} is {OTHER}" for each in found if self.is_stale(each)]
 
     @property
     def steps(self) -> int | None:
         return self.model.meta.get("step")
 
 
-def subject(spec: str, model: Model, evaluations: Sequence[Path] = (), bound: Path | None = None) -> Subject:
+OTHER = "of other weights than those of this page: the training has gone on since, or another average was measured."
+
+
+def subject(
+    spec: str, model: Model, evaluations: Sequence[Path] | None = None, bound: Path | None = None, looks: bool = True
+) -> Subject:
     """A model with its log and its measurements: those that are named, else those inside of its folder.
+
+    Without `looks` no bound is looked for there; with an empty list no evaluation.
 
     Raises UsageError for a measurement that is named and is not finished; of one that is found so, that is told.
     """
     folder = Path(spec) if Path(spec).is_dir() else None
     found, left = list[Evaluation](), list[str]()
-    named = [*evaluations]
-    if folder is not None and not named:
-        named = sorted(path for path in folder.glob("eval*") if path.is_dir())
+    named = [*(evaluations or ())]
+    if folder is not None and evaluations is None:
+        named = sorted(path.parent for path in folder.glob("eval*/*") if path.name in (QUERY, results.SUMMARY))
+        named = list(dict.fromkeys(named))
     for path in named:
         if evaluations or (path / results.SUMMARY).exists():
             found.append(Evaluation.read(path))
         else:
             left.append(f"{path} is an evaluation that is not finished; the same `undiffuse eval` again goes on.")
-    if bound is None and folder is not None and (folder / "nll").is_dir():
+    if looks and bound is None and folder is not None and (folder / "nll").is_dir():
         if (folder / "nll" / results.SUMMARY).exists():
             bound = folder / "nll"
         else:

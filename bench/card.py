@@ -1,0 +1,263 @@
+"""The first ten minutes on a card: what must hold there, and what a step costs.
+
+    python bench/card.py [--device cuda] [--parts noise samples …]
+
+Each part says what was expected and what was found; the JSON is written after each, so that it may be stopped, and a
+part that is there is not run again unless it is named. On a machine without a card it runs what it can on the CPU. It
+needs the repository and an installed undiffuse. Writes `bench/card.json` and the tables of docs/benchmarks.md.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine, publish
+
+import undiffuse
+from undiffuse.data.pack import open_data
+from undiffuse.key import Key
+from undiffuse.machine import disk
+from undiffuse.machine.device import choose, name_of, versions
+from undiffuse.model.model import to_float
+from undiffuse.model.recipe import load_recipe
+from undiffuse.network.attention import attend
+from undiffuse.training.trainer import Trainer
+
+HERE = Path(__file__).parent
+MODEL, DATA, SHAPES = "fashion-mnist", "fashion-mnist-sample", "procedural:shapes"
+DIGITS = ["train", "digits", "-p", "digits", "--set", "train.sample_every=0"]
+CIFAR = ["train", SHAPES, "-p", "cifar10", "--profile", "--set", "train.batch=128"]
+WAYS = {
+    "float32": ["precision=float32"],
+    "tf32": ["precision=tf32"],
+    "bf16": ["precision=bf16"],
+    "bf16, channels_last": ["precision=bf16", "channels_last=true"],
+    "bf16, compiled": ["precision=bf16", "compile=true"],
+    "bf16, compiled, channels_last": ["precision=bf16", "compile=true", "channels_last=true"],
+}
+Found = dict[str, Any]
+
+
+def ran(*words: str, limit: int = 300, several: int = 0) -> tuple[int, str]:
+    """Exit code and what a command said, started several times by torchrun where that is asked."""
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(several)] if several else []
+    command = [sys.executable, *start, "-m", "undiffuse", *words]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return 124, f"not done after {limit} s"
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def noise(device: torch.device) -> Found:
+    """Noise is the same bits everywhere; levels become numbers that round back to them."""
+    keys, levels = Key(0).fold("card").rows(3), torch.arange(256, dtype=torch.uint8, device="cpu").reshape(1, 1, 16, 16)
+    here, there = keys.normal(1001), keys.to(device).normal(1001).cpu()
+    far = (to_float(levels.to(device)).cpu() - to_float(levels)).abs().max()
+    return {
+        "expected": "equal bits; 1.2e-7 at most",
+        "equal": torch.equal(here, there),
+        "to_float differs by": float(far),
+    }
+
+
+def samples(device: torch.device) -> Found:
+    """Of 16 samples in 50 steps, at most a few levels."""
+    found: Found = {"expected": "at most 2 levels"}
+    for solver in ("ddim", "ancestral", "heun"):
+        both = [undiffuse.load(MODEL, each).sample(16, 50, solver, 0).int() for each in ("cpu", str(device))]
+        found[solver] = int((both[0] - both[1]).abs().max())
+    return found
+
+
+def likelihood(device: torch.device) -> Found:
+    """bits/dim of 16 images, ten terms each."""
+    both = [undiffuse.nll(undiffuse.load(MODEL, each), DATA, images=16, draws=10) for each in ("cpu", str(device))]
+    found = [float(each["bits_per_dim"]) for each in both]
+    return {"expected": "equal to 1e-4", "cpu": found[0], "here": found[1]}
+
+
+def trainer_of(device: torch.device, *settings: str) -> Trainer:
+    recipe = load_recipe("cifar10", ["train.batch=128", *settings])
+    return Trainer(recipe, recipe.model((3, 32, 32)), open_data(SHAPES, (32, 32), 3), device)
+
+
+def waits(device: torch.device) -> Found:
+    """How often an update of the paper's CIFAR-10 network waits for the card, and how many kernels it starts."""
+    trainer = trainer_of(device, "train.precision=bf16")
+    for _ in range(3):
+        trainer.update(1000)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.update(1000)
+    torch.cuda.set_sync_debug_mode("default")
+    where = Counter(f"{Path(each.filename).name}:{each.lineno}" for each in said)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        trainer.update(1000)
+        torch.cuda.synchronize()
+    events = profiler.key_averages()
+    kernels = sum(event.count for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:12]
+    return {
+        "expected": "1 wait",
+        "waits": len(said),
+        "where": dict(where.most_common()),
+        "kernels": kernels,
+        "device ms": sum(event.self_device_time_total for event in events) / 1e3,
+        "longest": {event.key[:80]: [event.count, round(event.self_device_time_total)] for event in longest},
+    }
+
+
+def attention(device: torch.device) -> Found:
+    """Attention over 256 positions with 256 channels, as in the CIFAR-10 network, beside its formula in float64."""
+    q, k, v = (torch.randn(128, 256, 256, device=device, dtype=torch.bfloat16) for _ in range(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        out = attend(*(each.transpose(1, 2).contiguous().transpose(1, 2) for each in (q, k, v)))
+        torch.cuda.synchronize()
+    exact = torch.softmax(q.double() @ k.double().transpose(1, 2) / 16, -1) @ v.double()
+    names = [event.key[:60] for event in profiler.key_averages() if "elementwise" not in event.key]
+    far = float((out.double() - exact).norm() / exact.norm())
+    return {"expected": "a fused kernel (flash, efficient, cudnn)", "kernels": names, "relative error": far}
+
+
+def resume(device: torch.device) -> Found:
+    """40 steps at once, and 20 and 20 more: equal bits are promised with train.deterministic."""
+    found: Found = {"expected": "equal with deterministic"}
+    for deterministic in ("true", "false"):
+        with tempfile.TemporaryDirectory() as folder:
+            hashes = []
+            for name, lives in (("once", ("40",)), ("twice", ("20", "40"))):
+                out = Path(folder) / name
+                for steps in lives:
+                    how = ["--set", f"train.deterministic={deterministic}", "--steps", steps, "--device", str(device)]
+                    code, said = ran(*DIGITS, *how, "-o", str(out))
+                    if code:
+                        return found | {"failed": said[-300:]}
+                weights = (out / "step-000000040" / "model.safetensors").read_bytes()
+                hashes.append(hashlib.sha256(weights).hexdigest()[:16])
+            found[f"deterministic {deterministic}"] = hashes
+    return found
+
+
+def processes(device: torch.device) -> Found:
+    """More processes than cards train on the CPU, and are refused in one line on cards."""
+    found: Found = {"expected": "code 0 on cpu; one line and code 2 on cards"}
+    more = torch.cuda.device_count() + 1
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("cpu", "cuda"):
+            code, said = ran(*DIGITS, "--steps", "3", "--device", name, "-o", f"{folder}/{name}", several=more)
+            lines = [line for line in said.splitlines() if line.startswith("undiffuse: ")]
+            found[name] = {"code": code, "said": lines[:2]}
+    code, said = ran("doctor", "--json")
+    return found | {"doctor": code}
+
+
+def speed(device: torch.device) -> Found:
+    """Images a second of the paper's CIFAR-10 network, batch 128, by `train --profile`."""
+    found: Found = {"expected": "compiled bf16 fastest"}
+    for name, settings in WAYS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            how = [word for setting in settings for word in ("--set", f"train.{setting}")]
+            code, said = ran(*CIFAR, *how, "--device", str(device), "-o", f"{folder}/run", limit=200)
+            path = Path(folder) / "run" / "profile.json"
+            found[name] = json.loads(path.read_text()) if path.exists() else {"code": code, "said": said[-300:]}
+            print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
+def memory(device: torch.device) -> Found:
+    """Two steps of the paper's 256² network, batch 64, with a micro-batch that fits."""
+    how = [
+        "--steps",
+        "2",
+        "--set",
+        "train.micro_batch=auto",
+        "--set",
+        "train.precision=bf16",
+        "--set",
+        "train.sample_every=0",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        code, said = ran(
+            "train", SHAPES, "-p", "celebahq-256", *how, "--device", str(device), "-o", f"{folder}/run", limit=200
+        )
+    return {"expected": "code 0", "code": code, "said": [line for line in said.splitlines() if "micro" in line][-3:]}
+
+
+PARTS: dict[str, Callable[[torch.device], Found]] = {
+    each.__name__: each for each in (noise, samples, likelihood, resume, processes, waits, attention, memory, speed)
+}
+CARD_ONLY = {"waits", "attention", "memory", "speed", "processes"}
+
+
+def short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {short(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(short, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def table(result: Found) -> str:
+    lines = ["| part | expected | found |", "|---|---|---|"]
+    for name, found in result["parts"].items():
+        if name != "speed":
+            rest = {
+                key: value for key, value in found.items() if key not in ("expected", "seconds", "longest", "where")
+            }
+            lines.append(f"| {name} | {found.get('expected', '')} | {short(rest)} |")
+    if "speed" in result["parts"]:
+        lines += [
+            "",
+            "| CIFAR-10, batch 128 | images/s | ms a step | TFLOP/s | memory at the peak, GB |",
+            "|---|---|---|---|---|",
+        ]
+        for name in WAYS:
+            each = result["parts"]["speed"][name]
+            if "images_per_second" in each:
+                rate, peak = each["flop_per_second"] / 1e12, each["peak_bytes"] / 1e9
+                step = 1e3 * each["step"]
+                lines.append(f"| {name} | {each['images_per_second']:,.0f} | {step:.1f} | {rate:.1f} | {peak:.1f} |")
+    ran_on = f"{result['device']}, torch {result['machine']['torch']}, CUDA {result['versions'].get('cuda')}"
+    return "\n".join([*lines, "", f"{ran_on}; {result['date']}. Made by `{result['command']}`."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="these, also where they are there already")
+    parser.add_argument("--out", type=Path, default=HERE / "card.json")
+    parser.add_argument("--table", action="store_true", help="only write the table again")
+    given = parser.parse_args()
+    result = json.loads(given.out.read_text()) if given.out.exists() else {"parts": {}}
+    if not given.table:
+        device = choose(given.device)
+        if device.type != "cuda":
+            print(f"there is no card here: {', '.join(sorted(CARD_ONLY))} are left out")
+        result |= {"command": "python bench/card.py", "date": date.today().isoformat(), "machine": machine()}
+        result |= {"device": name_of(device), "versions": versions(device)}
+        for name in given.parts or [name for name in PARTS if name not in result["parts"]]:
+            if device.type != "cuda" and name in CARD_ONLY:
+                continue
+            began = time.monotonic()
+            result["parts"][name] = PARTS[name](device) | {"seconds": round(time.monotonic() - began, 1)}
+            disk.write_atomic(given.out, (json.dumps(result, indent=1) + "\n").encode())
+            print(name, short(result["parts"][name]), flush=True)
+    if given.out.resolve().parent == HERE and result.get("versions"):
+        publish("benchmarks.md", "card", table(result))
+
+
+if __name__ == "__main__":
+    main()
