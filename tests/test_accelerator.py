@@ -199,3 +199,57 @@ def test_weights_of_a_stranger_in_float64():
 def test_pictures_become_floats_there():
     assert to_float(digits().images.to("meta")).dtype == torch.float32
     assert Even().times(Linear(8)).dtype == F64
+
+
+class Counted(TorchDispatchMode):
+    """How often the accelerator is given numbers, and how often the processor waits for one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies, self.reads = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        if func is READ:
+            self.reads += args[0].is_meta
+        if func is COPY and (to := kwargs.get("device")) is not None:
+            self.copies += not args[0].is_meta and torch.device(to).type == "meta"
+            self.reads += args[0].is_meta and torch.device(to).type == "cpu"
+        return func(*args, **kwargs)
+
+
+def of_update(trainer: Trainer) -> tuple[int, int]:
+    trainer.update(6)
+    with Counted() as counted:
+        trainer.update(6)
+    return counted.copies, counted.reads
+
+
+def test_an_update_waits_for_the_device_once():
+    """For the norm of its gradient and the sums of its losses, together; one number more that is asked for is seen."""
+    chosen = recipe(train={"precision": "float32", "ema_profiles": []})
+    trainer = Trainer(chosen, chosen.model((1, 8, 8)), digits(), "meta")
+    copies, reads = of_update(trainer)
+    print(f"an update: {copies} copies to the device, {reads} back")
+    assert reads == 1 and copies <= 11
+    whole = trainer.loss
+
+    def asks(*given):
+        loss, t = whole(*given)
+        return loss, t + loss.mean().item()
+
+    trainer.loss = asks
+    assert of_update(trainer)[1] == 2
+
+
+@pytest.mark.parametrize("solver", sorted(SAMPLERS.classes))
+def test_a_sampling_step_waits_for_nothing(solver):
+    one = replace(model(), denoiser=there(model().denoiser), device=torch.device("meta"))
+    told, found = Conditioning(torch.zeros(2, dtype=torch.int64)), []
+    for steps in (3, 5):
+        with Counted() as counted:
+            one.chain(Key(0).rows(2), one.times(steps), one.sampler(solver), told)
+        found.append((counted.copies, counted.reads))
+    (few, before), (many, after) = found
+    print(f"{solver}: {(many - few) / 2} copies to the device a step, {after - before} back")
+    assert after == before and many - few <= 2 * 15

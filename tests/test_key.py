@@ -98,7 +98,9 @@ def test_a_row_draws_what_it_would_draw_alone(kind):
 
 def test_keys_move_to_a_device_with_their_rows():
     keys = Key(1).fold("a").rows(torch.tensor([3, 9]))
-    assert keys.to("meta").rows.device.type == Key(1).rows(2, "meta").rows.device.type == "meta"
+    for moved in (keys.to("meta"), Key(1).fold("a").rows(torch.tensor([3, 9]), "meta")):
+        assert moved.device.type == moved.bits(4).device.type == moved.normal(2).device.type == "meta"
+        assert moved.rows.tolist() == [3, 9]  # which stay where they can be read without waiting
     assert torch.equal(keys.to("cpu").normal(2), keys.normal(2))
 
 

@@ -82,9 +82,9 @@ class Key:
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
     def rows(self, rows: int | Int[Tensor, "b"], device: torch.device | str = "cpu") -> "Keys":
-        """The keys of rows 0 … n − 1, or of the rows given."""
+        """The keys of rows 0 … n − 1, or of the rows given, whose numbers are drawn on that device."""
         index = torch.arange(rows, dtype=torch.int64, device="cpu") if isinstance(rows, int) else rows
-        return Keys(self, moved(index.to(torch.int64), device))
+        return Keys(self, index.to(device="cpu", dtype=torch.int64), torch.device(device))
 
     def normal(self, *shape: int) -> Float[Tensor, "*shape"]:
         return self.rows(1).normal(*shape)[0]
@@ -99,10 +99,11 @@ class Key:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """One key over a batch: row r draws what it would draw alone."""
+    """One key over a batch: row r draws what it would draw alone. `rows` stay on the CPU until bits are drawn."""
 
     key: Key
     rows: Int[Tensor, "b"]
+    device: torch.device
 
     def fold(self, *names: str | int) -> "Keys":
         """The keys of a sub-purpose: `key.rows(n).fold(x)` draws what `key.fold(x).rows(n)` does."""
@@ -112,12 +113,12 @@ class Keys:
         return replace(self, rows=self.rows[part])
 
     def to(self, device: torch.device | str) -> "Keys":
-        return replace(self, rows=moved(self.rows, device))
+        return replace(self, device=torch.device(device))
 
     def bits(self, count: int) -> Int[Tensor, "b n"]:
         """At least `count` random 32-bit words a row, a multiple of four."""
-        blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=self.rows.device)  # (n/4,)
-        rows = self.rows[:, None].expand(-1, len(blocks))  # (b, n/4)
+        blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=self.device)  # (n/4,)
+        rows = moved(self.rows, self.device)[:, None].expand(-1, len(blocks))  # (b, n/4)
         counter = [blocks.expand_as(rows), torch.zeros_like(rows), rows & MASK, (rows >> 32) & MASK]
         return torch.stack(philox(counter, self.key.words), dim=-1).flatten(1)
 
@@ -125,7 +126,7 @@ class Keys:
         """Standard normal float32, bit-equal on every device: the sum of two table values over the root of two."""
         count = int(torch.Size(shape).numel())
         with record_function("undiffuse noise"):
-            words, table = self.bits(count)[:, :count], normal_table(self.rows.device)
+            words, table = self.bits(count)[:, :count], normal_table(self.device)
             return ((table[words & 0xFFFF] + table[words >> 16]) * SQRT_HALF).reshape(len(self.rows), *shape)
 
     def uniform(self, *shape: int) -> Float[Tensor, "b *shape"]:

@@ -192,7 +192,7 @@ class _Flow:
         t = self.process.time(2 * torch.log(torch.sinh(-w))).clamp(self.process.t_min, 1).expand(len(y))
         scale = (self.process.alpha(t).square() + self.process.sigma(t).square()).sqrt()
         with torch.enable_grad():
-            x = (per_image(scale, y) * y).to(self.dtype).to(self.keys.rows.device).requires_grad_()
+            x = (per_image(scale, y) * y).to(self.dtype).to(self.keys.device).requires_grad_()
             x_0 = self.denoise(x, t).x_0
             trace = scale * self._mean_slope(x_0, x)
         x_0 = x_0.detach().cpu().double()

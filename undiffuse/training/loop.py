@@ -25,7 +25,7 @@ from undiffuse.model.recipe import FORMAT, Recipe
 from undiffuse.training import health, look, proxy
 from undiffuse.training.auto import resolved
 from undiffuse.training.memory import fit_micro_batch
-from undiffuse.training.plan import Budget, conflicts, forward_flops, plan
+from undiffuse.training.plan import Budget, advice, conflicts, forward_flops, plan
 from undiffuse.training.profile import measure
 from undiffuse.training.resume import DATA, claim_classes, claim_data, differences, refuse_changes, saved_recipe
 from undiffuse.training.track import Track, said, still, track
@@ -76,6 +76,8 @@ def train(
         if trainer.step == 0:
             for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None, trainer.config):
                 warn(text)
+            for text in advice(trainer.recipe.train, trainer.device):
+                say(text)
             say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
         looks = Looks(held, on, scores, say)
         loop = _Loop(trainer, run, last, budget, flag, looks, show_progress and first, saved, sinks)
