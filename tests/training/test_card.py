@@ -1,5 +1,7 @@
 """What a card would show, asked without one: a pretended torch.cuda, the device without data, gloo, and a compiler."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from undiffuse.errors import UsageError
 from undiffuse.machine import dist
 from undiffuse.machine.device import choose, versions
 from undiffuse.network.attention import Attention
+from undiffuse.training.plan import advice
 from undiffuse.training.resume import differences
 from undiffuse.training.trainer import Trainer
 
@@ -112,3 +115,10 @@ def test_a_card_is_recorded_and_a_resume_on_it_is_exact_only_if_deterministic(da
         trainer.recipe = recipe(train={"precision": "float32", "decay": "constant", "deterministic": deterministic})
         monkeypatch.setattr(trainer, "environment", lambda meta=meta: meta["environment"])
         assert differences(meta, trainer, 6) == said
+
+
+def test_a_run_on_a_card_is_told_what_would_make_it_faster():
+    train = recipe(train={"precision": "float32"}).train
+    (said,) = advice(train, torch.device("cuda:0"))
+    assert "--set train.precision=auto (bf16) or tf32" in said
+    assert advice(train, torch.device("cpu")) == advice(replace(train, precision="bf16"), torch.device("cuda:0")) == []

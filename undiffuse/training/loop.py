@@ -76,8 +76,6 @@ def train(
         if trainer.step == 0:
             for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None, trainer.config):
                 warn(text)
-            for text in advice(trainer.recipe.train, trainer.device):
-                say(text)
             say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
         looks = Looks(held, on, scores, say)
         loop = _Loop(trainer, run, last, budget, flag, looks, show_progress and first, saved, sinks)
@@ -230,6 +228,8 @@ class _Loop:
             self.ended = "steps" if trainer.step >= self.last else "held-out loss"
             return f"{path} is finished already, at step {trainer.step:,}"
         self.begin()
+        for text in advice(self.config, trainer.device):
+            self.looks.say(text)
         if self.looks.scores is not None:
             self.looks.say(self.looks.scores.plan(len(trainer.batches.loader.source)))
         with (
