@@ -27,7 +27,13 @@ def test_the_last_step_of_a_budget(budget, last):
 
 @pytest.mark.parametrize(
     "fields, parts",
-    [({}, (12, 12)), ({"micro_batch": 5}, (12, 5)), ({"micro_batch": 40}, (12, 12)), ({"exact_shards": 3}, (12, 4))],
+    [
+        ({}, (12, 12)),
+        ({"micro_batch": 5}, (12, 5)),
+        ({"micro_batch": 40}, (12, 12)),
+        ({"exact_shards": 3}, (12, 4)),
+        ({"exact_shards": 3, "micro_batch": "auto"}, (12, 4)),
+    ],
 )
 def test_how_a_batch_of_twelve_is_divided(fields, parts):
     assert shares(TrainConfig(batch=12, **fields)) == parts

@@ -11,8 +11,11 @@ from undiffuse.training.trainer import Trainer
 
 
 def fit_micro_batch(trainer: Trainer, say: Callable[[str], None]) -> None:
-    """Takes the largest half of a half … of the share that fits, for good. Does nothing after step 0."""
-    if trainer.recipe.train.micro_batch != "auto":
+    """Takes the largest half of a half … of the share that fits, for good. Does nothing after step 0.
+
+    With `exact_shards` a micro-batch is a shard, whether it fits or not.
+    """
+    if trainer.recipe.train.micro_batch != "auto" or trainer.recipe.train.exact_shards is not None:
         return
     while not _fits(trainer, trainer.micro):
         if trainer.micro == 1:

@@ -47,7 +47,7 @@ def shares(train: TrainConfig) -> tuple[int, int]:
             f"{', '.join(map(str, fit))} of them would do, or set another train.batch"
         )
     if shards:
-        if train.micro_batch not in (None, train.batch // shards):
+        if train.micro_batch not in (None, "auto", train.batch // shards):
             raise UsageError(
                 f"exact_shards = {shards} makes micro-batches of {train.batch // shards}; leave train.micro_batch out"
             )
