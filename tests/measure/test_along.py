@@ -130,7 +130,9 @@ def test_it_goes_on_where_it_stopped(images, tmp_path):
     assert len(parts) == 4
     parts[1].unlink()
     toy_model = gaussian()
-    again = evaluate_along(toy_model, path, QUERY, points=4, n=20, batch=6, out=tmp_path / "out")
+    said = []
+    again = evaluate_along(toy_model, path, QUERY, points=4, n=20, batch=6, out=tmp_path / "out", say=said.append)
+    assert any(line.startswith("14 chains (6 are there), 1,456 evaluations of the network: about ") for line in said)
     assert toy_model.denoiser.network.calls == 6 * (100 + 4)
     assert column(once, "fd") == column(first, "fd") == column(again, "fd")
     with pytest.raises(UsageError, match="holds another measurement"):

@@ -18,7 +18,7 @@ from undiffuse.key import Key, Keys
 from undiffuse.machine import disk, dist, log
 from undiffuse.measure import claim
 from undiffuse.measure.evaluate import DRAWN, Query, compared, query_of
-from undiffuse.measure.passes import Judge, Reference, Ticking, against, kept_of, silent
+from undiffuse.measure.passes import Costs, Judge, Reference, Ticking, against, kept_of, silent
 from undiffuse.measure.scores import number, once, protocol_of, question_of, rows_of, warnings_of
 from undiffuse.measure.sets import Drawing, Floor, Samples, drawn_by, said_of
 from undiffuse.model.classes import drawn
@@ -241,13 +241,15 @@ def _over(
                 here &= index // points < few
                 first.update(features.some(here), index[here] // points)
 
-    def timed(seconds: float) -> None:
-        cost = f"{chains:,} chains, {chains * samples.said['evaluations']:,} evaluations of the network"
-        say(f"{cost}: about {log.duration(seconds * -(-chains // (batch * dist.size())))}")
-
+    costs = Costs("chains", chains, samples.said["evaluations"], batch, say, points)
     extractors = [replace(it.extractor, network=partial(_in_parts, it.extractor.network, batch)) for it in judges]
-    with ticking(f"x_0 at {points} points of chains", samples.n) as tick:
-        gather(samples.images, samples.n, extractors, take, batch * points, kept, tick, timed)
+    with ticking(f"x_0 at {points} points of chains", samples.n) as advance:
+
+        def tick(count: int) -> None:
+            costs.done += count
+            advance(count)
+
+        gather(samples.images, samples.n, extractors, take, batch * points, kept, tick, costs.tell)
     pairs = dict[str, list[tuple[Gathered, Gathered]]]()
     for name, points_of in found.items():
         for every, first in points_of:

@@ -176,6 +176,30 @@ def over_real(
         gather(lambda index: source.gather(index)[0], n, [extractor], take, REAL_BATCH, kept, tick)
 
 
+@dataclass
+class Costs:
+    """What the rest of n samples (or chains) costs, told after the first batch that had to be drawn.
+
+    `done` counts what this process has seen, of which a sample has `parts`.
+    """
+
+    what: str
+    n: int
+    evaluations: int | None
+    batch: int
+    say: Callable[[str], None]
+    parts: int = 1
+    done: int = 0
+
+    def tell(self, seconds: float) -> None:
+        """`seconds` is what a batch takes."""
+        left = self.n - self.done // self.parts * dist.size()
+        cost = f", {left * self.evaluations:,} evaluations of the network" if self.evaluations else ""
+        there = f" ({self.n - left:,} are there)" if self.done else ""
+        batches = -(-left // (self.batch * dist.size()))
+        self.say(f"{left:,} {self.what}{there}{cost}: about {log.duration(seconds * batches)}")
+
+
 def over_samples(
     samples: Samples,
     judges: Sequence[Judge],
@@ -201,24 +225,16 @@ def over_samples(
             inside = index < (prefix or 0)
             first[name].update(features.some(inside), index[inside])
 
-    done = 0
-
-    def timed(seconds: float) -> None:
-        left, each = samples.n - done * dist.size(), samples.said.get("evaluations")
-        cost = f", {left * each:,} evaluations of the network" if each else ""
-        there = f" ({samples.n - left:,} are there)" if done else ""
-        say(f"{left:,} samples{there}{cost}: about {log.duration(seconds * -(-left // (batch * dist.size())))}")
-
+    costs = Costs("samples", samples.n, samples.said.get("evaluations"), batch, say)
     extractors = [judge.extractor for judge in judges]
     with ticking("samples", samples.n) as advance:
 
         def tick(count: int) -> None:
-            nonlocal done
-            done += count
+            costs.done += count
             advance(count)
 
         see, most = (None, 0) if seen is None else (seen.update, seen.most)
-        gather(samples.images, samples.n, extractors, take, batch, kept, tick, timed, see, most)
+        gather(samples.images, samples.n, extractors, take, batch, kept, tick, costs.tell, see, most)
     all_of = {name: each.everywhere(exchange) for name, each in whole.items()}
     return all_of, {name: each.everywhere(exchange) for name, each in first.items()} if few else all_of
 
