@@ -228,3 +228,13 @@ def test_one_real_image_is_too_few_to_mix_but_no_reason_to_have_no_page(runs, tm
 def test_pictures_alone_are_not_compared_by_none(runs, tmp_path, call):
     code, _, error = call("compare", runs / "SHEET", runs / "SHEET", "-n", 0, "--out", tmp_path / "x.html")
     assert code == 2 and "-n 0 is not possible; give 1 or more" in error and not (tmp_path / "x.html").exists()
+
+
+def test_pictures_of_several_sizes_are_compared_in_the_one_that_is_given(runs, tmp_path, call):
+    (tmp_path / "mixed").mkdir()
+    for i, side in enumerate((8, 12, 20)):
+        Image.new("RGB", (side, side), (90, 40 * i, 0)).save(tmp_path / "mixed" / f"{i}.png")
+    words = ["compare", tmp_path / "mixed", runs / "SHEET", "--out", tmp_path / "x.html"]
+    code, _, error = call(*words)
+    assert code == 2 and "images differ in size" in error and "for example --size 8" in error
+    assert call(*words, "--size", "8")[0] == 0 and "Samples" in titles((tmp_path / "x.html").read_text())

@@ -25,7 +25,7 @@ from undiffuse.cli.options import (
     WeightsOpt,
     choose_steps,
     open_model,
-    parse_sides,
+    pair,
     reading_of,
     ticking,
     writable,
@@ -150,7 +150,7 @@ def evaluate(
     writable(save_statistics, overwrite, picture=False)
     drawing: dict[str, Any] = {"steps": steps, "times": times, "grid": grid, "variance": variance, "weights": weights}
     model, chosen = _model(samples, drawing, device, clip)
-    query = _query(features, metrics, feature_weights, resize, split, _pair(size), _reading(settings, model), skip_bad)
+    query = _query(features, metrics, feature_weights, resize, split, pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
     score = _how(samples, progressive, whole, drawn=model is not None)
     with dist.joined(dist.LONG):
@@ -177,12 +177,6 @@ def _query(features: list[str] | None, metrics: list[str] | None, *rest: Any) ->
 def _reading(settings: list[str] | None, model: "Model | None") -> "Reading":
     """How DATA is read, as --set says; a model knows the rest, and its channels."""
     return reading_of(settings, model.data if model else None, fixed=("channels",) if model else ())
-
-
-def _pair(size: str | None) -> tuple[int, int] | None:
-    """(height, width) of --size."""
-    sides = None if size is None else parse_sides("--size", size)
-    return None if sides is None else (sides[0], sides[-1])
 
 
 def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bool) -> "Callable[..., Result | Along]":

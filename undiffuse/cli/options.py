@@ -222,3 +222,9 @@ def parse_sides(option: str, text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text):
         raise UsageError(f'{option} "{text}" is no size; give a side such as 32, or HEIGHTxWIDTH such as 64x48')
     return tuple(map(int, text.split("x")))
+
+
+def pair(size: str | None) -> tuple[int, int] | None:
+    """(height, width) of --size."""
+    sides = None if size is None else parse_sides("--size", size)
+    return None if sides is None else (sides[0], sides[-1])

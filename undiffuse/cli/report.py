@@ -16,6 +16,7 @@ from undiffuse.cli.options import (
     SolverOpt,
     WeightsOpt,
     open_model,
+    pair,
     ticking,
     writable_page,
 )
@@ -43,6 +44,9 @@ EvalOpt = Annotated[
 EvalsOpt = Annotated[
     list[str] | None,
     typer.Option("--eval", help="The --out folder of `undiffuse eval`, once for each of A B … in order, or - for none"),
+]
+SidesOpt = Annotated[
+    str | None, typer.Option("--size", help="Crop and resize pictures to this many pixels: a side, or HEIGHTxWIDTH")
 ]
 NllOpt = Annotated[Path | None, typer.Option("--nll", help="The --out folder of `undiffuse nll`; RUN/nll unless given")]
 NllsOpt = Annotated[
@@ -104,6 +108,7 @@ def compare(
     solver: SolverOpt = "ddim",
     evaluations: EvalsOpt = None,
     bounds: NllsOpt = None,
+    size: SidesOpt = None,
     overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
@@ -130,7 +135,7 @@ def compare(
     named = _each("--eval", evaluations, len(what))
     scores = [None if evaluations is None else [] if each is None else [each] for each in named]
     every = [
-        compare_runs.opened(spec, device, found, bound, n, looks=bounds is None)
+        compare_runs.opened(spec, device, found, bound, n, looks=bounds is None, size=pair(size))
         for spec, found, bound in zip(what, scores, _each("--nll", bounds, len(what)), strict=True)
     ]
     page = compare_runs.Comparison(tuple(every), Drawing(n, steps, solver, seed), _command())

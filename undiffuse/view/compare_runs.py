@@ -62,9 +62,15 @@ class Entry:
 
 
 def opened(
-    spec: str, device: str, evaluations: Sequence[Path] | None, bound: Path | None, n: int, looks: bool = True
+    spec: str,
+    device: str,
+    evaluations: Sequence[Path] | None,
+    bound: Path | None,
+    n: int,
+    looks: bool = True,
+    size: sets.Size = None,
 ) -> Entry:
-    """A model, or the first n pictures of a folder, zip or npz; the rest as in `subject`.
+    """A model, or the first n pictures of a folder, zip or npz, in that size or their own; the rest as in `subject`.
 
     Raises UsageError and DataError.
     """
@@ -77,7 +83,7 @@ def opened(
     if not Path(spec).exists():
         raise UsageError(f"{spec} is not there; give a model, or a folder, zip or npz of pictures")
     try:
-        source = sets.open_samples(spec, None)
+        source = sets.open_samples(spec, size)
     except DataError as error:
         raise DataError(f"{spec} is no model and holds no set of pictures: {error}") from error
     count = torch.arange(min(n, len(source)), dtype=torch.int64, device="cpu")
