@@ -226,8 +226,9 @@ def test_one_real_image_is_too_few_to_mix_but_no_reason_to_have_no_page(runs, tm
 
 
 def test_pictures_alone_are_not_compared_by_none(runs, tmp_path, call):
-    code, _, error = call("compare", runs / "SHEET", runs / "SHEET", "-n", 0, "--out", tmp_path / "x.html")
-    assert code == 2 and "-n 0 is not possible; give 1 or more" in error and not (tmp_path / "x.html").exists()
+    for n in (0, -3):
+        code, _, error = call("compare", runs / "SHEET", runs / "SHEET", "-n", n, "--out", tmp_path / "x.html")
+        assert code == 2 and f"-n {n} is not possible; give 1 or more" in error and not (tmp_path / "x.html").exists()
 
 
 def test_pictures_of_several_sizes_are_compared_in_the_one_that_is_given(runs, tmp_path, call):

@@ -10,7 +10,7 @@ from tests.machine.test_dist import fit, losses, preset
 from tests.training.test_loop import assert_equal, recipe, state
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist
-from undiffuse.machine.device import choose, versions
+from undiffuse.machine.device import choose, full_precision, use_tf32, versions
 from undiffuse.network.attention import Attention
 from undiffuse.training.plan import advice
 from undiffuse.training.resume import differences
@@ -122,3 +122,13 @@ def test_a_run_on_a_card_is_told_what_would_make_it_faster():
     (said,) = advice(train, torch.device("cuda:0"))
     assert "--set train.precision=auto (bf16) or tf32" in said
     assert advice(train, torch.device("cpu")) == advice(replace(train, precision="bf16"), torch.device("cuda:0")) == []
+
+
+def test_features_are_exact_also_in_a_run_of_tf32():
+    """Their products too, and the run goes on as it was."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    with full_precision():  # which puts back what a test leaves
+        use_tf32(True)
+        with full_precision():
+            assert [each.allow_tf32 for each in flags] == [False, False]
+        assert [each.allow_tf32 for each in flags] == [True, True]

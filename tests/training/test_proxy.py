@@ -63,7 +63,10 @@ def test_the_scores_are_those_of_samples_beside_training_images(tmp_path, data):
     cross = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))  # trace of a 2×2 matrix's root
     apart = ours.mean(0) - real.mean(0)
     assert row["proxy_fd"] == pytest.approx(apart @ apart + np.trace(a) + np.trace(b) - 2 * cross, rel=1e-5)
-    kernel = lambda p, q: (p @ q.T / 2 + 1) ** 3  # noqa: E731
+
+    def kernel(p, q):
+        return (p @ q.T / 2 + 1) ** 3
+
     within = [(kernel(z, z).sum() - np.trace(kernel(z, z))) / len(z) / (len(z) - 1) for z in (ours, real)]
     assert row["proxy_kd"] == pytest.approx(sum(within) - 2 * kernel(ours, real).mean(), rel=1e-4)
     protocol = {"extractor": "halves", "sha256": "0" * 64, "resize": "none", "images": 20, "steps": 5}

@@ -88,10 +88,11 @@ def report(
     from undiffuse.view.subject import Data, Drawing, subject
 
     writable_page(out, overwrite)
+    how = Drawing(n, steps, solver, seed)
     loaded = open_model(model, device, weights=weights)
     about = subject(model, loaded, evaluations or None, bound)
     real = Data.open(join(data), loaded, skip_bad) if data else None
-    page = report_run.Page(about, real, Drawing(n, steps, solver, seed), _command())
+    page = report_run.Page(about, real, how, _command())
     with ticking(page.work(), "evaluations", as_json) as tick:
         report_run.write(page, out, tick)
     show({"report": out}, as_json)
@@ -132,13 +133,14 @@ def compare(
     writable_page(out, overwrite)
     if len(what) < 2:
         raise UsageError(f"{what[0]} alone cannot be compared; give two or more, or take `undiffuse report`")
+    how = Drawing(n, steps, solver, seed)
     named = _each("--eval", evaluations, len(what))
     scores = [None if evaluations is None else [] if each is None else [each] for each in named]
     every = [
         compare_runs.opened(spec, device, found, bound, n, looks=bounds is None, size=pair(size))
         for spec, found, bound in zip(what, scores, _each("--nll", bounds, len(what)), strict=True)
     ]
-    page = compare_runs.Comparison(tuple(every), Drawing(n, steps, solver, seed), _command())
+    page = compare_runs.Comparison(tuple(every), how, _command())
     with ticking(page.work(), "evaluations", as_json) as tick:
         compare_runs.write(page, out, tick)
     show({"report": out}, as_json)

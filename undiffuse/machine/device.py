@@ -58,6 +58,17 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, float32 on a card is float32, also in a run whose own precision is TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    use_tf32(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 def versions(device: torch.device) -> dict[str, Any]:
     """What decides the last bits on a card, besides its name and torch; nothing elsewhere."""
     if device.type != "cuda":

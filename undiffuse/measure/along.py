@@ -186,7 +186,8 @@ def evaluate_along(
     n, out = DRAWN if n is None else whole("n", n, 2), None if out is None else Path(out)
     model = samples if isinstance(samples, Model) else load(samples, device)
     how, first = Drawing(steps, solver or "ancestral", eta, label), whole("seed", 0 if seed is None else seed)
-    total = len(model.times(steps))
+    times = model.times(steps).tolist()
+    total = len(times)
     at = stops(total - 1, points)
     sets = [drawn_along(model, how, n, first + k, at) for k in range(count)]
     chains = [replace(each, n=each.n // len(at)) for each in sets]
@@ -203,7 +204,7 @@ def evaluate_along(
         _over(each, judges, len(at), batch, prefix, kept_of(out, each, False), ticking, once(say, told, count - i))
         for i, each in enumerate(sets)
     ]
-    where = [{"step": total - remaining, "t": float(model.times(steps)[total - 1 - remaining])} for remaining in at]
+    where = [{"step": total - remaining, "t": times[total - 1 - remaining]} for remaining in at]
     found = _scored(where, every, judges, reference, floor, protocol, ticking)
     found.notes.extend(warnings_of(found.points[-1]["scores"], chains[0], reference))
     if out is not None and dist.rank() == 0:

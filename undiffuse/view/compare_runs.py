@@ -101,8 +101,6 @@ class Comparison:
     tick: Callable[[int], None] = lambda count: None
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UsageError(f"-n {self.count} is not possible; give 1 or more")
         for entry in self.entries:
             if entry.model is not None:
                 self.how.check(entry.model)

@@ -19,7 +19,6 @@ from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
 from undiffuse.measure import nll
-from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model
 from undiffuse.view import explore, pieces, results
 from undiffuse.view.report import Figure, Listing, Section, write_report
@@ -364,7 +363,7 @@ def _settings(page: Page) -> Section:
 def _made(page: Page, took: str) -> Section:
     rows = (
         ("model", page.about.spec), ("weights", page.model.meta.get("weights", "as they are in the file")),
-        ("sha256", digest_of(page.model)), ("drawn with", page.how.said(page.model)),
+        ("sha256", page.about.digest), ("drawn with", page.how.said(page.model)),
         ("device", name_of(page.model.device)), ("threads", str(torch.get_num_threads())), ("took", took),
         ("undiffuse", __version__), ("torch", torch.__version__),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,15 @@ class Subject:
         """Its folder, where it is one of a run."""
         return Path(self.spec) if (Path(self.spec) / "config.toml").exists() else None
 
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the weights."""
+        return digest_of(self.model)
+
     def is_stale(self, found: Evaluation | Bound) -> bool:
         """Whether a measurement is of other weights."""
         if isinstance(found, Evaluation):
-            return found.weights not in (None, digest_of(self.model))
+            return found.weights not in (None, self.digest)
         return found.query.get("model") not in (None, parts.identity(self.model))
 
     def stale(self, of_scores: bool = False) -> list[str]:
@@ -71,8 +76,7 @@ def subject(
     found, left = list[Evaluation](), list[str]()
     named = [*(evaluations or ())]
     if folder is not None and evaluations is None:
-        named = sorted(path.parent for path in folder.glob("eval*/*") if path.name in (QUERY, results.SUMMARY))
-        named = list(dict.fromkeys(named))
+        named = sorted({path.parent for path in folder.glob("eval*/*") if path.name in (QUERY, results.SUMMARY)})
     for path in named:
         if evaluations or (path / results.SUMMARY).exists():
             found.append(Evaluation.read(path))
@@ -106,10 +110,12 @@ class Drawing:
         """The steps of the chain."""
         return self.steps if self.steps is not None else min(STEPS, model.process.steps or STEPS)
 
-    def check(self, model: Model) -> None:
-        """UsageError for what cannot be drawn, before anything is."""
+    def __post_init__(self) -> None:
         if self.n is not None and self.n < 1:
             raise UsageError(f"-n {self.n} is not possible; give 1 or more")
+
+    def check(self, model: Model) -> None:
+        """UsageError for what cannot be drawn, before anything is."""
         model.times(self.length(model))
         model.sampler(self.solver)
 

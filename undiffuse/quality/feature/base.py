@@ -6,8 +6,7 @@ weights. What two statistics must have in common to be compared is the extractor
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from undiffuse.config import Table
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist, log
+from undiffuse.machine.device import full_precision
 from undiffuse.quality.metric.base import Features
 
 NARROW = 1  # of `FeatureExtractor.suits`
@@ -68,7 +68,7 @@ class Extractor:
         """The features in float32, on the device. Grey images are repeated for a network of three channels."""
         self.check(tuple(images.shape[1:]))
         images = images.to(self.device)
-        with full_precision():
+        with full_precision():  # TF32 moves features by 3 in a thousand
             return self.network(images.repeat(1, self.channels, 1, 1) if images.shape[1] < self.channels else images)
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -143,14 +143,6 @@ def auto_features(shape: tuple[int, int, int]) -> str:
             'pip install "undiffuse[eval]"'
         )
     return names[-1]
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Inside, a card computes convolutions in float32: its TF32, the default, moves features by 3 in a thousand."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
-        yield
 
 
 def hash_of_file(path: Path) -> str:
