@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from tests.test_defaults import CONFIG, HalfOf, digits, forget, model
 from tests.training.test_loop import recipe
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, bound_term
+from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Step, bound_term
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.objective import OBJECTIVES
-from undiffuse.diffusion.process import PROCESSES, Edm, Linear, Straight, per_image
+from undiffuse.diffusion.process import PROCESSES, Edm, Linear, Straight, per_image, ready
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.key import Key
 from undiffuse.measure.nll import nll
@@ -143,7 +143,8 @@ def test_a_term_of_the_bound(variance):
     network = one.network if chosen.learned else HalfOf(one.network)
     denoiser = Denoiser(network, one.process, one.parameterisation, chosen)
     x, t = torch.zeros(2, 1, 8, 8, device="meta"), Even().times(one.process)[-3:-1]
-    term = bound_term(denoiser, denoiser(x, t), x, x, t, t - one.process.t_min)
+    step = ready(x, Step.between(one.process, t, t - one.process.t_min))
+    term = bound_term(chosen, denoiser(x, t), x, x, step)
     assert (term.device.type, term.dtype) == ("meta", torch.float32)
     assert bound(denoiser, x, Key(0).rows(2, "meta"), draws=2 if chosen.learned else None).bits.dtype == "float64"
 

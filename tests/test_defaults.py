@@ -26,11 +26,11 @@ from undiffuse.data.order import _tables
 from undiffuse.data.pack import pack
 from undiffuse.data.source import open_source
 from undiffuse.data.subset import divide
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Eps, LearnedRange, Prediction
+from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Eps, LearnedRange, Prediction, Step
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.objective import OBJECTIVES
-from undiffuse.diffusion.process import PROCESSES, Linear
+from undiffuse.diffusion.process import PROCESSES, Linear, ready
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.figure import grid, png
 from undiffuse.interop.diffusers import read_folder, write_folder
@@ -122,7 +122,7 @@ def coefficients(path: Path) -> Any:
     said, s = Prediction(x, x, x), t * 0
     others = [VARIANCES.build(name) for name in sorted(VARIANCES.classes.keys() - {"learned"})]
     return [tuple(each.coefficients(process, t)) for each in rows], [
-        v.log_variance(process, said, t, end) for v in others for end in (s, t / 2)
+        v.log_variance(ready(x, Step.between(process, t, end)), said) for v in others for end in (s, t / 2)
     ]
 
 

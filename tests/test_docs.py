@@ -25,11 +25,12 @@ from undiffuse.diffusion.denoiser import (
     FixedLarge,
     FixedSmall,
     Prediction,
+    Step,
 )
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.objective import OBJECTIVES, Simple
-from undiffuse.diffusion.process import F64, PROCESSES, Cosine, Edm, Linear, Straight, per_image
+from undiffuse.diffusion.process import F64, PROCESSES, Cosine, Edm, Linear, Straight, per_image, ready
 from undiffuse.diffusion.sampler.base import SAMPLERS, sample
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
@@ -166,9 +167,9 @@ def test_the_variance(mine):
     process, n = Linear(), torch.tensor([1000, 500, 2, 1], dtype=F64)
     t, s = n / 1000, (n - 1) / 1000
     nothing = torch.zeros(4, 1, 2, 2, dtype=F64)
+    step = ready(nothing, Step.between(process, t, s))
     small, middle, large = (
-        v.log_variance(process, Prediction(nothing, nothing), t, s)
-        for v in (FixedSmall(), mine("variance"), FixedLarge())
+        v.log_variance(step, Prediction(nothing, nothing)) for v in (FixedSmall(), mine("variance"), FixedLarge())
     )
     assert torch.allclose(middle, (small + large) / 2)
     assert (small[:3] < middle[:3]).all() and torch.equal(small[3], middle[3])

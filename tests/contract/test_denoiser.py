@@ -18,13 +18,14 @@ from undiffuse.diffusion.denoiser import (
     LearnedRange,
     Mu,
     Prediction,
+    Step,
     V,
     bound_term,
     network_time,
     reverse,
 )
 from undiffuse.diffusion.gaussian import decoder_nll, kl
-from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Straight
+from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight, ready
 from undiffuse.errors import UsageError
 from undiffuse.network.base import Conditioning
 
@@ -69,6 +70,10 @@ def points(process, parameterisation: str) -> torch.Tensor:
     if parameterisation != "mu":
         t = torch.cat([t, t[:-1] + 0.00037, torch.tensor([1e-4, 1e-3 / 7], dtype=F64)])
     return t[(process.alpha(t) > 0) & (process.sigma(t) > 0)]
+
+
+def steps(process: Process, t: torch.Tensor, s: torch.Tensor, dtype: torch.dtype = F64) -> Step:
+    return ready(torch.empty(1, *SHAPE, dtype=dtype), Step.between(process, t, s))
 
 
 def column(value: torch.Tensor) -> torch.Tensor:
@@ -143,7 +148,7 @@ def test_eps_has_the_mean_of_equation_11():
     process, t, s = Linear(), grid(2, 500, 1000), grid(1, 499, 999)
     x_t, eps = uniform(4, 3, *SHAPE), uniform(5, 3, *SHAPE)
     prediction = answering(eps, process)(x_t, t)
-    mean, _ = reverse(process, FixedLarge(), prediction, x_t, t, s)
+    mean, _ = reverse(steps(process, t, s), FixedLarge(), prediction, x_t)
     beta = column(torch.linspace(1e-4, 0.02, 1000, dtype=F64)[[1, 499, 999]])
     expected = (x_t - beta / column(process.sigma(t)) * eps) / (1 - beta).sqrt()
     torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-11)
@@ -221,7 +226,7 @@ def test_clipping_moves_the_mean(name):
     free, clipped = (answering(output, process, F, clip=clip)(x_t, t) for clip in (False, True))
     assert (free.x_0.abs() > 1).any() and clipped.mean is None
     assert torch.equal(clipped.x_0, free.x_0.clamp(-1, 1))
-    mean, _ = reverse(process, FixedSmall(), clipped, x_t, t, s)
+    mean, _ = reverse(steps(process, t, s), FixedSmall(), clipped, x_t)
     assert torch.equal(mean, process.posterior(x_t, clipped.x_0, t, s)[0])
 
 
@@ -230,7 +235,7 @@ def test_for_mu_clipping_touches_only_the_reported_x_0():
     x_t, output = 3 * uniform(9, 2, *SHAPE), 2 * uniform(10, 2, *SHAPE)
     prediction = answering(output, process, Mu(), clip=True)(x_t, t)
     assert torch.equal(prediction.x_0.abs().max(), torch.ones((), dtype=F64))
-    mean, _ = reverse(process, FixedLarge(), prediction, x_t, t, s)
+    mean, _ = reverse(steps(process, t, s), FixedLarge(), prediction, x_t)
     assert torch.equal(mean, output)
 
 
@@ -249,7 +254,7 @@ def test_mu_is_refused_on_a_strided_chain(s):
     x_t = uniform(13, 1, *SHAPE)
     prediction = answering(x_t, process, Mu())(x_t, t)
     with pytest.raises(UsageError, match="mu prediction holds for steps of 1/T only; sample with all steps"):
-        reverse(process, FixedSmall(), prediction, x_t, t, s)
+        reverse(steps(process, t, s), FixedSmall(), prediction, x_t)
 
 
 # --- variances ---
@@ -258,7 +263,7 @@ def test_mu_is_refused_on_a_strided_chain(s):
 def log_variances(name: str, t: torch.Tensor, s: torch.Tensor, raw: float | None = None) -> torch.Tensor:
     x = torch.zeros(len(t), 1, 1, 1, dtype=F64)
     prediction = Prediction(x, x, None if raw is None else torch.full_like(x, raw))
-    return VARIANCES.build(name).log_variance(Linear(), prediction, t, s).flatten()
+    return VARIANCES.build(name).log_variance(steps(Linear(), t, s), prediction).flatten()
 
 
 def authors() -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,7 +307,7 @@ def test_learned_is_the_network_s_word_and_holds_for_single_steps():
             log_variances("learned", t, s, raw=0.0)
     with pytest.raises(UsageError, match="learned log-variance belongs to steps of 1/T"):
         x = torch.zeros(1, 1, 1, 1)
-        Learned().log_variance(Straight(), Prediction(x, x, x), torch.tensor([1.0]), torch.tensor([1 - 1e-5]))
+        Learned().log_variance(steps(Straight(), grid(1000), grid(1000 - 1e-2)), Prediction(x, x, x))
 
 
 def test_learned_range_runs_from_small_to_large_on_any_stride():
@@ -328,7 +333,7 @@ def test_a_learned_variance_is_the_second_half_of_the_channels(variance):
     assert torch.equal(prediction.output, output[:, :2])
     assert torch.equal(prediction.raw_variance, output[:, 2:])
     with pytest.raises(UsageError, match="a learned variance needs a network with twice as many output channels"):
-        reverse(Linear(), variance, prediction._replace(raw_variance=None), x_t, t, t - 0.001)
+        reverse(steps(Linear(), t, t - 0.001), variance, prediction._replace(raw_variance=None), x_t)
 
 
 # --- the score and the bound ---
@@ -352,7 +357,7 @@ def test_the_bound_at_the_first_step_is_the_decoder(variance):
     guess = x_0 + 0.01 * uniform(18, 2, *SHAPE, dtype=torch.float32)
     denoiser, t, s = answering(guess, parameterisation=X0(), variance=variance), grid(1, 1), grid(0, 0)
     x_t = Linear().marginal(x_0, uniform(19, 2, *SHAPE, dtype=torch.float32), t)
-    found = bound_term(denoiser, denoiser(x_t, t), x_0, x_t, t, s)
+    found = bound_term(variance, denoiser(x_t, t), x_0, x_t, steps(Linear(), t, s, torch.float32))
     expected = decoder_nll(x_0, guess, torch.tensor(math.log(5.4531876613e-5))).flatten(1).mean(1) / math.log(2)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
@@ -364,7 +369,9 @@ def test_the_bound_of_a_step_is_its_kl():
     mean_q, variance_q = process.posterior(x_t, x_0, t, s)
     mean_p, variance_p = process.posterior(x_t, guess, t, s)[0], process.large_variance(t, s)
     expected = kl(mean_q, column(variance_q.log()), mean_p, column(variance_p.log())).flatten(1).mean(1) / math.log(2)
-    torch.testing.assert_close(bound_term(denoiser, denoiser(x_t, t), x_0, x_t, t, s), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        bound_term(denoiser.variance, denoiser(x_t, t), x_0, x_t, steps(process, t, s)), expected, rtol=1e-9, atol=0
+    )
 
 
 def test_fixed_large_costs_half_a_bit_even_with_a_perfect_mean():
@@ -374,7 +381,7 @@ def test_fixed_large_costs_half_a_bit_even_with_a_perfect_mean():
     cost = {}
     for variance in (FixedLarge(), FixedSmall()):
         denoiser = answering(x_t, process, X0(), variance)
-        cost[variance] = bound_term(denoiser, denoiser(x_t, t), x_t, x_t, t, s)
+        cost[variance] = bound_term(variance, denoiser(x_t, t), x_t, x_t, steps(process, t, s, torch.float32))
     assert float(cost[FixedLarge()].sum()) == pytest.approx(0.486, abs=5e-4)
     assert cost[FixedLarge()][:2].tolist() == pytest.approx([0.175, 0.075], abs=5e-4)
     assert (cost[FixedSmall()] == 0).all()

@@ -8,7 +8,7 @@ import torch
 
 from undiffuse.diffusion.denoiser import FixedLarge, FixedSmall, Learned, Mu, Prediction
 from undiffuse.diffusion.grid import Even
-from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight, per_image
+from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight, per_image, ready
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, renoise, sample
 from undiffuse.diffusion.sampler.ddim import DDIM
@@ -68,7 +68,8 @@ def linear_steps(sampler: Sampler, process: Process, t: torch.Tensor, s: torch.T
 
     def step(x: float, keys: Keys) -> torch.Tensor:
         start = torch.full((len(t), 1), x, dtype=F64)
-        return sampler.step(exact(process), process, start, t, s, sampler.init(start), keys)[0][:, 0]
+        c = ready(start, sampler.coefficients(process, t, s))
+        return sampler.step(exact(process), process, c, start, t, s, sampler.init(start), keys)[0][:, 0]
 
     z = [key.normal(1)[:, 0].double() for key in keys]
     at_0 = [step(0.0, key) for key in keys]

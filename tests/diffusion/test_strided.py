@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from undiffuse.diffusion.denoiser import Denoiser, Eps, FixedLarge, FixedSmall, LearnedRange, Prediction
+from undiffuse.diffusion.denoiser import Denoiser, Eps, FixedLarge, FixedSmall, LearnedRange, Prediction, Step
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.likelihood import chain
-from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.process import Linear, ready
 from undiffuse.diffusion.sampler.base import sample
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.key import Key
@@ -81,7 +81,8 @@ def test_the_decoder_has_the_variance_of_the_training_table_on_every_chain(n, va
     times = chain(process, n)
     assert (float(times[0]), float(times[1])) == (0.0, 1 / T)
     t, x = times[1:2], torch.zeros(1, 1, 1, 1)
-    log_variance = variance.log_variance(process, Prediction(x, x, raw_variance=x - 1), t, times[:1])
+    step = ready(x, Step.between(process, t, times[:1]))
+    log_variance = variance.log_variance(step, Prediction(x, x, raw_variance=x - 1))
     assert float(log_variance) == pytest.approx(np.log(beta_tilde(1)), abs=1e-5)
     if n is not None:
         respaced = process.small_variance(times[3:4], times[2:3])

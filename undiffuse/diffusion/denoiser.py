@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from undiffuse.config import Positive, Table
 from undiffuse.diffusion.gaussian import bits, decoder_nll, kl
-from undiffuse.diffusion.process import F64, PROCESSES, Process, per_image
+from undiffuse.diffusion.process import F64, PROCESSES, Process, combined, ready, row
 from undiffuse.errors import UsageError
-from undiffuse.key import moved
 from undiffuse.network.base import NOTHING, Conditioning
 
-Time = Float[Tensor, "b"]
+Time = Float[Tensor, "*b"]
 
 
 class Coefficients(NamedTuple):
@@ -57,7 +56,7 @@ class Eps(Parameterisation):
     """F is the noise (DDPM, Eq. 11)."""
 
     def coefficients(self, process: Process, t: Time) -> Coefficients:
-        alpha, sigma = process.alpha(t), process.sigma(t)
+        alpha, sigma = process.alpha_sigma(t)
         one = torch.ones_like(alpha)
         return Coefficients(1 / alpha, -sigma / alpha, one, torch.zeros_like(one), one)
 
@@ -77,7 +76,7 @@ class V(Parameterisation):
     """F is alpha eps − sigma x_0, scaled to unit norm where the frame is not (Salimans & Ho 2022)."""
 
     def coefficients(self, process: Process, t: Time) -> Coefficients:
-        alpha, sigma = process.alpha(t), process.sigma(t)
+        alpha, sigma = process.alpha_sigma(t)
         norm = (alpha.square() + sigma.square()).sqrt()
         return Coefficients(alpha / norm**2, -sigma / norm, torch.ones_like(norm), -sigma / norm, alpha / norm)
 
@@ -90,7 +89,7 @@ class Mu(Parameterisation):
 
     def coefficients(self, process: Process, t: Time) -> Coefficients:
         b, c = process.posterior_coefficients(t, (t.to(F64) - process.t_min).clamp(min=0))
-        alpha, sigma = process.alpha(t), process.sigma(t)
+        alpha, sigma = process.alpha_sigma(t)
         return Coefficients(-b / c, 1 / c, torch.ones_like(b), b * alpha + c, b * sigma)
 
 
@@ -101,7 +100,7 @@ class Edm(Parameterisation):
     sigma_data: Positive = 0.5
 
     def coefficients(self, process: Process, t: Time) -> Coefficients:
-        alpha, sigma = process.alpha(t), process.sigma(t)
+        alpha, sigma = process.alpha_sigma(t)
         norm = (sigma.square() + (alpha * self.sigma_data).square()).sqrt()
         skip, out = alpha * self.sigma_data**2 / norm**2, sigma * self.sigma_data / norm
         return Coefficients(skip, out, 1 / norm, sigma / (norm * self.sigma_data), -alpha * self.sigma_data / norm)
@@ -119,38 +118,56 @@ class Prediction(NamedTuple):
     mean: Float[Tensor, "b *x"] | None = None
 
 
+class Step(NamedTuple):
+    """What is known of the steps t → s before a network is asked: float64 [b], or `ready` to multiply images.
+
+    The posterior's mean is on_x_t x_t + on_x_0 x_0. At s = 0, where β̃ = 0, `log_small` and `log_large` are the
+    decoder's, and `log_beta` is log β there too.
+    """
+
+    on_x_t: Time
+    on_x_0: Time
+    log_small: Time
+    log_large: Time
+    log_beta: Time
+    decodes: Time  # 1 where s = 0, else 0
+    last: Bool[Tensor, "*b"]  # the same, for decisions
+    of_table: Bool[Tensor, "*b"]  # whether it is a table's own, of 1/T
+
+    @classmethod
+    def between(cls, process: Process, t: Time, s: Time) -> "Step":
+        floor, last = process.variance_floor().log(), s <= 0
+        small, large = process.small_variance(t, s).log(), process.large_variance(t, s).log()
+        logs = torch.where(last, floor, small), torch.where(last, floor, large), large
+        steps = process.steps or 0
+        of_table = ((t - s) * steps - 1).abs() < 1e-6
+        return cls(*process.posterior_coefficients(t, s), *logs, last.to(F64), last, of_table)
+
+
 class Variance(ABC):
     """The variance of the reverse step p(x_s | x_t)."""
 
     learned = False
 
     @abstractmethod
-    def log_variance(self, process: Process, prediction: Prediction, t: Time, s: Time) -> Float[Tensor, "b *x"]:
-        """log σ² of each value, or of each image with ones for sides; at s = 0 the decoder's."""
-
-
-def _step_log_variances(process: Process, t: Time, s: Time) -> tuple[Time, Time]:
-    """log β̃ and log β of the step; at s = 0, where β̃ = 0, both are the decoder's."""
-    floor = process.variance_floor().log()
-    small, large = process.small_variance(t, s).log(), process.large_variance(t, s).log()
-    end = s <= 0
-    return torch.where(end, floor, small), torch.where(end, floor, large)
+    def log_variance(self, step: Step, prediction: Prediction) -> Float[Tensor, "#b *#x"]:
+        """log σ² of each value, or of each image, or of all, with ones for sides; at s = 0 the decoder's."""
 
 
 @dataclass(frozen=True)
 class FixedSmall(Variance):
     """β̃: what the authors used for LSUN and CelebA-HQ."""
 
-    def log_variance(self, process: Process, prediction: Prediction, t: Time, s: Time) -> Float[Tensor, "b *x"]:
-        return per_image(_step_log_variances(process, t, s)[0], prediction.x_0)
+    def log_variance(self, step: Step, prediction: Prediction) -> Float[Tensor, "#b *#x"]:
+        return step.log_small
 
 
 @dataclass(frozen=True)
 class FixedLarge(Variance):
     """β: what the authors used for CIFAR-10."""
 
-    def log_variance(self, process: Process, prediction: Prediction, t: Time, s: Time) -> Float[Tensor, "b *x"]:
-        return per_image(_step_log_variances(process, t, s)[1], prediction.x_0)
+    def log_variance(self, step: Step, prediction: Prediction) -> Float[Tensor, "#b *#x"]:
+        return step.log_large
 
 
 @dataclass(frozen=True)
@@ -159,8 +176,8 @@ class Learned(Variance):
 
     learned = True
 
-    def log_variance(self, process: Process, prediction: Prediction, t: Time, s: Time) -> Float[Tensor, "b *x"]:
-        if not _is_table_step(process, t, s):
+    def log_variance(self, step: Step, prediction: Prediction) -> Float[Tensor, "#b *#x"]:
+        if not step.of_table.all():
             raise UsageError(
                 "the learned log-variance belongs to steps of 1/T; sample with all steps, or train learned-range"
             )
@@ -173,21 +190,13 @@ class LearnedRange(Variance):
 
     learned = True
 
-    def log_variance(self, process: Process, prediction: Prediction, t: Time, s: Time) -> Float[Tensor, "b *x"]:
-        raw = _raw(prediction)
-        small, large = _step_log_variances(process, t, s)
-        share = (raw + 1) / 2
+    def log_variance(self, step: Step, prediction: Prediction) -> Float[Tensor, "#b *#x"]:
+        share = (_raw(prediction) + 1) / 2
         # At s = 0 the range is that of the first step: from the decoder's σ² to β.
-        large = torch.where(s <= 0, process.large_variance(t, s).log(), large)
-        return share * per_image(large, raw) + (1 - share) * per_image(small, raw)
+        return share * step.log_beta + (1 - share) * step.log_small
 
 
 VARIANCES: Table[Variance] = Table("variance", Variance, "undiffuse.diffusion.denoiser")
-
-
-def _is_table_step(process: Process, t: Time, s: Time) -> bool:
-    """Whether every step is the table's own, of 1/T."""
-    return process.steps is not None and bool(((t - s) * process.steps - 1).abs().max() < 1e-6)
 
 
 def _raw(prediction: Prediction) -> Float[Tensor, "b *x"]:
@@ -197,13 +206,13 @@ def _raw(prediction: Prediction) -> Float[Tensor, "b *x"]:
 
 
 def reverse(
-    process: Process, variance: Variance, prediction: Prediction, x_t: Float[Tensor, "b *x"], t: Time, s: Time
-) -> tuple[Float[Tensor, "b *x"], Float[Tensor, "b *#x"]]:
-    """Mean and log-variance of p(x_s | x_t): the posterior at x̂_0, or the network's own mean."""
-    log_variance = variance.log_variance(process, prediction, t, s)
+    step: Step, variance: Variance, prediction: Prediction, x_t: Float[Tensor, "b *x"]
+) -> tuple[Float[Tensor, "b *x"], Float[Tensor, "#b *#x"]]:
+    """Mean and log-variance of p(x_s | x_t): the posterior at x̂_0, or the network's own mean. `step` is `ready`."""
+    log_variance = variance.log_variance(step, prediction)
     if prediction.mean is None:
-        return process.posterior(x_t, prediction.x_0, t, s)[0], log_variance
-    if not _is_table_step(process, t, s):
+        return combined(step.on_x_t, x_t, step.on_x_0, prediction.x_0), log_variance
+    if not step.of_table.all():
         raise UsageError("mu prediction holds for steps of 1/T only; sample with all steps, or train eps, x0 or v")
     return prediction.mean, log_variance
 
@@ -220,6 +229,27 @@ def network_time(kind: Literal["index", "logsnr", "sigma"], process: Process, t:
         return t * process.steps - 1
     logsnr = process.logsnr(t).clamp(-20, 20)
     return logsnr if kind == "logsnr" else -logsnr / 8
+
+
+class Moment(NamedTuple):
+    """What a denoiser knows of t before it is asked: float64 [b], or `ready` to multiply images."""
+
+    alpha: Time
+    sigma: Time
+    skip: Time
+    out: Time
+    input: Time | None  # None for 1
+    on_x_0: Time
+    on_eps: Time
+    time: Time  # as the network is told it
+
+    def noised(self, x_0: Float[Tensor, "b *x"], eps: Float[Tensor, "b *x"]) -> Float[Tensor, "b *x"]:
+        """A draw of q(x_t | x_0) from the noise given (Eq. 4)."""
+        return combined(self.alpha, x_0, self.sigma, eps)
+
+    def target(self, x_0: Float[Tensor, "b *x"], eps: Float[Tensor, "b *x"]) -> Float[Tensor, "b *x"]:
+        """What the network should say."""
+        return combined(self.on_x_0, x_0, self.on_eps, eps)
 
 
 class Denoiser(nn.Module):
@@ -242,16 +272,39 @@ class Denoiser(nn.Module):
         self.time: Literal["index", "logsnr", "sigma"] = time
         self.clip = clip
 
-    def forward(self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning = NOTHING) -> Prediction:
-        """x_t in float32, t in float64 within [t_min, 1]; the two may be on different devices."""
+    def at(self, t: Float[Tensor, "*b"]) -> Moment:
+        """All that the network, the process and the parameterisation say of t alone, float64 on the CPU."""
         t = t.cpu()
-        coefficients = self.parameterisation.coefficients(self.process, t)
-        time = network_time(self.time, self.process, t).to(torch.float32)
-        output = self.network(per_image(coefficients.input, x_t) * x_t, moved(time, x_t.device), cond).to(x_t.dtype)
-        raw_variance = None
-        if self.variance.learned:
-            output, raw_variance = output.chunk(2, dim=1)
-        x_0 = per_image(coefficients.skip, x_t) * x_t + per_image(coefficients.out, x_t) * output
+        skip, out, scale, on_x_0, on_eps = self.parameterisation.coefficients(self.process, t)
+        time = network_time(self.time, self.process, t)
+        told = None if bool((scale == 1).all()) else scale
+        return Moment(*self.process.alpha_sigma(t), skip, out, told, on_x_0, on_eps, time)
+
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"] | Moment, cond: Conditioning = NOTHING
+    ) -> Prediction:
+        """x_t in float32, t in float64 within [t_min, 1], on any device each; or what is `ready` of t."""
+        moment: Moment = t if isinstance(t, Moment) else ready(x_t, self.at(t))
+        output, raw_variance = self.output(x_t, moment, cond)
+        return self.read(x_t, moment, output, raw_variance)
+
+    def output(
+        self, x_t: Float[Tensor, "b c h w"], moment: Moment, cond: Conditioning = NOTHING
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"] | None]:
+        """F, and what it says of the variance where that is learned."""
+        time = moment.time.to(torch.float32).reshape(-1).expand(len(x_t))
+        output = self.network(x_t if moment.input is None else moment.input * x_t, time, cond).to(x_t.dtype)
+        return tuple(output.chunk(2, dim=1)) if self.variance.learned else (output, None)
+
+    def read(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        moment: Moment,
+        output: Float[Tensor, "b c h w"],
+        raw_variance: Float[Tensor, "b c h w"] | None,
+    ) -> Prediction:
+        """What F means."""
+        x_0 = combined(moment.skip, x_t, moment.out, output)
         mean = output if isinstance(self.parameterisation, Mu) else None
         return Prediction(x_0.clamp(-1, 1) if self.clip else x_0, output, raw_variance, mean)
 
@@ -259,36 +312,50 @@ class Denoiser(nn.Module):
         self, x_0: Float[Tensor, "b *x"], eps: Float[Tensor, "b *x"], t: Float[Tensor, "b"]
     ) -> Float[Tensor, "b *x"]:
         """What the network should have said."""
-        t = t.cpu()
-        coefficients = self.parameterisation.coefficients(self.process, t)
-        return per_image(coefficients.on_x_0, x_0) * x_0 + per_image(coefficients.on_eps, x_0) * eps
+        return ready(x_0, self.at(t)).target(x_0, eps)
 
     def score(
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning = NOTHING
     ) -> Float[Tensor, "b c h w"]:
         """∇ log q(x_t) = (alpha x̂_0 − x_t)/sigma², the link to score matching and Langevin dynamics (DDPM, §3.2)."""
-        t = t.cpu()
-        x_0 = self(x_t, t, cond).x_0
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        return (per_image(alpha, x_t) * x_0 - x_t) / per_image(sigma, x_t).square()
+        moment = ready(x_t, self.at(t))
+        return (moment.alpha * self(x_t, moment, cond).x_0 - x_t) / moment.sigma.square()
+
+
+class Along:
+    """`denoise(x_t, t)` for the times of a chain, of which all that can be known is computed and moved at once.
+
+    `like` says the type and the device of x_t. Other times may be asked too; they cost what they cost a denoiser.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, times: Float[Tensor, "times"], like: Float[Tensor, "b *x"], cond: Conditioning
+    ):
+        self.denoiser, self.cond = denoiser, cond
+        asked = times[times > 0]
+        self._place = {t: i for i, t in enumerate(asked.tolist())}
+        self._moments: Moment = ready(like, denoiser.at(asked[:, None]))
+
+    def __call__(self, x_t: Float[Tensor, "b *x"], t: Float[Tensor, "b"]) -> Prediction:
+        place = self._place.get(float(t[0])) if t.stride(0) == 0 or len(t) == 1 else None  # one t for all images
+        return self.denoiser(x_t, t if place is None else row(self._moments, place), self.cond)
 
 
 def bound_term(
-    denoiser: Denoiser,
+    variance: Variance,
     prediction: Prediction,
     x_0: Float[Tensor, "b *x"],
     x_t: Float[Tensor, "b *x"],
-    t: Float[Tensor, "b"],
-    s: Float[Tensor, "b"],
+    step: Step,
 ) -> Float[Tensor, "b"]:
-    """The term of the variational bound that belongs to the step t → s, in bits/dim (Eq. 5).
+    """The term of the variational bound that belongs to the step t → s, in bits/dim (Eq. 5). `step` is `ready`.
 
     KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) for s > 0, the discretised decoder's −log p(x_0 | x_t) for s = 0.
     """
-    process = denoiser.process
-    mean, log_variance = reverse(process, denoiser.variance, prediction, x_t, t, s)
-    posterior_mean, _ = process.posterior(x_t, x_0, t, s)
-    posterior_log_variance = per_image(_step_log_variances(process, t, s)[0], x_t)
-    divergence = bits(kl(posterior_mean, posterior_log_variance, mean, log_variance))
-    decoder = bits(decoder_nll(x_0, mean, log_variance))
-    return torch.where(moved(s <= 0, x_0.device), decoder, divergence)
+    mean, log_variance = reverse(step, variance, prediction, x_t)
+    if step.last.all():
+        return bits(decoder_nll(x_0, mean, log_variance))
+    divergence = bits(kl(combined(step.on_x_t, x_t, step.on_x_0, x_0), step.log_small, mean, log_variance))
+    if not step.last.any():
+        return divergence
+    return torch.where(step.decodes.flatten() > 0, bits(decoder_nll(x_0, mean, log_variance)), divergence)

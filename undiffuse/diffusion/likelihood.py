@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from undiffuse.diffusion.denoiser import Denoiser, bound_term
+from undiffuse.diffusion.denoiser import Denoiser, Step, bound_term
 from undiffuse.diffusion.gaussian import bits, prior_kl
 from undiffuse.diffusion.grid import Grid, suited
-from undiffuse.diffusion.process import F64, Process
+from undiffuse.diffusion.process import F64, Process, ready, row
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import NOTHING, Conditioning
@@ -114,14 +114,16 @@ def bound(
         index, weights = torch.arange(total, dtype=torch.int64, device="cpu").expand(count, -1), np.ones(total)
     else:
         index, weights = _stratified(keys, total, draws)
+    steps_taken = index[:1] if draws is None else index  # (1, k) or (b, k)
+    t, s = times[steps_taken.T + 1], times[steps_taken.T]
+    moments, chain_steps = ready(x_0, denoiser.at(t), Step.between(denoiser.process, t, s))
     columns = []
     for k in range(index.shape[1]):
-        t, s = times[index[:, k] + 1], times[index[:, k]]
-        eps = keys.fold("eps", k).normal(*x_0.shape[1:])
-        x_t = denoiser.process.marginal(x_0, eps, t)
-        prediction = denoiser(x_t, t, cond)
+        moment, step = row(moments, k), row(chain_steps, k)
+        x_t = moment.noised(x_0, keys.fold("eps", k).normal(*x_0.shape[1:]))
+        prediction = denoiser(x_t, moment, cond)
         mse = (prediction.x_0 - x_0).square().flatten(1).mean(1)
-        columns.append((bound_term(denoiser, prediction, x_0, x_t, t, s), mse))
+        columns.append((bound_term(denoiser.variance, prediction, x_0, x_t, step), mse))
         if tick is not None:
             tick(count)
     end = torch.ones((), dtype=F64, device="cpu")

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import NonNegative, Positive, Table
-from undiffuse.diffusion.denoiser import Denoiser, Prediction, bound_term
+from undiffuse.diffusion.denoiser import Denoiser, Moment, Step, bound_term
 from undiffuse.diffusion.density import DENSITIES, Density, Uniform, suited
-from undiffuse.diffusion.process import PROCESSES, Process, per_image
+from undiffuse.diffusion.process import PROCESSES, ready
 from undiffuse.errors import UsageError
-from undiffuse.key import Keys, moved
+from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning
 
 UNIFORM = Uniform()  # the bound is a sum over all steps, each as likely
@@ -32,7 +32,7 @@ class Loss(NamedTuple):
 
 def quartile_sums(loss: Float[Tensor, "b"], t: Float[Tensor, "b"]) -> Float[Tensor, "2 4"]:
     """Sums of the loss, and counts, for t in [0, ¼), [¼, ½), [½, ¾) and [¾, 1]; these add up over parts of a batch."""
-    quarter = moved((4 * t).long().clamp(max=3), loss.device)
+    quarter = (4 * t).long().clamp(max=3).to(loss.device)
     inside = quarter == torch.arange(4, dtype=torch.int64, device=loss.device)[:, None]  # 4 b
     # Not a product with 0 and 1, so that a NaN stays in the quarter that it came from.
     return torch.stack([torch.where(inside, loss.detach(), 0).sum(1), inside.sum(1).to(loss)])
@@ -67,29 +67,34 @@ class Objective(ABC):
         denoiser.parameterisation.check(process, self.needs_x_0)
 
 
-class Noised(NamedTuple):
-    """Where the examples were noised to, what the denoiser says there, and the mean squared error of its output."""
+class Weight(NamedTuple):
+    """A factor on each example's loss."""
 
-    t: Float[Tensor, "b"]
+    value: Float[Tensor, "b"]
+
+
+class Noised(NamedTuple):
+    """The examples as the network saw them, its answer F and what it says of the variance, and F's squared error."""
+
     x_t: Float[Tensor, "b c h w"]
-    prediction: Prediction
+    output: Float[Tensor, "b c h w"]
+    raw_variance: Float[Tensor, "b c h w"] | None
     error: Float[Tensor, "b"]
 
 
-def noised(
-    denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys, density: Density | None = None
-) -> Noised:
-    """One draw of t and of x_t for each example, and the network's answer to it."""
-    t, eps = (density or suited(denoiser.process)).t(denoiser.process, keys), keys.fold("eps").normal(*x_0.shape[1:])
-    x_t = denoiser.process.marginal(x_0, eps, t)
-    prediction = denoiser(x_t, t, cond)
-    error = (denoiser.target(x_0, eps, t) - prediction.output).square().flatten(1).mean(1)
-    return Noised(t, x_t, prediction, error)
+def noised(denoiser: Denoiser, moment: Moment, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Noised:
+    """One draw of x_t for each example, at a moment that is `ready`, and the network's answer to it."""
+    eps = keys.fold("eps").normal(*x_0.shape[1:])
+    x_t = moment.noised(x_0, eps)
+    output, raw_variance = denoiser.output(x_t, moment, cond)
+    return Noised(x_t, output, raw_variance, (moment.target(x_0, eps) - output).square().flatten(1).mean(1))
 
 
-def previous(process: Process, t: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
-    """One step of the table nearer to the data."""
-    return (t - process.t_min).clamp(min=0)
+def a_step(denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], keys: Keys) -> tuple[Float[Tensor, "b"], Moment, Step]:
+    """A uniform t for each example, and the step of the table from there, `ready`."""
+    process = denoiser.process
+    t = UNIFORM.t(process, keys)
+    return t, *ready(x_0, denoiser.at(t), Step.between(process, t, (t - process.t_min).clamp(min=0)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class Simple(Objective):
     needs_x_0: ClassVar[bool] = False
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t, _, _, error = noised(denoiser, x_0, cond, keys, self.density)
+        t = (self.density or suited(denoiser.process)).t(denoiser.process, keys)
+        error = noised(denoiser, ready(x_0, denoiser.at(t)), x_0, cond, keys).error
         return Loss(error, {"simple": error}, t)
 
 
@@ -117,11 +123,11 @@ class MinSnr(Objective):
     needs_learned: ClassVar[bool | None] = False
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t, _, _, error = noised(denoiser, x_0, cond, keys, self.density)
-        snr = denoiser.process.logsnr(t).exp()
-        c_out = denoiser.parameterisation.coefficients(denoiser.process, t).out
-        weight = snr.clamp(max=self.gamma) * c_out.square()
-        return Loss(per_image(weight, error) * error, {"simple": error}, t)
+        t = (self.density or suited(denoiser.process)).t(denoiser.process, keys)
+        moment, snr = denoiser.at(t), denoiser.process.logsnr(t).exp()
+        moment, weight = ready(x_0, moment, Weight(snr.clamp(max=self.gamma) * moment.out.square()))
+        error = noised(denoiser, moment, x_0, cond, keys).error
+        return Loss(weight.value.flatten() * error, {"simple": error}, t)
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,10 @@ class Vlb(Objective):
     needs_table: ClassVar[bool] = True
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t, x_t, prediction, error = noised(denoiser, x_0, cond, keys, UNIFORM)
-        term = bound_term(denoiser, prediction, x_0, x_t, t, previous(denoiser.process, t))
+        t, moment, step = a_step(denoiser, x_0, keys)
+        x_t, output, raw_variance, error = noised(denoiser, moment, x_0, cond, keys)
+        prediction = denoiser.read(x_t, moment, output, raw_variance)
+        term = bound_term(denoiser.variance, prediction, x_0, x_t, step)
         return Loss(term, {"simple": error, "vlb": term}, t)
 
 
@@ -145,12 +153,11 @@ class Hybrid(Objective):
     needs_table: ClassVar[bool] = True
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        process = denoiser.process
-        t, x_t, prediction, error = noised(denoiser, x_0, cond, keys, UNIFORM)
-        mean = None if prediction.mean is None else prediction.mean.detach()
-        frozen = prediction._replace(x_0=prediction.x_0.detach(), mean=mean)
-        term = bound_term(denoiser, frozen, x_0, x_t, t, previous(process, t))
-        return Loss(error + self.weight / process.t_min * term, {"simple": error, "vlb": term}, t)
+        t, moment, step = a_step(denoiser, x_0, keys)
+        x_t, output, raw_variance, error = noised(denoiser, moment, x_0, cond, keys)
+        frozen = denoiser.read(x_t, moment, output.detach(), raw_variance)
+        term = bound_term(denoiser.variance, frozen, x_0, x_t, step)
+        return Loss(error + self.weight / denoiser.process.t_min * term, {"simple": error, "vlb": term}, t)
 
 
 OBJECTIVES: Table[Objective] = Table("objective", Objective, "undiffuse.diffusion.objective")

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,40 @@ def per_image(value: Float[Tensor, "b"], like: Float[Tensor, "b *x"]) -> Float[T
     Cast first: there are accelerators without float64.
     """
     return moved(value.to(like.dtype), like.device).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def ready(like: Float[Tensor, "b *x"], *rows: Any) -> Any:
+    """Named tuples of numbers, float64 on the CPU, made `per_image` in a single copy to the device.
+
+    Each number is [b], or [1] for all images, and before that may come the steps of a chain, [n, b], of which
+    `row(numbers, i)` is one. What is bool is a decision and stays on the CPU, as it is; so is what is None.
+    """
+    numbers = torch.broadcast_tensors(*(each for row in rows for each in row if _multiplies(each)))
+    table = torch.stack(numbers) if numbers else torch.zeros(0, dtype=F64, device="cpu")
+    found = iter(moved(table.to(like.dtype), like.device).reshape(*table.shape, *(1,) * (like.ndim - 1)))
+    made = [type(row)(*(next(found) if _multiplies(each) else each for each in row)) for row in rows]
+    return tuple(made) if len(made) > 1 else made[0]
+
+
+def _multiplies(number: Tensor | None) -> bool:
+    return number is not None and number.dtype != torch.bool
+
+
+def row(numbers: Any, i: int) -> Any:
+    """The numbers of step i of a chain: views, so that nothing is copied."""
+    return type(numbers)(*(None if each is None else each[i] for each in numbers))
+
+
+def combined(
+    a: Float[Tensor, "*#x"], x: Float[Tensor, "*x"], b: Float[Tensor, "*#x"], y: Float[Tensor, "*x"]
+) -> Float[Tensor, "*x"]:
+    """a x + b y, as `added` has it."""
+    return added(a * x, b, y)
+
+
+def added(x: Float[Tensor, "*x"], b: Float[Tensor, "*#x"], y: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
+    """x + b y; on the CPU the product is rounded before the sum, elsewhere both are one operation."""
+    return x + b * y if x.device.type == "cpu" else torch.addcmul(x, b, y)
 
 
 class Suits(NamedTuple):
@@ -64,10 +98,14 @@ class Process(ABC):
         return 1 / self.steps if self.steps else 1e-5
 
     def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        return self._frame(self.logsnr(t))[0]
+        return self.alpha_sigma(t)[0]
 
     def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        return self._frame(self.logsnr(t))[1]
+        return self.alpha_sigma(t)[1]
+
+    def alpha_sigma(self, t: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
+        """Both, for the cost of one."""
+        return self._frame(self.logsnr(t))
 
     def _frame(self, logsnr: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         if self.frame == "variance preserving":
@@ -80,14 +118,15 @@ class Process(ABC):
         self, x_0: Float[Tensor, "b *x"], eps: Float[Tensor, "b *x"], t: Float[Tensor, "b"]
     ) -> Float[Tensor, "b *x"]:
         """A draw of q(x_t | x_0) from the noise given (Eq. 4)."""
-        return per_image(self.alpha(t), x_0) * x_0 + per_image(self.sigma(t), x_0) * eps
+        alpha, sigma = self.alpha_sigma(t)
+        return combined(per_image(alpha, x_0), x_0, per_image(sigma, x_0), eps)
 
     def posterior(
         self, x_t: Float[Tensor, "b *x"], x_0: Float[Tensor, "b *x"], t: Float[Tensor, "b"], s: Float[Tensor, "b"]
     ) -> tuple[Float[Tensor, "b *x"], Float[Tensor, "b"]]:
         """Mean and variance of q(x_s | x_t, x_0) for any s < t (Eqs. 6 and 7)."""
         b, c = self.posterior_coefficients(t, s)
-        return per_image(b, x_t) * x_t + per_image(c, x_t) * x_0, self.small_variance(t, s)
+        return combined(per_image(b, x_t), x_t, per_image(c, x_t), x_0), self.small_variance(t, s)
 
     def posterior_coefficients(
         self, t: Float[Tensor, "*b"], s: Float[Tensor, "*b"]

@@ -17,7 +17,7 @@ from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.made import Made, channels, tally
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, Wanted, open_raw, unify
-from undiffuse.diffusion.denoiser import VARIANCES, Denoiser, Prediction, Variance
+from undiffuse.diffusion.denoiser import VARIANCES, Along, Denoiser, Variance
 from undiffuse.diffusion.grid import GRIDS, Grid, suited
 from undiffuse.diffusion.process import F64, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
@@ -248,10 +248,8 @@ class Model:
         `callback(remaining, x, t)` is called before each step, `progress(1)` after it.
         """
         self.config.parameterisation.check(self.process)
-        cond = cond.to(self.device)
-
-        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            return self.denoiser(x_t, t, cond)
+        like = torch.empty(1, *self.config.image, dtype=torch.float32, device=self.device)
+        denoise = Along(self.denoiser, times, like, cond.to(self.device))
 
         def watch(remaining: int, x: Tensor, t: Tensor) -> None:
             if progress is not None and remaining < len(times) - 1:

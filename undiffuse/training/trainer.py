@@ -6,6 +6,7 @@ processes there are.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -93,13 +94,14 @@ class Trainer:
         train, step = self.recipe.train, self.step
         with record_function("undiffuse data"):
             batch = self.batches.at(step)
-        losses, sums = self._gradients(batch)
+        losses, t = self._gradients(batch)
         with record_function("undiffuse clip"):
             norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
-            read = torch.cat([norm.to(sums).reshape(1), sums.flatten()]).cpu()  # the one wait for the device of a step
-            norm, sums = float(read[0]), read[1:].reshape(2, 4)
+            read = torch.cat([norm.to(losses).reshape(1), losses]).cpu()  # the one wait for the device of a step
+            norm, losses = float(read[0]), read[1:]
+            sums = self._sums(losses, t)
             loss = float(sums[0].sum()) / train.batch
-        if not read.isfinite().all():
+        if not (math.isfinite(norm) and sums.isfinite().all()):
             raise self._not_finite(batch, losses, loss, norm)
         rate = learning_rate(train, step, last)
         for group in self.adam.param_groups:
@@ -112,14 +114,14 @@ class Trainer:
         self.step += 1
         return {"loss": loss, "grad_norm": norm, "lr": rate, **by_quartile(sums)}
 
-    def _gradients(self, batch: Batch) -> tuple[Float[Tensor, "share"], Float[Tensor, "2 4"]]:
+    def _gradients(self, batch: Batch) -> tuple[Float[Tensor, "share"], Float[Tensor, "share"]]:
         """Leaves the gradient of the mean loss of the global batch in `.grad`.
 
-        Returns the losses of this process's rows, and over all processes the sum and count of losses by quartile of t.
+        Returns the losses of this process's rows, on the device, and the t they were taken at, on the CPU.
         """
         exact = self.recipe.train.exact_shards is not None
         self.adam.zero_grad(set_to_none=True)
-        losses, gradients, sums = [], [], []
+        losses, gradients, times = [], [], []
         for first in range(0, self.share, self.micro):
             row = int(batch.rows[first])
             torch.manual_seed(self.key.fold("dropout", self.step, row).integer())
@@ -130,7 +132,7 @@ class Trainer:
                 with record_function("undiffuse backward"):
                     (loss.sum() / (self.recipe.train.batch if exact else self.share)).backward()
             losses.append(loss.detach())
-            sums.append(quartile_sums(losses[-1], t))
+            times.append(t)
             if exact:
                 gradients.append(torch.cat([grad_of(weight).flatten() for weight in self.weights]))
                 self.adam.zero_grad(set_to_none=True)
@@ -138,8 +140,14 @@ class Trainer:
             flat = dist.ordered_total(gradients)
             for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
                 weight.grad = like(weight, part.view(weight.shape))
-            return torch.cat(losses), dist.ordered_total(sums)
-        return torch.cat(losses), dist.total(torch.stack(sums).sum(0))
+        return torch.cat(losses), torch.cat(times)
+
+    def _sums(self, losses: Float[Tensor, "share"], t: Float[Tensor, "share"]) -> Float[Tensor, "2 4"]:
+        """Over all processes the sum and count of losses by quartile of t, in an order as that of the gradients."""
+        parts = [quartile_sums(*part) for part in zip(losses.split(self.micro), t.split(self.micro), strict=True)]
+        if self.recipe.train.exact_shards is not None:
+            return dist.ordered_total(parts)
+        return dist.total(torch.stack(parts).sum(0))
 
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:

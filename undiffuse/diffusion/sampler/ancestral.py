@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.diffusion.denoiser import VARIANCES, FixedLarge, Variance, reverse
-from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.denoiser import VARIANCES, FixedLarge, Step, Variance, reverse
+from undiffuse.diffusion.process import Process, added
 from undiffuse.diffusion.sampler.base import Denoise, Sampler
 from undiffuse.key import Keys
 
@@ -18,17 +18,21 @@ class Ancestral(Sampler):
 
     variance: Annotated[Variance, VARIANCES] = FixedLarge()
 
+    def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Step:
+        return Step.between(process, t, s)
+
     def step(
         self,
         denoise: Denoise,
         process: Process,
+        c: Step,
         x: Float[Tensor, "b *x"],
         t: Float[Tensor, "b"],
         s: Float[Tensor, "b"],
         state: Any,
         keys: Keys,
     ) -> tuple[Float[Tensor, "b *x"], Any]:
-        mean, log_variance = reverse(process, self.variance, denoise(x, t), x, t, s)
-        if s[0] == 0:
+        mean, log_variance = reverse(c, self.variance, denoise(x, t), x)
+        if c.last.all():
             return mean, state
-        return mean + (0.5 * log_variance).exp() * keys.normal(*x.shape[1:]), state
+        return added(mean, (0.5 * log_variance).exp(), keys.normal(*x.shape[1:])), state

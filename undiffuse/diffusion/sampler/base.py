@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,13 +10,17 @@ from torch import Tensor
 
 from undiffuse.config import Table
 from undiffuse.diffusion.denoiser import Prediction
-from undiffuse.diffusion.process import Process, per_image
+from undiffuse.diffusion.process import Process, combined, per_image, ready, row
 from undiffuse.key import Keys
 
 # All that a sampler knows of a model: (x_t, t) -> Prediction.
 Denoise = Callable[[Float[Tensor, "b *x"], Float[Tensor, "b"]], Prediction]
 # What may watch a chain: (steps that remain, x, t) before each step.
 Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class Nothing(NamedTuple):
+    """The coefficients of a sampler that has none."""
 
 
 class Sampler(ABC):
@@ -28,18 +32,26 @@ class Sampler(ABC):
         """What a multistep solver remembers; nothing, for the others."""
         return None
 
+    def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Any:
+        """A named tuple of numbers that the steps t → s of a chain need, in its order; see `process.ready`.
+
+        They are computed once for a chain; what `step` asks of the process itself costs a copy to the device each time.
+        """
+        return Nothing()
+
     @abstractmethod
     def step(
         self,
         denoise: Denoise,
         process: Process,
+        c: Any,
         x: Float[Tensor, "b *x"],
         t: Float[Tensor, "b"],
         s: Float[Tensor, "b"],
         state: Any,
         keys: Keys,
     ) -> tuple[Float[Tensor, "b *x"], Any]:
-        """x at s < t, and the new state."""
+        """x at s < t, and the new state; `c` is the row of `coefficients`, `ready` to multiply x."""
 
 
 SAMPLERS: Table[Sampler] = Table("sampler", Sampler, "undiffuse.diffusion.sampler")
@@ -49,9 +61,10 @@ def renoise(
     process: Process, x: Float[Tensor, "b *x"], t: Float[Tensor, "b"], s: Float[Tensor, "b"], keys: Keys
 ) -> Float[Tensor, "b *x"]:
     """A draw of q(x_s | x_t) for s > t."""
+    alpha, sigma = process.alpha_sigma(s)
     # sigma_s² − (alpha_s/alpha_t)² sigma_t², without its cancellation.
-    std = process.sigma(s) * (-torch.expm1(process.logsnr(s) - process.logsnr(t))).sqrt()
-    return per_image(process.alpha(s) / process.alpha(t), x) * x + per_image(std, x) * keys.normal(*x.shape[1:])
+    std = sigma * (-torch.expm1(process.logsnr(s) - process.logsnr(t))).sqrt()
+    return combined(per_image(alpha / process.alpha(t), x), x, per_image(std, x), keys.normal(*x.shape[1:]))
 
 
 @torch.no_grad()
@@ -73,7 +86,7 @@ def sample(
     """
     count = len(keys.rows)
     x = process.prior_std * keys.fold("x_T").normal(*shape) if start is None else start
-    state = sampler.init(x)
+    state, taken = sampler.init(x), ready(x, sampler.coefficients(process, times[:-1, None], times[1:, None]))
     for i in range(len(times) - 1):
         remaining = len(times) - 1 - i
         t, s = times[i].expand(count), times[i + 1].expand(count)
@@ -83,5 +96,5 @@ def sample(
         if times[i + 1] > times[i]:
             x, state = renoise(process, x, t, s, step_keys), sampler.init(x)
         else:
-            x, state = sampler.step(denoise, process, x, t, s, state, step_keys)
+            x, state = sampler.step(denoise, process, row(taken, i), x, t, s, state, step_keys)
     return x

@@ -1,16 +1,25 @@
 """DDIM (Song, Meng & Ermon 2021, Eq. 12): eta = 0 is deterministic, eta = 1 is the ancestral step with β̃."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from undiffuse.config import Fraction
-from undiffuse.diffusion.process import Process, per_image
+from undiffuse.diffusion.process import Process, added, combined
 from undiffuse.diffusion.sampler.base import Denoise, Sampler
 from undiffuse.key import Keys
+
+
+class Coefficients(NamedTuple):
+    """x_s = on_x x + on_x_0 x̂_0 + std z; `noisy` where std is above 0."""
+
+    on_x: Float[Tensor, "*n"]
+    on_x_0: Float[Tensor, "*n"]
+    std: Float[Tensor, "*n"]
+    noisy: Bool[Tensor, "*n"]
 
 
 @dataclass(frozen=True)
@@ -19,23 +28,24 @@ class DDIM(Sampler):
 
     eta: Fraction = 0.0
 
+    def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(t), process.alpha_sigma(s)
+        # The share of sigma_s² that is left for ε̂; as a product it cannot fall below 0 by rounding.
+        kept = 1 + self.eta**2 * torch.expm1(process.logsnr(t) - process.logsnr(s))
+        on_x = kept.sqrt() * sigma_s / sigma_t
+        std = self.eta * process.small_variance(t, s).sqrt()
+        return Coefficients(on_x, alpha_s - on_x * alpha_t, std, std > 0)
+
     def step(
         self,
         denoise: Denoise,
         process: Process,
+        c: Coefficients,
         x: Float[Tensor, "b *x"],
         t: Float[Tensor, "b"],
         s: Float[Tensor, "b"],
         state: Any,
         keys: Keys,
     ) -> tuple[Float[Tensor, "b *x"], Any]:
-        x_0 = denoise(x, t).x_0
-        # The share of sigma_s² that is left for ε̂; as a product it cannot fall below 0 by rounding.
-        kept = 1 + self.eta**2 * torch.expm1(process.logsnr(t) - process.logsnr(s))
-        on_x = kept.sqrt() * process.sigma(s) / process.sigma(t)
-        on_x_0 = process.alpha(s) - on_x * process.alpha(t)
-        mean = per_image(on_x, x) * x + per_image(on_x_0, x) * x_0
-        if self.eta == 0 or s[0] == 0:
-            return mean, state
-        std = self.eta * process.small_variance(t, s).sqrt()
-        return mean + per_image(std, x) * keys.normal(*x.shape[1:]), state
+        mean = combined(c.on_x, x, c.on_x_0, denoise(x, t).x_0)
+        return added(mean, c.std, keys.normal(*x.shape[1:])) if c.noisy.all() else mean, state

@@ -1,16 +1,27 @@
 """Heun's second-order method, two network evaluations a step (Karras et al. 2022, Algorithm 1, without its noise)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from undiffuse.diffusion.process import Process, per_image
+from undiffuse.diffusion.process import Process, added, combined
 from undiffuse.diffusion.sampler.base import Denoise, Sampler
 from undiffuse.key import Keys
 
 NOISE = 1000  # sigma/alpha from which no data is left in x_t
+
+
+class Coefficients(NamedTuple):
+    """alpha and sigma at both ends, half the length of the step, and whether the rule is used."""
+
+    alpha_t: Float[Tensor, "*n"]
+    sigma_t: Float[Tensor, "*n"]
+    alpha_s: Float[Tensor, "*n"]
+    sigma_s: Float[Tensor, "*n"]
+    half: Float[Tensor, "*n"]
+    corrects: Bool[Tensor, "*n"]
 
 
 @dataclass(frozen=True)
@@ -23,28 +34,26 @@ class Heun(Sampler):
 
     order: ClassVar[int] = 2
 
+    def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(t), process.alpha_sigma(s)
+        length = sigma_s - alpha_s * sigma_t / alpha_t
+        return Coefficients(alpha_t, sigma_t, alpha_s, sigma_s, length / 2, (s > 0) & (sigma_t <= NOISE * alpha_t))
+
     def step(
         self,
         denoise: Denoise,
         process: Process,
+        c: Coefficients,
         x: Float[Tensor, "b *x"],
         t: Float[Tensor, "b"],
         s: Float[Tensor, "b"],
         state: Any,
         keys: Keys,
     ) -> tuple[Float[Tensor, "b *x"], Any]:
-        x_0, eps = _ends(denoise, process, x, t)
-        euler = process.marginal(x_0, eps, s)
-        if s[0] == 0 or process.sigma(t)[0] > NOISE * process.alpha(t)[0]:
+        x_0 = denoise(x, t).x_0
+        eps = (x - c.alpha_t * x_0) / c.sigma_t
+        euler = combined(c.alpha_s, x_0, c.sigma_s, eps)
+        if not c.corrects.all():
             return euler, state
-        _, eps_s = _ends(denoise, process, euler, s)
-        length = process.sigma(s) - process.alpha(s) * process.sigma(t) / process.alpha(t)
-        return euler + per_image(length / 2, x) * (eps_s - eps), state
-
-
-def _ends(
-    denoise: Denoise, process: Process, x: Float[Tensor, "b *x"], t: Float[Tensor, "b"]
-) -> tuple[Float[Tensor, "b *x"], Float[Tensor, "b *x"]]:
-    """The x̂_0 and ε̂ that x at t is thought to be made of."""
-    x_0 = denoise(x, t).x_0
-    return x_0, (x - per_image(process.alpha(t), x) * x_0) / per_image(process.sigma(t), x)
+        eps_s = (euler - c.alpha_s * denoise(euler, s).x_0) / c.sigma_s
+        return added(euler, c.half, eps_s - eps), state
