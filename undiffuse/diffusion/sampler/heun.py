@@ -14,11 +14,12 @@ NOISE = 1000  # sigma/alpha from which no data is left in x_t
 
 
 class Coefficients(NamedTuple):
-    """alpha and sigma at both ends, half the length of the step, and whether the rule is used."""
+    """−alpha and sigma at t, ±alpha and sigma at s, half the length of the step, and whether the rule is used."""
 
-    alpha_t: Float[Tensor, "*n"]
+    less_t: Float[Tensor, "*n"]
     sigma_t: Float[Tensor, "*n"]
     alpha_s: Float[Tensor, "*n"]
+    less_s: Float[Tensor, "*n"]
     sigma_s: Float[Tensor, "*n"]
     half: Float[Tensor, "*n"]
     corrects: Bool[Tensor, "*n"]
@@ -37,7 +38,9 @@ class Heun(Sampler):
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(t), process.alpha_sigma(s)
         length = sigma_s - alpha_s * sigma_t / alpha_t
-        return Coefficients(alpha_t, sigma_t, alpha_s, sigma_s, length / 2, (s > 0) & (sigma_t <= NOISE * alpha_t))
+        return Coefficients(
+            -alpha_t, sigma_t, alpha_s, -alpha_s, sigma_s, length / 2, (s > 0) & (sigma_t <= NOISE * alpha_t)
+        )
 
     def step(
         self,
@@ -51,9 +54,9 @@ class Heun(Sampler):
         keys: Keys,
     ) -> tuple[Float[Tensor, "b *x"], Any]:
         x_0 = denoise(x, t).x_0
-        eps = (x - c.alpha_t * x_0) / c.sigma_t
+        eps = added(x, c.less_t, x_0) / c.sigma_t
         euler = combined(c.alpha_s, x_0, c.sigma_s, eps)
         if not c.corrects.all():
             return euler, state
-        eps_s = (euler - c.alpha_s * denoise(euler, s).x_0) / c.sigma_s
+        eps_s = added(euler, c.less_s, denoise(euler, s).x_0) / c.sigma_s
         return added(euler, c.half, eps_s - eps), state

@@ -1,0 +1,127 @@
+"""What the processor does beside the network, for a sampling step, a term of the bound and an update, and did before.
+
+    python bench/overhead.py [--before COMMIT] [--rounds 5]
+
+Each round measures both commits in fresh processes, one after the other, on one thread, in processor time. "Beside" is
+a step whose network returns its input. Writes `bench/overhead.json` and the table of docs/benchmarks.md.
+"""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).parent
+BEFORE = "c3c0374"  # the last commit that sent each coefficient of a step by itself
+STEPS, UPDATES, REPEATS = 60, 10, 5
+ROWS = ("ddim", "ancestral", "heun", "a term of the bound")
+
+
+def milliseconds(run: Callable[[], object], count: int) -> float:
+    found = []
+    for _ in range(REPEATS):
+        began = time.process_time()
+        run()
+        found.append(1000 * (time.process_time() - began) / count)
+    return median(found)
+
+
+def measure() -> dict[str, float]:
+    """Of the undiffuse that is imported."""
+    import torch
+
+    from undiffuse.data.pack import open_data
+    from undiffuse.diffusion.likelihood import bound
+    from undiffuse.key import Key
+    from undiffuse.model.recipe import load_recipe
+    from undiffuse.training.trainer import Trainer
+
+    class Still(torch.nn.Module):
+        def forward(self, x: Any, time: Any, cond: Any = None) -> Any:
+            return x
+
+    recipe = load_recipe("digits", ["train.precision=float32"])
+    trainer = Trainer(recipe, recipe.model((1, 8, 8)), open_data("digits", (8, 8), 1))
+    for _ in range(3):
+        trainer.update(1000)
+    updates = milliseconds(lambda: [trainer.update(1000) for _ in range(UPDATES)], UPDATES)
+    found = {"an update of preset digits": updates}
+    model, keys = trainer.model(), Key(0).rows(4)
+    for beside in (False, True):
+        if beside:
+            model.denoiser.network = Still()
+        for name in ROWS[:3]:
+            sampler, times = model.sampler(name), model.times(STEPS)
+            model.chain(keys, times, sampler)
+            label = f"{name}, beside" if beside else name
+            found[label] = milliseconds(lambda sampler=sampler, times=times: model.chain(keys, times, sampler), STEPS)
+    x_0 = torch.zeros(4, *model.image_shape, dtype=torch.float32)
+    found[f"{ROWS[3]}, beside"] = milliseconds(lambda: bound(model.denoiser, x_0, keys, steps=STEPS), STEPS)
+    return found
+
+
+def measured(root: Path) -> dict[str, float]:
+    where = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "overhead.py"), "--here"]
+    return json.loads(subprocess.run(command, env=where, check=True, capture_output=True, text=True).stdout)
+
+
+def table(result: dict[str, Any]) -> str:
+    before, after = result["before"], result["after"]
+    lines = ["| | before (ms) | now (ms) | times |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {before[name]:.3g} | {after[name]:.3g} | {before[name] / after[name]:.2f} |" for name in after
+    ]
+    ran = result["machine"]
+    made = f"{ran['processor']}, one thread, torch {ran['torch']}, {result['date']}"
+    return "\n".join([*lines, "", f"Before is commit {result['commit']}. {made}; made by `{result['command']}`."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", default=BEFORE)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.here:
+        print(json.dumps(measure()))
+        return
+    from machine import machine, publish
+
+    from undiffuse.machine import disk
+
+    archive = subprocess.run(["git", "archive", given.before, "undiffuse"], cwd=HERE, check=True, capture_output=True)
+    rounds: list[tuple[dict[str, float], dict[str, float]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+            tar.extractall(folder, filter="data")
+        for _ in range(given.rounds):
+            rounds.append((measured(Path(folder)), measured(HERE.parent)))
+    sides = [[each[i] for each in rounds] for i in range(2)]
+    before, after = ({name: median(each[name] for each in side) for name in side[0]} for side in sides)
+    result = {
+        "command": f"python bench/overhead.py --before {given.before} --rounds {given.rounds}",
+        "date": date.today().isoformat(),
+        "seed": 0,
+        "machine": machine() | {"threads": 1},
+        "commit": given.before,
+        "rounds": given.rounds,
+        "before": before,
+        "after": after,
+    }
+    disk.write_atomic(HERE / "overhead.json", (json.dumps(result, indent=1) + "\n").encode())
+    publish("benchmarks.md", "overhead", table(result))
+
+
+if __name__ == "__main__":
+    main()
