@@ -10,7 +10,9 @@ needs the repository and an installed undiffuse. Writes `bench/card.json` and th
 import argparse
 import hashlib
 import json
+import math
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ import torch
 from machine import machine, publish
 
 import undiffuse
+from undiffuse import key
 from undiffuse.data.pack import open_data
 from undiffuse.key import Key
 from undiffuse.machine import disk
@@ -61,16 +64,38 @@ def ran(*words: str, limit: int = 300, several: int = 0) -> tuple[int, str]:
     return ended.returncode, ended.stdout + ended.stderr
 
 
+def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
+    """The median time of what is done on the device, which is waited for."""
+    taken, before, times = [], *((3, 20) if device.type == "cuda" else (0, 3))
+    for _ in range(before + times):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(taken[before:])
+
+
 def noise(device: torch.device) -> Found:
-    """Noise is the same bits everywhere; levels become numbers that round back to them."""
-    keys, levels = Key(0).fold("card").rows(3), torch.arange(256, dtype=torch.uint8, device="cpu").reshape(1, 1, 16, 16)
-    here, there = keys.normal(1001), keys.to(device).normal(1001).cpu()
+    """Noise is the same bits everywhere, by Triton and by torch; levels become numbers that round back to them."""
+    levels, found = torch.arange(256, dtype=torch.uint8, device="cpu").reshape(1, 1, 16, 16), {}
+    launch, by = key.drawn_by(device)
+    for rows in (range(3), range(2**32 - 2, 2**32 + 3), [2**40, 7, 0]):
+        keys = Key(0).fold("card").rows(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+        for count in (1001, 3072):
+            there = keys.to(device).normal(count).cpu()
+            found["equal"] = found.get("equal", True) and torch.equal(keys.normal(count), there)
+    table, words = key.normal_table(device), Key(0).words
+    for rows, shape in ((128, (3, 32, 32)), (64, (3, 256, 256))):
+        given = words, range(rows), math.prod(shape), table, key.SQRT_HALF
+        each = {"torch ms": milliseconds(device, lambda given=given: key.draw(*given))}
+        if launch is not key.draw:
+            each["Triton ms"] = milliseconds(device, lambda given=given: launch(*given))
+            each["equal"] = torch.equal(launch(*given), key.draw(*given))
+        found["×".join(map(str, (rows, *shape)))] = each
     far = (to_float(levels.to(device)).cpu() - to_float(levels)).abs().max()
-    return {
-        "expected": "equal bits; 1.2e-7 at most",
-        "equal": torch.equal(here, there),
-        "to_float differs by": float(far),
-    }
+    found |= {"by": by, "to_float differs by": float(far)}
+    return {"expected": "Triton on a card; equal bits; 1.2e-7 at most", **found}
 
 
 def samples(device: torch.device) -> Found:

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "undiffuse"
 ROWS = tuple(
     (place, tuple(names.split()))
     for place, names in (
-        ("", "errors strict key config figure"),
+        ("", "errors strict kernel key config figure"),
         ("machine", "disk log lock tensorfile arrayfile store sink dist watch device"),
         ("network", "base block attention resample unet"),
         ("diffusion", "process grid density gaussian denoiser objective likelihood flow sampler/"),
@@ -52,7 +52,7 @@ ONLY = {
 }  # fmt: skip
 BASE = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "typer", "rich", "tomli_w"}
 BASE |= {"pydantic", "pydantic_core", "annotated_types"}  # one distribution and the two that it is made of
-EXTRA = {"resvg_py", "wandb", "transformers", "torchdiffeq"}  # inside functions only
+EXTRA = {"resvg_py", "wandb", "transformers", "torchdiffeq", "triton"}  # inside functions only
 PLATFORM = {"fcntl", "msvcrt", "termios", "resource", "pwd", "grp"}  # inside functions only
 
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

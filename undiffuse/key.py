@@ -9,8 +9,9 @@ Nothing is consumed: the same key gives the same numbers each time, so fold a fr
 
 import hashlib
 import json
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import SupportsIndex
@@ -20,6 +21,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
+from undiffuse.errors import is_out_of_memory
 from undiffuse.strict import whole
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -27,6 +29,9 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 NORMAL_TABLE_CRC32 = 0x546C8CB1
 SQRT_HALF = 0.7071067690849304  # float32(1/√2), exactly
+
+Rows = range | Tensor  # those of a range are known without being moved
+Draw = Callable[[tuple[int, int], Rows, int, Tensor, float], Tensor]
 
 
 def moved(values: Shaped[Tensor, "*n"], device: torch.device | str) -> Shaped[Tensor, "*n"]:
@@ -38,16 +43,40 @@ def moved(values: Shaped[Tensor, "*n"], device: torch.device | str) -> Shaped[Te
     return values.to(device, non_blocking=device.type == "cuda" and values.device.type == "cpu")
 
 
+def low(words: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+    """The lower 32 bits of each int64, where they are in memory."""
+    return words.view(torch.int32)[..., int(sys.byteorder == "big") :: 2]
+
+
+def high(words: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+    """The upper 32 bits of each int64, where they are in memory."""
+    return words.view(torch.int32)[..., int(sys.byteorder == "little") :: 2]
+
+
 def philox(counter: Sequence[Int[Tensor, "*n"]], key: tuple[int, int], rounds: int = 10) -> list[Int[Tensor, "*n"]]:
-    """Four random words from four counter words, each a 32-bit value in an int64 tensor."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        # The product of two words fits 64 bits; int64 wraps, so both halves are right once they are masked.
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
-        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return [c0, c1, c2, c3]
+    """Four random words from four counter words, each a 32-bit value in an int64 tensor.
+
+    On a card each operation is a launch: a round is four, because both of its halves are in one tensor. What the second
+    and the fourth word of the counter have above 32 bits is not read.
+    """
+    even, odd = torch.stack([counter[0], counter[2]]), torch.stack([counter[1], counter[3]])
+    products, r = torch.empty_like(even), torch.arange(rounds, dtype=torch.int64, device=even.device)
+    # Key r is key + r · Weyl mod 2^32; in the upper half of an int64, which wraps, it needs no mask.
+    k0, k1 = (signed(word << 32) + r * signed(weyl << 32) for word, weyl in zip(key, WEYL, strict=True))
+    for keys in torch.stack([k0, k1], dim=1).view(rounds, 2, *[1] * counter[0].ndim):
+        # The product of two words fits 64 bits, so both of its halves are right though int64 wraps.
+        torch.mul(even[1], MULTIPLIERS[1], out=products[0])
+        torch.mul(even[0], MULTIPLIERS[0], out=products[1])
+        products ^= keys
+        torch.bitwise_xor(high(products), low(odd), out=low(even))
+        odd, products = products, odd
+    odd &= MASK
+    return [even[0], odd[0], even[1], odd[1]]
+
+
+def signed(bits: int) -> int:
+    """The int64 that has these 64 bits."""
+    return bits - (bits >> 63 << 64)
 
 
 @cache
@@ -59,6 +88,67 @@ def normal_table(device: torch.device) -> Float[Tensor, "65536"]:
     if crc != NORMAL_TABLE_CRC32:
         raise RuntimeError(f"the normal table has CRC {crc:#x}, not {NORMAL_TABLE_CRC32:#x}: this torch's ndtri is off")
     return (table.to(torch.float32) / 4096).to(device)
+
+
+def range_of(rows: Int[Tensor, "b"]) -> range | None:
+    """Rows that follow one another, as two numbers, which a card is told without a copy; None of others."""
+    if not len(rows):
+        return range(0)
+    first = int(rows[0])
+    each = range(first, first + len(rows))
+    if each.stop < 2**63 and torch.equal(rows, _index(each, torch.device("cpu"))):
+        return each
+    return None
+
+
+def _index(rows: Rows, device: torch.device) -> Int[Tensor, "b"]:
+    if isinstance(rows, range):
+        return torch.arange(rows.start, rows.stop, rows.step, dtype=torch.int64, device=device)
+    return moved(rows, device)
+
+
+def draw_bits(words: tuple[int, int], rows: Int[Tensor, "b"], count: int) -> Int[Tensor, "b n"]:
+    """At least `count` random words a row, a multiple of four, for the key of those two words."""
+    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=rows.device)
+    shape, rows = (len(rows), len(blocks)), rows[:, None]
+    counter = [blocks, torch.zeros_like(rows), rows & MASK, rows >> 32]
+    return torch.stack(philox([word.expand(shape) for word in counter], words), dim=-1).flatten(1)
+
+
+def draw(
+    words: tuple[int, int], rows: Rows, count: int, table: Float[Tensor, "65536"], scale: float
+) -> Float[Tensor, "b n"]:
+    """[rows, count] normal numbers on the device of the table: the sum of two of its values, times `scale`."""
+    bits = draw_bits(words, _index(rows, table.device), count)
+    index = bits.flatten()
+    total = table.index_select(0, index & 0xFFFF).add_(table.index_select(0, index >> 16))
+    return total.view(bits.shape)[:, :count] * scale
+
+
+@cache
+def drawn_by(device: torch.device) -> tuple[Draw, str]:
+    """What draws normal numbers on a device, and how `doctor` calls it: on a card a Triton kernel, else torch.
+
+    The kernel is first tried. What Triton raises where a compiler, a driver or a header is missing has no common type,
+    so each error but a lack of memory means torch, which draws the same bits in more launches; the reason is kept.
+    """
+    if device.type != "cuda":
+        return draw, "torch"
+    table = normal_table(device)
+    others = torch.tensor([2**33, 7, 0], dtype=torch.int64, device=table.device)
+    trials = (((1, MASK), range(MASK, MASK + 3), 48, table, SQRT_HALF), ((MASK, 3), others, 5, table, SQRT_HALF))
+    try:
+        from undiffuse.kernel import draw as launch
+
+        if all(torch.equal(launch(*trial), draw(*trial)) for trial in trials):
+            return launch, "Triton"
+        return draw, "torch (the Triton kernel draws other numbers here)"
+    except ImportError as error:
+        return draw, f"torch (Triton cannot be imported: {error})"
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return draw, f"torch (the Triton kernel fails: {' '.join(f'{type(error).__name__}: {error}'.split())})"
 
 
 @dataclass(frozen=True)
@@ -82,9 +172,15 @@ class Key:
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
     def rows(self, rows: int | Int[Tensor, "b"], device: torch.device | str = "cpu") -> "Keys":
-        """The keys of rows 0 … n − 1, or of the rows given, whose numbers are drawn on that device."""
-        index = torch.arange(rows, dtype=torch.int64, device="cpu") if isinstance(rows, int) else rows
-        return Keys(self, index.to(device="cpu", dtype=torch.int64), torch.device(device))
+        """The keys of rows 0 … n − 1, or of the rows given, whose numbers are drawn on that device.
+
+        A tensor of rows is kept, and is not to be changed.
+        """
+        if isinstance(rows, int):
+            rows = torch.arange(rows, dtype=torch.int64, device="cpu")
+            return Keys(self, rows, torch.device(device), range(len(rows)))
+        rows = rows.to(device="cpu", dtype=torch.int64)
+        return Keys(self, rows, torch.device(device), range_of(rows))
 
     def normal(self, *shape: int) -> Float[Tensor, "*shape"]:
         return self.rows(1).normal(*shape)[0]
@@ -104,30 +200,30 @@ class Keys:
     key: Key
     rows: Int[Tensor, "b"]
     device: torch.device
+    known: range | None = None  # the rows as a range, where they are one
 
     def fold(self, *names: str | int) -> "Keys":
         """The keys of a sub-purpose: `key.rows(n).fold(x)` draws what `key.fold(x).rows(n)` does."""
         return replace(self, key=self.key.fold(*names))
 
     def __getitem__(self, part: slice) -> "Keys":
-        return replace(self, rows=self.rows[part])
+        return replace(self, rows=self.rows[part], known=None if self.known is None else self.known[part])
 
     def to(self, device: torch.device | str) -> "Keys":
         return replace(self, device=torch.device(device))
 
     def bits(self, count: int) -> Int[Tensor, "b n"]:
         """At least `count` random 32-bit words a row, a multiple of four."""
-        blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=self.device)  # (n/4,)
-        rows = moved(self.rows, self.device)[:, None].expand(-1, len(blocks))  # (b, n/4)
-        counter = [blocks.expand_as(rows), torch.zeros_like(rows), rows & MASK, (rows >> 32) & MASK]
-        return torch.stack(philox(counter, self.key.words), dim=-1).flatten(1)
+        return draw_bits(self.key.words, _index(self.rows if self.known is None else self.known, self.device), count)
 
     def normal(self, *shape: int) -> Float[Tensor, "b *shape"]:
         """Standard normal float32, bit-equal on every device: the sum of two table values over the root of two."""
         count = int(torch.Size(shape).numel())
         with record_function("undiffuse noise"):
-            words, table = self.bits(count)[:, :count], normal_table(self.device)
-            return ((table[words & 0xFFFF] + table[words >> 16]) * SQRT_HALF).reshape(len(self.rows), *shape)
+            launch, _ = drawn_by(self.device)
+            rows = moved(self.rows, self.device) if self.known is None else self.known
+            z = launch(self.key.words, rows, count, normal_table(self.device), SQRT_HALF)
+            return z.reshape(len(self.rows), *shape)
 
     def uniform(self, *shape: int) -> Float[Tensor, "b *shape"]:
         """Uniform on [0, 1), float64 with 53 bits, on the CPU: not every device has such numbers."""

@@ -156,6 +156,7 @@ def test_inspect_verify_presets_doctor(call, run_folder):
     assert presets["cifar10"]["expected"]["fid_train"] == 3.17
     found = json.loads(call("doctor", "--json")[1])
     assert found["torch"] == torch.__version__ and found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert found["noise"].startswith("Tri" if torch.cuda.is_available() else "torch")
 
 
 def test_average_rebuilds_a_model_from_a_run(call, tmp_path):

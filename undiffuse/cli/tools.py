@@ -245,7 +245,8 @@ def export_model(
 def doctor(as_json: JsonOpt = False) -> None:
     """Show versions, devices and data sets on this machine.
 
-    `device` is what `--device auto` uses here.
+    `device` is what `--device auto` uses here, and `noise` what draws normal noise on it: a Triton kernel, or torch,
+    which draws the same bits; on a card with the reason.
 
     Example:
 
@@ -261,6 +262,7 @@ def doctor(as_json: JsonOpt = False) -> None:
     from undiffuse.data.format.named import FashionMnist
     from undiffuse.data.source import open_raw
     from undiffuse.errors import DataError
+    from undiffuse.key import drawn_by
     from undiffuse.machine.device import choose
 
     try:
@@ -270,10 +272,12 @@ def doctor(as_json: JsonOpt = False) -> None:
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = {"undiffuse": __version__, "python": platform.python_version(), "torch": torch.__version__}
     found |= {name: version(name) for name in ("numpy", "pillow", "safetensors")}
+    device = choose()
     show(
         found
         | {
-            "device": str(choose()),
+            "device": str(device),
+            "noise": drawn_by(device)[1],
             "threads": torch.get_num_threads(),
             "cuda": ", ".join(cuda) or "none",
             "fashion_mnist": fashion,
