@@ -103,7 +103,8 @@ def range_of(rows: Int[Tensor, "b"]) -> range | None:
 
 def _index(rows: Rows, device: torch.device) -> Int[Tensor, "b"]:
     if isinstance(rows, range):
-        return torch.arange(rows.start, rows.stop, rows.step, dtype=torch.int64, device=device)
+        end = max(rows.start, rows.stop)  # an empty slice may end before it begins
+        return torch.arange(rows.start, end, rows.step, dtype=torch.int64, device=device)
     return moved(rows, device)
 
 
