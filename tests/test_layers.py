@@ -22,7 +22,7 @@ PACKAGE = ROOT / "undiffuse"
 ROWS = tuple(
     (place, tuple(names.split()))
     for place, names in (
-        ("", "errors strict kernel key config figure"),
+        ("", "errors strict timing kernel key config figure"),
         ("machine", "disk log lock tensorfile arrayfile store sink dist watch device"),
         ("network", "base block attention resample unet"),
         ("diffusion", "process grid density gaussian denoiser objective likelihood flow sampler/"),

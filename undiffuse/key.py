@@ -19,10 +19,10 @@ from typing import SupportsIndex
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
 from undiffuse.errors import is_out_of_memory
 from undiffuse.strict import whole
+from undiffuse.timing import stage
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -220,7 +220,7 @@ class Keys:
     def normal(self, *shape: int) -> Float[Tensor, "b *shape"]:
         """Standard normal float32, bit-equal on every device: the sum of two table values over the root of two."""
         count = int(torch.Size(shape).numel())
-        with record_function("undiffuse noise"):
+        with stage("noise"):
             launch, _ = drawn_by(self.device)
             rows = moved(self.rows, self.device) if self.known is None else self.known
             z = launch(self.key.words, rows, count, normal_table(self.device), SQRT_HALF)

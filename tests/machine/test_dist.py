@@ -280,10 +280,10 @@ from undiffuse.machine import dist, watch
 from undiffuse.training import trainer
 watch.PATIENCE = 3.0
 real = trainer.Trainer.update
-def update(self, last):
+def update(self, last, *vote):
     while self.step == 3 and dist.rank() == 1:
         time.sleep(1)
-    return real(self, last)
+    return real(self, last, *vote)
 trainer.Trainer.update = update
 cli.main()
 """

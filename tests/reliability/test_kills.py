@@ -135,10 +135,10 @@ from undiffuse.training import trainer
 from undiffuse.machine import watch
 watch.PATIENCE = 2.0
 real = trainer.Trainer.update
-def update(self, last):
+def update(self, last, *vote):
     while self.step == 4:
         time.sleep(1)
-    return real(self, last)
+    return real(self, last, *vote)
 trainer.Trainer.update = update
 cli.main()
 """

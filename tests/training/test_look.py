@@ -92,8 +92,8 @@ def test_a_signal_at_the_held_out_loss_that_ends_the_run_changes_nothing(tmp_pat
     run(chosen, data, tmp_path / "whole", held_out=data)
     real = Trainer.update
 
-    def update(self, last):
-        found = real(self, last)
+    def update(self, last, *vote):
+        found = real(self, last, *vote)
         if self.step == 14 and not losses.count(99):
             losses.append(99)
             flags[-1].name = "SIGTERM"
@@ -197,9 +197,9 @@ def test_the_time_of_previews_is_not_that_of_steps(tmp_path, data, monkeypatch, 
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     real, ticks = Trainer.update, []
 
-    def update(self, last):
+    def update(self, last, *vote):
         now[0] += 2.0
-        return real(self, last)
+        return real(self, last, *vote)
 
     def grids(trainer, folder, lines, tick):
         for _ in range(3):

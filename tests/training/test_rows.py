@@ -18,7 +18,7 @@ def known(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
 
-    def update(self, last):
+    def update(self, last, *vote):
         now[0] += 2.0
         self.step += 1
         odd = {"loss_q1": 10.0 * self.step} if self.step % 2 else {}

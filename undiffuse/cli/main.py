@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -62,7 +62,16 @@ def main() -> None:
         code = _fail(
             f"out of memory{said}; give a smaller --batch, -n or --set train.micro_batch=8", MemoryExhausted.exit_code
         )
-    sys.exit(code or 0)
+    _end(code or 0)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process; a command that has not used torch has no processes to leave."""
+    if "torch" in sys.modules:
+        from undiffuse.machine import dist
+
+        dist.end(code)
+    sys.exit(code)
 
 
 def after_nan(error: NotFiniteError) -> str:

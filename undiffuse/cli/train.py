@@ -33,7 +33,9 @@ MinutesOpt = Annotated[float | None, typer.Option("--minutes", help="Stop after 
 InitOpt = Annotated[str | None, typer.Option("--init", help="Fine-tune: start from the weights of this model")]
 LogsOpt = Annotated[list[str] | None, typer.Option("--log", help="Also log to tensorboard or wandb; may be repeated")]
 AcceptOpt = Annotated[bool, typer.Option("--accept-data", help="Go on with a run although its data has changed")]
-ProfileOpt = Annotated[bool, typer.Option("--profile", help="Run 25 steps and show where time and memory go")]
+ProfileOpt = Annotated[
+    bool, typer.Option("--profile", help="Run 25 steps, or up to 80 if compiled, and show where time and memory go")
+]
 PackOpt = Annotated[
     bool | None,
     typer.Option(

@@ -4,17 +4,20 @@
 without them nothing here touches `torch.distributed`. Process 0 decides, writes and speaks, and tells the others.
 """
 
+import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as group
 from jaxtyping import Shaped
 from torch import Tensor
 
+from undiffuse import errors
 from undiffuse.errors import Error, Stalled, UsageError
 
 PATIENCE = timedelta(minutes=10)  # how long a sum waits for a process that is alive but does not come
@@ -46,26 +49,42 @@ def turns(count: int, batch: int) -> range:
     return range(rank() * batch, count, size() * batch)
 
 
+def backend() -> str:
+    """What sums: which device a process computes on is not known yet; sums on the CPU never touch nccl."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and group.is_nccl_available() else "gloo"
+
+
 @contextmanager
 def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
     """Inside, the processes that were started together can sum; a process started alone is not affected.
 
-    Raises Stalled when one of the others has ended or does not answer.
+    Raises Stalled when one of the others has ended or does not answer. After an error a group with nccl is left as it
+    is, for destroying it may wait for ever for one that is gone; `end` then ends the process.
     """
     if not together() or group.is_initialized():
         yield
         return
-    # Which device a process computes on is not known yet; sums on the CPU never touch nccl.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and group.is_nccl_available() else "gloo"
     with lost():
-        group.init_process_group(backend, timeout=patience)
+        group.init_process_group(backend(), timeout=patience)
         _patient.append(group.new_group(timeout=LONG, backend="gloo"))
+    orderly = "nccl" not in backend()
     try:
         with lost():
             yield
+        orderly = True
     finally:
         _patient.clear()
-        group.destroy_process_group()
+        if orderly:
+            group.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process, at once where a group is left: Python's own end would destroy it, as `joined` did not."""
+    if group.is_available() and group.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager
@@ -118,20 +137,53 @@ def share(tensors: Iterable[Shaped[Tensor, "..."]], source: int = 0) -> None:
                 tensor.copy_(sent)
 
 
-def decide(number: int) -> int:
-    """What process 0 says, everywhere."""
+def decide(number: int, source: int = 0) -> int:
+    """What one process says, process 0 unless another is named, everywhere."""
     value = torch.tensor(number, dtype=torch.int64, device="cpu")
-    share([value])
+    share([value], source)
     return int(value)
 
 
-def tell(text: str) -> str:
-    """The text of process 0, everywhere."""
+def tell(text: str, source: int = 0) -> str:
+    """The text of one process, everywhere."""
     data = text.encode()
-    length = decide(len(data))
-    sent = torch.tensor(list(data) if rank() == 0 else [0] * length, dtype=torch.uint8, device="cpu")
-    share([sent])
+    length = decide(len(data), source)
+    sent = torch.tensor(list(data) if rank() == source else [0] * length, dtype=torch.uint8, device="cpu")
+    share([sent], source)
     return bytes(sent.tolist()).decode()
+
+
+def votes(*own: bool) -> list[bool]:
+    """Whether any process says so, for each.
+
+    It goes by the CPU, and is a sign of life: sums on cards are only queued, so that a process which waits for its card
+    before it has voted waits for ever if another one is gone.
+    """
+    if size() == 1:
+        return list(own)
+    said = total(torch.tensor(own, dtype=torch.int64, device="cpu"))
+    return [bool(count) for count in said]
+
+
+def is_alive() -> None:
+    """Raises Stalled, once that is turned by `lost`, if one of the others is gone."""
+    votes(False)
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """An error of one process inside is raised by all, at the end, where they meet; of several that of the first."""
+    failure = None
+    try:
+        yield
+    except Error as error:
+        failure = error
+    failed = votes(*(failure is not None and number == rank() for number in range(size())))
+    if not any(failed):
+        return
+    source = failed.index(True)
+    kind, text = json.loads(tell(json.dumps([type(failure).__name__, str(failure)]), source))
+    raise failure if failure is not None and source == rank() else getattr(errors, kind)(text)
 
 
 def wait_for_first() -> None:

@@ -109,20 +109,21 @@ def measured(
 
     Finished batches are kept in `out`, whose question is `claim`; `kept(part)` is called for those that were there.
     """
-    found = []
-    for first in (firsts := dist.turns(count, batch)):
-        rows = torch.arange(first, min(first + batch, count), dtype=torch.int64, device="cpu")
-        path = None if out is None else out / f"part-{first:08d}.npz"
-        part = None if path is None or not path.exists() else parts.read(path, len(rows))
-        if part is not None:
-            kept(part)
-        else:
-            part = measure(rows)
-            if out is not None and path is not None:
-                if not (out / QUERY).exists():
-                    disk.write_json(out / QUERY, claim)
-                parts.write(path, part)
-        found.append(part)
+    found, firsts = [], dist.turns(count, batch)
+    with dist.alike():
+        for first in firsts:
+            rows = torch.arange(first, min(first + batch, count), dtype=torch.int64, device="cpu")
+            path = None if out is None else out / f"part-{first:08d}.npz"
+            part = None if path is None or not path.exists() else parts.read(path, len(rows))
+            if part is not None:
+                kept(part)
+            else:
+                part = measure(rows)
+                if out is not None and path is not None:
+                    if not (out / QUERY).exists():
+                        disk.write_json(out / QUERY, claim)
+                    parts.write(path, part)
+            found.append(part)
     return parts.joined(found) if dist.size() == 1 else parts.gathered(found, firsts, count)
 
 

@@ -188,10 +188,11 @@ class Model:
         n, batch = self.count(whole("n", n, 1), label), whole("batch", batch, 1)
         told, keys, batch = self.told(label, n, seed), Key(seed).fold("sample").rows(n), _share(n, batch)
         images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8, device="cpu"), self.times(steps)
-        for i in dist.turns(n, batch):
-            cond = told.conditioning.at(slice(i, i + batch))
-            x = self.chain(keys[i : i + batch], times, self.sampler(solver), cond, progress=progress)
-            images[i : i + batch] = to_uint8(x)
+        with dist.alike():
+            for i in dist.turns(n, batch):
+                cond = told.conditioning.at(slice(i, i + batch))
+                x = self.chain(keys[i : i + batch], times, self.sampler(solver), cond, progress=progress)
+                images[i : i + batch] = to_uint8(x)
         return dist.total(images)
 
     def count(self, n: int, label: Label = None) -> int:

@@ -92,31 +92,32 @@ def gather(
 
     `timed` is told the seconds of the first batch that is not read from `kept`; `see` is given the images of the
     batches that begin below image `seen`, and their numbers. Raises NotFiniteError, before anything of that batch is
-    kept, for features with NaN or infinity in them.
+    kept, for features with NaN or infinity in them; if one process does, all do.
     """
-    for first in dist.turns(n, batch):
-        index = torch.arange(first, min(first + batch, n), dtype=torch.int64, device="cpu")
-        pictures, found = None, None if kept is None else kept.read(first, len(index), extractors)
-        if found is None:
-            began = time.monotonic()
-            pictures = images(index)
-            found = {each.name: on_cpu(each(pictures)) for each in extractors}
-            for features in found.values():
-                for part in features.parts():
-                    refuse_not_finite(features[part], index, part)
-            if kept is not None:
-                kept.write(first, found, pictures)
-            if timed is not None:
-                timed(time.monotonic() - began)
-                timed = None
-        if see is not None and first < seen:
-            if pictures is None:
-                pictures = kept.read_images(first) if kept and first < kept.images else images(index)
-            see(pictures, index)
-        for name, features in found.items():
-            take(name, features, index)
-        if tick is not None:
-            tick(len(index))
+    with dist.alike():
+        for first in dist.turns(n, batch):
+            index = torch.arange(first, min(first + batch, n), dtype=torch.int64, device="cpu")
+            pictures, found = None, None if kept is None else kept.read(first, len(index), extractors)
+            if found is None:
+                began = time.monotonic()
+                pictures = images(index)
+                found = {each.name: on_cpu(each(pictures)) for each in extractors}
+                for features in found.values():
+                    for part in features.parts():
+                        refuse_not_finite(features[part], index, part)
+                if kept is not None:
+                    kept.write(first, found, pictures)
+                if timed is not None:
+                    timed(time.monotonic() - began)
+                    timed = None
+            if see is not None and first < seen:
+                if pictures is None:
+                    pictures = kept.read_images(first) if kept and first < kept.images else images(index)
+                see(pictures, index)
+            for name, features in found.items():
+                take(name, features, index)
+            if tick is not None:
+                tick(len(index))
 
 
 def on_cpu(features: Features) -> Features:

@@ -51,8 +51,8 @@ def train(
 ) -> Model:
     """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model.
 
-    `logs` names the sinks besides `log.jsonl`: tensorboard, wandb. `profile` makes 25 steps and writes where their time
-    went to `profile.json`. Under `torchrun` every process calls this with the same; process 0 alone writes and speaks.
+    `logs` names the sinks besides `log.jsonl`: tensorboard, wandb. `profile` measures 20 steps and writes where their
+    time went to `profile.json`. Under `torchrun` all processes call this with the same; process 0 writes and speaks.
     """
     sinks, budget = sink.find(logs), Budget() if budget is None else budget
     with dist.joined(), listening() as flag, ExitStack() as stack:
@@ -216,6 +216,7 @@ class _Loop:
             self.lowest = look.Lowest(measured=self.lowest.measured)  # what was the lowest was not kept
         self.first_loss: float | None = before.get("health", {}).get("first")
         self.window: list[dict[str, float]] = []
+        self.asked = self.over = False  # whether any process was sent a signal, and process 0's minutes are over
         self.ended = ""  # what ended the run: steps, minutes, held-out loss
         self.seconds = 0.0  # that the steps of the window took
         self.paces = deque[float](maxlen=101)  # seconds of the latest steps
@@ -257,12 +258,14 @@ class _Loop:
         """One step and all that is due after it. Returns what ended the run, if it was the last."""
         trainer, config = self.trainer, self.config
         began = time.monotonic()
-        self.window.append(trainer.update(self.last))
+        self.window.append(trainer.update(self.last, self._vote))
         self.paces.append(time.monotonic() - began)
         self.seconds += self.paces[-1]
         dog.stepped()
-        asked, over = self._agreed()
-        done = "steps" if trainer.step == self.last else "minutes" if over else ""
+        if dist.size() == 1:  # alone a process need not stop where it voted
+            self._vote()
+        asked = self.asked
+        done = "steps" if trainer.step == self.last else "minutes" if self.over else ""
         due = bool(done) or trainer.step % config.held_out_every == 0
         # What may end the run is measured even after a signal, so that the run ends where an unbroken one does.
         if due and (config.patience or not asked) and self._measure(lines, dog, bar):
@@ -283,15 +286,11 @@ class _Loop:
             raise Preempted(f"{name}: stopped after step {trainer.step}, which is saved; the same command goes on")
         return done
 
-    def _agreed(self) -> tuple[bool, bool]:
-        """Whether any process was sent a signal, and whether process 0 has reached the end of the minutes."""
+    def _vote(self) -> None:
+        """In every step once, before it waits for its card: what all processes do after this step."""
         minutes = self.budget.minutes
         over = minutes is not None and self.first and time.monotonic() - self.started >= 60 * minutes
-        asked = self.flag.name is not None
-        if dist.size() == 1:
-            return asked, over
-        votes = dist.total(torch.tensor([int(asked), int(over)], dtype=torch.int64, device="cpu"))
-        return bool(votes[0]), bool(votes[1])
+        self.asked, self.over = dist.votes(self.flag.name is not None, over)
 
     def _log(self, lines: look.Journal, bar: log.Progress, ended: bool) -> None:
         step, last = self.trainer.step, self.window[-1]

@@ -8,7 +8,7 @@ processes there are.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +35,7 @@ from undiffuse.model.load import from_weights
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
 from undiffuse.network.base import NOTHING, Conditioning
+from undiffuse.timing import stage
 from undiffuse.training.plan import shares
 from undiffuse.training.tune import begin_with
 
@@ -89,26 +89,31 @@ class Trainer:
             network.compile()
         return network
 
-    def update(self, last: int) -> dict[str, float]:
-        """One step. A loss or gradient that is not finite stops it before anything has changed."""
+    def update(self, last: int, vote: Callable[[], object] = dist.is_alive) -> dict[str, float]:
+        """One step. A loss or gradient that is not finite stops it before anything has changed.
+
+        `vote` is called when all work is queued, before the device is waited for: there the processes meet on the CPU.
+        """
         train, step = self.recipe.train, self.step
-        with record_function("undiffuse data"):
+        with stage("data"):
             batch = self.batches.at(step)
         losses, t = self._gradients(batch)
-        with record_function("undiffuse clip"):
+        with stage("clip"):
             norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
-            read = torch.cat([norm.to(losses).reshape(1), losses]).cpu()  # the one wait for the device of a step
-            norm, losses = float(read[0]), read[1:]
-            sums = self._sums(losses, t)
-            loss = float(sums[0].sum()) / train.batch
+            queued = torch.cat([norm.to(losses).reshape(1), losses])
+        vote()
+        read = queued.cpu()  # the one wait for the device of a step
+        norm, losses = float(read[0]), read[1:]
+        sums = self._sums(losses, t)
+        loss = float(sums[0].sum()) / train.batch
         if not (math.isfinite(norm) and sums.isfinite().all()):
             raise self._not_finite(batch, losses, loss, norm)
         rate = learning_rate(train, step, last)
         for group in self.adam.param_groups:
             group["lr"] = rate
-        with record_function("undiffuse optimizer"):
+        with stage("optimizer"):
             self.adam.step()
-        with record_function("undiffuse ema"):
+        with stage("ema"):
             self.ema.update(self.weights, step)
             self.profiles.update(self.weights, step)
         self.step += 1
@@ -126,10 +131,10 @@ class Trainer:
             row = int(batch.rows[first])
             torch.manual_seed(self.key.fold("dropout", self.step, row).integer())
             with nullcontext() if first + self.micro >= self.share else self.unsynchronised():
-                with record_function("undiffuse forward"):
+                with stage("forward"):
                     loss, t = self.loss(batch, slice(first, first + self.micro))
                 # DistributedDataParallel takes the mean over processes, an exact sum does not.
-                with record_function("undiffuse backward"):
+                with stage("backward"):
                     (loss.sum() / (self.recipe.train.batch if exact else self.share)).backward()
             losses.append(loss.detach())
             times.append(t)
