@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -190,11 +191,12 @@ def test_a_kernel_that_cannot_be_made_here_is_not_used_and_the_reason_is_kept(ca
     assert drawn_by.__wrapped__(card) == (key.draw, f"torch (the Triton kernel {said})")
 
 
-@pytest.mark.parametrize("name", ["triton", "triton.language"])
-def test_without_triton_torch_draws(card, monkeypatch, name):
-    """Missing, or installed and broken: Python says either by an ImportError."""
+@pytest.mark.parametrize("triton", [None, ModuleType("triton")], ids=["missing", "broken"])
+def test_without_triton_torch_draws(card, monkeypatch, triton):
+    """Python says by an ImportError that a module is missing, and that it is not what it should be."""
     kernel._compiled.cache_clear()
-    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "triton.language", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", triton)
     draw, said = drawn_by.__wrapped__(card)
     assert draw is key.draw and said.startswith("torch (Triton cannot be imported: ")
 
