@@ -18,8 +18,9 @@ from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser,
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.likelihood import bound
+from undiffuse.diffusion.numbers import per_image, ready
 from undiffuse.diffusion.objective import OBJECTIVES
-from undiffuse.diffusion.process import PROCESSES, Edm, Linear, Straight, per_image, ready
+from undiffuse.diffusion.process import PROCESSES, Edm, Linear, Straight
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.key import Key
 from undiffuse.measure.nll import nll

@@ -29,8 +29,9 @@ from undiffuse.data.subset import divide
 from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Eps, LearnedRange, Prediction, Step
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import GRIDS
+from undiffuse.diffusion.numbers import ready
 from undiffuse.diffusion.objective import OBJECTIVES
-from undiffuse.diffusion.process import PROCESSES, Linear, ready
+from undiffuse.diffusion.process import PROCESSES, Linear
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.figure import grid, png
 from undiffuse.interop.diffusers import read_folder, write_folder

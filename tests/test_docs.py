@@ -29,8 +29,9 @@ from undiffuse.diffusion.denoiser import (
 )
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import GRIDS
+from undiffuse.diffusion.numbers import F64, per_image, ready
 from undiffuse.diffusion.objective import OBJECTIVES, Simple
-from undiffuse.diffusion.process import F64, PROCESSES, Cosine, Edm, Linear, Straight, per_image, ready
+from undiffuse.diffusion.process import PROCESSES, Cosine, Edm, Linear, Straight
 from undiffuse.diffusion.sampler.base import SAMPLERS, sample
 from undiffuse.errors import UsageError
 from undiffuse.key import Key

@@ -25,7 +25,8 @@ from undiffuse.diffusion.denoiser import (
     reverse,
 )
 from undiffuse.diffusion.gaussian import decoder_nll, kl
-from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight, ready
+from undiffuse.diffusion.numbers import ready
+from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight
 from undiffuse.errors import UsageError
 from undiffuse.network.base import Conditioning
 

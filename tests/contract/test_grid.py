@@ -11,8 +11,9 @@ from undiffuse.diffusion import density, grid
 from undiffuse.diffusion.density import LogitNormal, LogNormal, Uniform
 from undiffuse.diffusion.grid import GRIDS, Even, Karras
 from undiffuse.diffusion.likelihood import chain
+from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.objective import MinSnr, Simple
-from undiffuse.diffusion.process import F64, PROCESSES, Cosine, Edm, Linear, Process, Straight
+from undiffuse.diffusion.process import PROCESSES, Cosine, Edm, Linear, Process, Straight
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.heun import Heun
 from undiffuse.errors import UsageError

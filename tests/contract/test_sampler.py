@@ -8,7 +8,8 @@ import torch
 
 from undiffuse.diffusion.denoiser import FixedLarge, FixedSmall, Learned, Mu, Prediction
 from undiffuse.diffusion.grid import Even
-from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight, per_image, ready
+from undiffuse.diffusion.numbers import per_image, ready
+from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, renoise, sample
 from undiffuse.diffusion.sampler.ddim import DDIM

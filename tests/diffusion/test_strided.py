@@ -11,7 +11,8 @@ import torch
 from undiffuse.diffusion.denoiser import Denoiser, Eps, FixedLarge, FixedSmall, LearnedRange, Prediction, Step
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.likelihood import chain
-from undiffuse.diffusion.process import Linear, ready
+from undiffuse.diffusion.numbers import ready
+from undiffuse.diffusion.process import Linear
 from undiffuse.diffusion.sampler.base import sample
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.key import Key

@@ -13,7 +13,8 @@ from torch import nn
 
 from tests.cli import toy
 from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
-from undiffuse.diffusion.process import F64, Linear
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import Linear
 from undiffuse.errors import UsageError
 from undiffuse.measure.along import evaluate_along, stops
 from undiffuse.measure.evaluate import Query, evaluate

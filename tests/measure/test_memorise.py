@@ -13,7 +13,8 @@ from tests.cli.toy import save
 from tests.machine.test_dist import finish, start
 from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
-from undiffuse.diffusion.process import F64, Linear
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import Linear
 from undiffuse.figure import DRAWN
 from undiffuse.measure.evaluate import Query, evaluate
 from undiffuse.measure.memorise import FILE, memorise

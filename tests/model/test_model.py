@@ -11,7 +11,8 @@ from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.pack import pack
 from undiffuse.diffusion.denoiser import X0, Denoiser, Eps, FixedLarge, FixedSmall
 from undiffuse.diffusion.likelihood import bound
-from undiffuse.diffusion.process import F64, ContinuousCosine, Linear, Process
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import ContinuousCosine, Linear, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.heun import Heun

@@ -8,7 +8,8 @@ from torch import nn
 
 from undiffuse.data.source import ArraySource
 from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
-from undiffuse.diffusion.process import F64, Linear, Process
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import Linear, Process
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.model.model import Model, to_float, to_uint8

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from undiffuse.config import Positive, Table
 from undiffuse.diffusion.gaussian import bits, decoder_nll, kl
-from undiffuse.diffusion.process import F64, PROCESSES, Process, combined, ready, row
+from undiffuse.diffusion.numbers import F64, combined, ready, row
+from undiffuse.diffusion.process import PROCESSES, Process
 from undiffuse.errors import UsageError
 from undiffuse.network.base import NOTHING, Conditioning
 

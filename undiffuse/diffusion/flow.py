@@ -18,7 +18,8 @@ from torch import Tensor
 
 from undiffuse.diffusion.denoiser import Denoiser, Prediction
 from undiffuse.diffusion.gaussian import LN2
-from undiffuse.diffusion.process import F64, Process, per_image
+from undiffuse.diffusion.numbers import F64, per_image
+from undiffuse.diffusion.process import Process
 from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import NOTHING, Conditioning

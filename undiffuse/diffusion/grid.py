@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import Positive, Table
-from undiffuse.diffusion.process import F64, Process
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import Process
 from undiffuse.errors import UsageError
 
 FEW = 1000  # steps where neither a table nor the user says how many

@@ -14,7 +14,8 @@ from torch import Tensor
 from undiffuse.config import NonNegative, Positive, Table
 from undiffuse.diffusion.denoiser import Denoiser, Moment, Step, bound_term
 from undiffuse.diffusion.density import DENSITIES, Density, Uniform, suited
-from undiffuse.diffusion.process import PROCESSES, ready
+from undiffuse.diffusion.numbers import ready
+from undiffuse.diffusion.process import PROCESSES
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning

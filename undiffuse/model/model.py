@@ -19,7 +19,8 @@ from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, Wanted, open_raw, unify
 from undiffuse.diffusion.denoiser import VARIANCES, Along, Denoiser, Variance
 from undiffuse.diffusion.grid import GRIDS, Grid, suited
-from undiffuse.diffusion.process import F64, Process
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
 from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError

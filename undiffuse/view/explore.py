@@ -14,7 +14,8 @@ from torch import Tensor
 
 from undiffuse.data.listing import GRID, MARK, is_picture
 from undiffuse.data.source import Source
-from undiffuse.diffusion.process import F64, Process, per_image
+from undiffuse.diffusion.numbers import F64, per_image
+from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler
 from undiffuse.errors import DataError, StorageError, UsageError
 from undiffuse.figure import encoded, enlarged, grid, picture, png

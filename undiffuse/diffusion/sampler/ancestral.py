@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.diffusion.denoiser import VARIANCES, FixedLarge, Step, Variance, reverse
-from undiffuse.diffusion.process import Process, added
+from undiffuse.diffusion.numbers import added
+from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Denoise, Sampler
 from undiffuse.key import Keys
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from undiffuse.config import Table
 from undiffuse.diffusion.denoiser import Prediction
-from undiffuse.diffusion.process import Process, combined, per_image, ready, row
+from undiffuse.diffusion.numbers import combined, per_image, ready, row
+from undiffuse.diffusion.process import Process
 from undiffuse.key import Keys
 
 # All that a sampler knows of a model: (x_t, t) -> Prediction.
@@ -33,7 +34,7 @@ class Sampler(ABC):
         return None
 
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Any:
-        """A named tuple of numbers that the steps t → s of a chain need, in its order; see `process.ready`.
+        """A named tuple of numbers that the steps t → s of a chain need, in its order; see `numbers.ready`.
 
         They are computed once for a chain; what `step` asks of the process itself costs a copy to the device each time.
         """

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from undiffuse.config import Fraction
-from undiffuse.diffusion.process import Process, added, combined
+from undiffuse.diffusion.numbers import added, combined
+from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Denoise, Sampler
 from undiffuse.key import Keys
 

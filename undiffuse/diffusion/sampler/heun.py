@@ -6,7 +6,8 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from undiffuse.diffusion.process import Process, added, combined
+from undiffuse.diffusion.numbers import added, combined
+from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Denoise, Sampler
 from undiffuse.key import Keys
 
