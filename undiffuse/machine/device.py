@@ -4,11 +4,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 
 from undiffuse.errors import UsageError
+
+WORKSPACE, EQUAL_BITS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS gives the same bits
 
 
 def choose(name: str = "auto") -> torch.device:
@@ -59,14 +62,43 @@ def name_of(device: torch.device) -> str:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Inside, float32 on a card is float32, also in a run whose own precision is TF32."""
+def full_precision(tf32: bool = False) -> Iterator[None]:
+    """Inside, float32 on a card is float32, also in a run whose own precision is TF32; or, with `tf32`, just that."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    use_tf32(False)
+    use_tf32(tf32)
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def repeatable(device: torch.device, used: bool) -> Iterator[None]:
+    """Inside, torch takes only algorithms that give the same bits each time; afterwards as before, also after an error.
+
+    cuBLAS reads its variable once, at its first product, so where it comes later it does nothing. Raises UsageError in
+    a process that had `used` a card before the run did, unless the variable was set.
+    """
+    card, given = device.type == "cuda", os.environ.get(WORKSPACE)
+    if card and used and given not in EQUAL_BITS:
+        raise UsageError(
+            f"train.deterministic needs {WORKSPACE}={EQUAL_BITS[0]} before a card is used, and this process has used "
+            f"one with {'none' if given is None else given}; set it before Python starts, or train by the command line"
+        )
+    mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # which takes the algorithm that happened to be fastest
+    if card and given not in EQUAL_BITS:
+        os.environ[WORKSPACE] = EQUAL_BITS[0]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warns)
+        torch.backends.cudnn.benchmark = benchmark
+        os.environ.pop(WORKSPACE, None)
+        if given is not None:
+            os.environ[WORKSPACE] = given
 
 
 def versions(device: torch.device) -> dict[str, Any]:
@@ -74,7 +106,26 @@ def versions(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
     tf32 = torch.backends.cudnn.allow_tf32
-    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": tf32}
+    return {
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": driver(), "tf32": tf32
+    }  # fmt: skip
+
+
+@cache
+def driver() -> str | None:
+    """The version of NVIDIA's driver, by the library that comes with it (NVML); None where there is none."""
+    import ctypes
+
+    try:
+        library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(80)
+    if library.nvmlInit_v2() != 0:
+        return None
+    told = library.nvmlSystemGetDriverVersion(text, len(text)) == 0
+    library.nvmlShutdown()
+    return text.value.decode() if told else None
 
 
 @contextmanager
@@ -95,6 +146,16 @@ def native_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def has_float16(device: torch.device) -> bool:
+    """Whether training in float16 is for this device: a CPU has no use for it, and MPS was never tried."""
+    return device.type == "cuda"
+
+
+def native_precision(device: torch.device) -> str:
+    """The fastest precision that has the range or the scale to train in: bf16, float16 or float32."""
+    return "bf16" if native_bf16(device) else "float16" if has_float16(device) else "float32"
 
 
 def keep_memory() -> None:

@@ -137,7 +137,7 @@ class TrainConfig:
     ema_ramp: bool = False
     ema_profiles: tuple[Width, ...] = ()
     ema_snapshot_every: Count = 5000
-    precision: Literal["auto", "float32", "bf16", "tf32"] = "auto"
+    precision: Literal["auto", "float32", "bf16", "float16", "tf32"] = "auto"
     drop_label: Fraction = 0.1
     seed: int = 0
 

@@ -20,7 +20,7 @@ from undiffuse.machine import dist
 from undiffuse.model.recipe import ModelConfig, Recipe, TrainConfig, load_recipe, with_settings
 from undiffuse.training.plan import Budget
 
-DEFINITE = ("float32", "bf16", "tf32")  # precisions of which none depends on the machine
+DEFINITE = ("float32", "bf16", "tf32", "float16")  # precisions of which none depends on the machine
 LOOKED_AT = 64  # pictures, spread over the data
 SIDES = (8, 16, 32, 64, 128, 256)
 LARGEST = {"cpu": 32, "mps": 64, "cuda": 64}  # side that trains within a day
@@ -224,7 +224,7 @@ def resolved(recipe: Recipe, then: dict[str, Any] | None, device: torch.device) 
     """
     train = recipe.train
     if train.precision == "auto":
-        here = ("bf16" if machine.native_bf16(device) else "float32") if then is None else then.get("precision")
+        here = machine.native_precision(device) if then is None else then.get("precision")
         train = replace(train, precision=DEFINITE[dist.decide(DEFINITE.index(here) if here in DEFINITE else 0)])
     if train.micro_batch == "auto" and (found := dist.decide((then or {}).get("micro_batch", 0))):
         train = replace(train, micro_batch=found)

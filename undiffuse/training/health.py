@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from undiffuse.errors import Corrupt
+from undiffuse.errors import Corrupt, NotFiniteError
 from undiffuse.key import Key
 from undiffuse.machine import store
 from undiffuse.network.base import Conditioning
@@ -17,6 +17,7 @@ from undiffuse.training.trainer import Trainer
 
 IMAGES = 16
 LEAST = 0.01  # a loss at step 0 that is less, as after fine-tuning, counts as this
+SLOWER, SAFE = 10, 2e-4  # a rate to try after one that ended in NaN: so many times smaller, and at most the paper's
 LOST = 10  # times the loss of step 0; a network that has learnt nothing but zeros has once that loss
 
 
@@ -48,3 +49,17 @@ def known_good(run: store.Run, before: int | None = None) -> int | None:
             if meta.get("health", {}).get("good") is True:
                 return step
     return None
+
+
+def advised(error: NotFiniteError, trainer: Trainer, run: store.Run) -> NotFiniteError:
+    """The same, with what to do about it."""
+    good, lr = known_good(run, before=trainer.step), min(trainer.recipe.train.lr / SLOWER, SAFE)
+    folder = None if good is None else run.folder(good)
+    start = "start a new run" if folder is None else f"start a new run from {folder}, which is known to be good, with"
+    precise = "" if trainer.recipe.train.precision == "float32" else ", or with --set train.precision=float32"
+    advised = NotFiniteError(
+        f"{error}. The state before this step is saved, and the same command replays it. To go on, {start} "
+        f"{'with ' if folder is None else ''}a lower learning rate, --set train.lr={lr:g}{precise}"
+    )
+    advised.good, advised.lr, advised.run = None if folder is None else str(folder), lr, str(run.path)
+    return advised

@@ -32,7 +32,6 @@ from undiffuse.training.track import Track, said, still, track
 from undiffuse.training.trainer import Trainer, classes_of
 
 Say = Callable[[str], None]
-SLOWER, SAFE = 10, 2e-4  # a rate to try after one that ended in NaN: so many times smaller, and at most the paper's
 
 
 def train(
@@ -48,13 +47,16 @@ def train(
     accept_data: bool = False,
     logs: Sequence[str] = (),
     profile: bool = False,
+    used_card: bool | None = None,
 ) -> Model:
     """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model.
 
     `logs` names the sinks besides `log.jsonl`: tensorboard, wandb. `profile` measures 20 steps and writes where their
-    time went to `profile.json`. Under `torchrun` all processes call this with the same; process 0 writes and speaks.
+    time went to `profile.json`. `used_card`: whether the process had used one before `device` was chosen, where that
+    was not here. Under `torchrun` all processes call this with the same; process 0 writes and speaks.
     """
     sinks, budget = sink.find(logs), Budget() if budget is None else budget
+    used = torch.cuda.is_initialized() if used_card is None else used_card
     with dist.joined(), listening() as flag, ExitStack() as stack:
         first, scores, on = dist.rank() == 0, None, Track(recipe, 0)
         say, warn = (say, log.warn) if first else (log.silent, log.silent)
@@ -62,6 +64,7 @@ def train(
         last = budget.last_step(recipe.train)
         _agree(recipe, data, last)  # before anything that differs with them could break a sum
         trainer = _build(recipe, data, machine.choose(str(device)), init, saved_recipe(run), say)
+        stack.enter_context(trainer.computing(used))
         if first:
             try:
                 held, scores = look.held_out_images(trainer, held_out), proxy.prepare(trainer)
@@ -87,7 +90,7 @@ def train(
         except NotFiniteError as error:
             loop.save()
             dist.wait_for_first()  # else torchrun, which sees the first process end, ends process 0 in its save
-            raise _advised(error, trainer, run) from None
+            raise health.advised(error, trainer, run) from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -95,20 +98,6 @@ def train(
         model = trainer.model()
         model.meta["ended"] = loop.ended
         return model
-
-
-def _advised(error: NotFiniteError, trainer: Trainer, run: store.Run) -> NotFiniteError:
-    """The same, with what to do about it."""
-    good, lr = health.known_good(run, before=trainer.step), min(trainer.recipe.train.lr / SLOWER, SAFE)
-    folder = None if good is None else run.folder(good)
-    start = "start a new run" if folder is None else f"start a new run from {folder}, which is known to be good, with"
-    precise = "" if trainer.recipe.train.precision == "float32" else ", or with --set train.precision=float32"
-    advised = NotFiniteError(
-        f"{error}. The state before this step is saved, and the same command replays it. To go on, {start} "
-        f"{'with ' if folder is None else ''}a lower learning rate, --set train.lr={lr:g}{precise}"
-    )
-    advised.good, advised.lr, advised.run = None if folder is None else str(folder), lr, str(run.path)
-    return advised
 
 
 def _out_of_memory(trainer: Trainer, last: int) -> MemoryExhausted:
@@ -295,12 +284,18 @@ class _Loop:
     def _log(self, lines: look.Journal, bar: log.Progress, ended: bool) -> None:
         step, last = self.trainer.step, self.window[-1]
         speed = len(self.window) * self.config.batch / max(self.seconds, 1e-9)
-        bar.advance(1, loss=last["loss"], norm=last["grad_norm"], images_per_s=speed)
+        shown = {"loss": last.get("loss"), "norm": last.get("grad_norm")}  # a step that was skipped may have neither
+        bar.advance(1, **{name: value for name, value in shown.items() if value is not None}, images_per_s=speed)
         if step % self.config.log_every == 0 or ended:
             names = dict.fromkeys(name for entry in self.window for name in entry)
             values = {name: [entry[name] for entry in self.window if name in entry] for name in names}
             mean = {name: sum(column) / len(column) for name, column in values.items()}
             lines.write({"step": step, "images": step * self.config.batch, **mean, "images_per_second": speed})
+            if skipped := round(sum(values.get("skipped", []))):
+                self.looks.say(
+                    f"step {step:,}: float16 overflowed in {skipped} of {len(self.window)} steps, which were skipped; "
+                    f"the loss is scaled by {last['loss_scale']:g} from here on"
+                )
             self.window, self.seconds = [], 0.0
 
     def _snapshot(self) -> None:

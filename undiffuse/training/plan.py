@@ -94,7 +94,7 @@ def advice(train: TrainConfig, device: torch.device) -> list[str]:
         return []
     return [
         "float32 is exact and slow on a card: --set train.precision=auto (bf16) or tf32 took a third of the time of a "
-        "step on an H200"
+        "step on an H200; auto is float16 on a card without bf16"
     ]
 
 

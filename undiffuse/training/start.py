@@ -59,6 +59,7 @@ def train(
     first; `settings` are `a.b=c` as in `--set`. `init` fine-tunes another model. Raises UsageError and DataError for
     what cannot be trained, NotFiniteError for a loss that is lost, and as the disk does.
     """
+    used = torch.cuda.is_initialized()  # before this run uses it
     run, budget = store.Run(Path(out)), _budget(steps, images, minutes, settings)
     named: str | Source = data if isinstance(data, Source) else _spec(data)
     if isinstance(named, str):
@@ -79,7 +80,9 @@ def train(
             recipe = _chosen(named, settings, chosen, budget, begin, say)
         source, held = _images(named, recipe, preset, skip_bad, use_cache, show_progress and dist.is_first(), say)
         show = show_progress and dist.is_first()
-        return loop.train(recipe, source, run.path, held, begin, budget, chosen, say, show, accept_data, logs, profile)
+        return loop.train(
+            recipe, source, run.path, held, begin, budget, chosen, say, show, accept_data, logs, profile, used
+        )
 
 
 def _budget(steps: Any, images: Any, minutes: Any, settings: Any) -> Budget:

@@ -7,7 +7,6 @@ processes there are.
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -37,7 +36,10 @@ from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
 from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.timing import stage
 from undiffuse.training.plan import shares
+from undiffuse.training.scale import LossScale
 from undiffuse.training.tune import begin_with
+
+HALF = {"bf16": torch.bfloat16, "float16": torch.float16}  # precisions by autocast: of products, not of norms or sums
 
 
 class Trainer:
@@ -46,16 +48,20 @@ class Trainer:
     def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str | torch.device = "cpu"):
         self.recipe, self.config, self.device = recipe, config, torch.device(device)
         self.classes = classes_of(recipe, data)
+        refuse_precision(recipe.train.precision, self.device)
         self.share, self.micro = shares(recipe.train)
         self.key = Key(recipe.train.seed).fold("train")
         torch.manual_seed(self.key.fold("init").integer())
         self.denoiser: Denoiser = config.build(clip=False).to(self.device)
         recipe.objective.check(self.denoiser)
+        if recipe.train.channels_last:  # before averages and moments, which take the layout of their weights
+            self.denoiser.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.names = [name for name, _ in self.denoiser.network.named_parameters()]
         self.weights = list(self.denoiser.network.parameters())
         self.ema = Ema(self.weights, recipe.train.ema, recipe.train.ema_ramp)
         self.profiles = Profiles(self.weights, recipe.train.ema_profiles)
         self.adam = torch.optim.Adam(self.weights, lr=1.0, betas=recipe.train.betas, eps=1e-8, fused=True)
+        self.scale = LossScale(recipe.train.precision == "float16")
         self.batches = Prefetched(
             Loader(data, recipe.train.batch, recipe.train.seed, recipe.data.flip),
             torch.arange(self.share, dtype=torch.int64, device="cpu") + dist.rank() * self.share,
@@ -64,20 +70,9 @@ class Trainer:
         self.step = 0
 
     def _prepared(self, network: nn.Module) -> nn.Module:
-        """The network as it is run: layout, recomputation, compilation, and the sum over processes."""
+        """The network as it is run: recomputation, compilation, and the sum over processes."""
         train = self.recipe.train
         machine.keep_memory()
-        if self.device.type == "cuda":
-            machine.use_tf32(train.precision == "tf32")
-        elif train.precision == "tf32":
-            raise UsageError(
-                f"train.precision = tf32 is for cards of NVIDIA, and this run is on {self.device}; set float32 or auto"
-            )
-        if train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        if train.channels_last:
-            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if train.recompute:
             for part in network.modules():
                 if isinstance(part, self.config.network.recomputed):
@@ -89,16 +84,29 @@ class Trainer:
             network.compile()
         return network
 
+    @contextmanager
+    def computing(self, used_card: bool) -> Iterator[None]:
+        """Inside, torch computes as the run says; afterwards as before. Raises UsageError, as `repeatable` does."""
+        train, card = self.recipe.train, self.device.type == "cuda"
+        with (
+            machine.full_precision(tf32=train.precision == "tf32") if card else nullcontext(),
+            machine.repeatable(self.device, used_card) if train.deterministic else nullcontext(),
+        ):
+            yield
+
     def update(self, last: int, vote: Callable[[], object] = dist.is_alive) -> dict[str, float]:
         """One step. A loss or gradient that is not finite stops it before anything has changed.
 
-        `vote` is called when all work is queued, before the device is waited for: there the processes meet on the CPU.
+        In float16 such a step is skipped as long as a smaller scale of the loss may help: weights, moments and averages
+        stay, and the next step has other examples and noise. `vote` is called when all work is queued, before the
+        device is waited for: there the processes meet on the CPU.
         """
         train, step = self.recipe.train, self.step
         with stage("data"):
             batch = self.batches.at(step)
         losses, t = self._gradients(batch)
         with stage("clip"):
+            self.scale.unscale(self.weights)
             norm = torch.nn.utils.clip_grad_norm_(self.weights, train.clip_norm)
             queued = torch.cat([norm.to(losses).reshape(1), losses])
         vote()
@@ -106,9 +114,13 @@ class Trainer:
         norm, losses = float(read[0]), read[1:]
         sums = self._sums(losses, t)
         loss = float(sums[0].sum()) / train.batch
-        if not (math.isfinite(norm) and sums.isfinite().all()):
-            raise self._not_finite(batch, losses, loss, norm)
-        rate = learning_rate(train, step, last)
+        rate, finite = learning_rate(train, step, last), math.isfinite(norm) and bool(sums.isfinite().all())
+        seen = {"loss": loss, **by_quartile(sums)} if math.isfinite(loss) else {}
+        if not finite:
+            if not self.scale.overflowed():
+                raise self._not_finite(batch, losses, loss, norm)
+            self.step += 1
+            return {**seen, "lr": rate, **self.scale.told(skipped=True)}
         for group in self.adam.param_groups:
             group["lr"] = rate
         with stage("optimizer"):
@@ -116,15 +128,18 @@ class Trainer:
         with stage("ema"):
             self.ema.update(self.weights, step)
             self.profiles.update(self.weights, step)
+        self.scale.passed()
         self.step += 1
-        return {"loss": loss, "grad_norm": norm, "lr": rate, **by_quartile(sums)}
+        return {**seen, "grad_norm": norm, "lr": rate, **self.scale.told(skipped=False)}
 
     def _gradients(self, batch: Batch) -> tuple[Float[Tensor, "share"], Float[Tensor, "share"]]:
-        """Leaves the gradient of the mean loss of the global batch in `.grad`.
+        """Leaves the gradient of the mean loss of the global batch, times its scale, in `.grad`.
 
         Returns the losses of this process's rows, on the device, and the t they were taken at, on the CPU.
         """
         exact = self.recipe.train.exact_shards is not None
+        # DistributedDataParallel takes the mean over processes, an exact sum does not.
+        divisor = (self.recipe.train.batch if exact else self.share) / self.scale.scale
         self.adam.zero_grad(set_to_none=True)
         losses, gradients, times = [], [], []
         for first in range(0, self.share, self.micro):
@@ -133,9 +148,8 @@ class Trainer:
             with nullcontext() if first + self.micro >= self.share else self.unsynchronised():
                 with stage("forward"):
                     loss, t = self.loss(batch, slice(first, first + self.micro))
-                # DistributedDataParallel takes the mean over processes, an exact sum does not.
                 with stage("backward"):
-                    (loss.sum() / (self.recipe.train.batch if exact else self.share)).backward()
+                    (loss.sum() / divisor).backward()
             losses.append(loss.detach())
             times.append(t)
             if exact:
@@ -169,7 +183,8 @@ class Trainer:
         x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
         if self.recipe.train.channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
+        half = HALF.get(self.recipe.train.precision)
+        with torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None):
             loss = self.recipe.objective(self.denoiser, x_0, cond, keys)
         return loss.per_example, loss.t
 
@@ -186,9 +201,10 @@ class Trainer:
         bad[batch.rows] = torch.where(losses.cpu().isfinite(), 0, batch.index + 1)
         bad = dist.total(bad)
         named = (bad[bad > 0] - 1).tolist() or batch.index.tolist()
+        least = ", and their scale cannot fall below 1" if self.scale.on else ""
         return NotFiniteError(
-            f"step {self.step}: the loss is {loss} and the gradient norm {norm}, so the weights were not updated; "
-            f"examples {named[:8]}{' …' if len(named) > 8 else ''}"
+            f"step {self.step}: the loss is {loss} and the gradient norm {norm}{least}, so the weights "
+            f"were not updated; examples {named[:8]}{' …' if len(named) > 8 else ''}"
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -205,6 +221,7 @@ class Trainer:
             "ema": dict(zip(self.names, self.ema.shadow, strict=True)),
             "adam": moments,
             **({"profiles": self.profiles.tensors(self.names)} if self.profiles.shadows else {}),
+            **({"scale": self.scale.tensors()} if self.scale.on else {}),
         }
 
     @torch.no_grad()
@@ -217,6 +234,7 @@ class Trainer:
                 moments = {moment: like(weight, saved[moment]) for moment in ("exp_avg", "exp_avg_sq")}
                 self.adam.state[weight] = {"step": saved["step"].to(self.device), **moments}
         self.profiles.restore(tensors.get("profiles", {}), self.names)
+        self.scale.restore(tensors.get("scale", {}))
         self.step = step
 
     def share_state(self) -> None:
@@ -229,6 +247,9 @@ class Trainer:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     state.setdefault(moment, torch.zeros_like(weight))
                 dist.share(state.values())
+        scale = self.scale.tensors()
+        dist.share(scale.values())
+        self.scale.restore(scale)
         with torch.no_grad():
             dist.share([*self.weights, *self.ema.shadow, *self.profiles.tensors(self.names).values()])
 
@@ -270,6 +291,18 @@ class Trainer:
             "micro_batch": self.micro,
             "processes": "any" if exact else dist.size(),
         }
+
+
+def refuse_precision(name: str, device: torch.device) -> None:
+    """Raises UsageError for one that this device has not."""
+    if name == "tf32" and device.type != "cuda":
+        raise UsageError(
+            f"train.precision = tf32 is for cards of NVIDIA, and this run is on {device}; set float32 or auto"
+        )
+    if name == "float16" and not machine.has_float16(device):
+        raise UsageError(
+            f"train.precision = float16 is for cards (cuda), and this run is on {device}; set float32, bf16 or auto"
+        )
 
 
 def classes_of(recipe: Recipe, data: Source) -> Classes | None:

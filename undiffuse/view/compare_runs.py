@@ -26,7 +26,7 @@ from undiffuse.view.report import Figure, Listing, Section, Table, write_report
 from undiffuse.view.results import Evaluation
 from undiffuse.view.subject import Drawing, Subject, subject
 
-UNCOMPARED = {"step", "images", "lr", "grad_norm", "images_per_second"} | pieces.QUARTERS  # rows of a log
+UNCOMPARED = {"step", "images", "lr", "grad_norm", "images_per_second", "skipped", "loss_scale"} | pieces.QUARTERS
 COLUMNS = 8  # pictures of a row that is compared
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
