@@ -19,7 +19,7 @@ from undiffuse.training.auto import resolved
 from undiffuse.training.scale import LossScale
 from undiffuse.training.trainer import Trainer
 
-HUGE = 2.0**40  # float16 ends at 65,504, and a gradient at an image's value is about 1e-3
+HUGE = 2.0**40  # gradients of this network overflow from about 2^18 on: float16 ends at 65,504
 PLAIN = {"dropout": 0.0}
 
 
@@ -175,9 +175,10 @@ def test_in_other_precisions_nothing_is_skipped_or_told(data):
     assert "scale" not in one.tensors()
 
 
+@pytest.mark.slow
 def test_a_resume_is_exact_with_overflows_and_growth_on_both_sides(tmp_path, data, here, monkeypatch):
     """The scale doubles after two good steps, so it is too large again and again."""
-    monkeypatch.setattr(scale, "START", 2.0**24)
+    monkeypatch.setattr(scale, "START", 2.0**18)
     monkeypatch.setattr(scale, "INTERVAL", 2)
     chosen, said = recipe(train={"precision": "float16", "steps": 16, "log_every": 1}), []
     run(chosen, data, tmp_path / "whole")
@@ -220,7 +221,7 @@ CARD = """
 from undiffuse.machine import device
 from undiffuse.training import scale, trainer
 device.has_float16 = lambda where: True
-scale.START, scale.INTERVAL = 2.0**24, 2
+scale.START, scale.INTERVAL = 2.0**18, 2
 real = trainer.Trainer.loss
 def loss(self, batch, part):
     loss, t = real(self, batch, part)

@@ -1,4 +1,4 @@
-"""Layouts of memory: whatever is updated beside a weight lies as it does, so that one kernel takes all; no file does."""
+"""Layouts of memory: what is updated beside a weight lies as it does, so that one kernel takes all; no file does."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter], step: int) -> None:
-        """`step` counts the updates made before this one."""
+        """`step` counts the steps before this one, of which one that was skipped made no update."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.ramp else self.decay
         get_ema_multi_avg_fn(decay)(self.shadow, [parameter.detach() for parameter in parameters], None)
 
@@ -72,7 +72,7 @@ class Profiles:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter], step: int) -> None:
-        """`step` counts the updates made before this one."""
+        """`step` counts the steps before this one, of which one that was skipped made no update."""
         weights: list[Tensor] = list(parameters)
         for sigma_rel, shadow in self.shadows.items():
             beta = (step / (step + 1)) ** self._powers[sigma_rel]

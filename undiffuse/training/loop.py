@@ -52,8 +52,8 @@ def train(
     """Trains in the run folder `out`, or goes on with the run that is there; returns the averaged model.
 
     `logs` names the sinks besides `log.jsonl`: tensorboard, wandb. `profile` measures 20 steps and writes where their
-    time went to `profile.json`. `used_card`: whether the process had used one before `device` was chosen, where that
-    was not here. Under `torchrun` all processes call this with the same; process 0 writes and speaks.
+    time went to `profile.json`. `used_card`: whether one was used before `device` was chosen, unless that is
+    done here. Under `torchrun` all processes call this with the same; process 0 writes and speaks.
     """
     sinks, budget = sink.find(logs), Budget() if budget is None else budget
     used = torch.cuda.is_initialized() if used_card is None else used_card
@@ -76,17 +76,11 @@ def train(
             raise failure or Stalled("process 0 could not begin, and says why")
         trainer.share_state()
         fit_micro_batch(trainer, say)
-        if trainer.step == 0:
-            for text in conflicts(trainer.recipe.train, last, budget.minutes, init is not None, trainer.config):
-                warn(text)
-            say(plan(trainer.recipe.train, trainer.config, trainer.micro, len(data), last))
+        _foretell(trainer, last, budget, init is not None, say, warn)
         looks = Looks(held, on, scores, say)
         loop = _Loop(trainer, run, last, budget, flag, looks, show_progress and first, saved, sinks)
         try:
-            if profile:
-                _profile(loop, say)
-            else:
-                say(loop.go())
+            _profile(loop, say) if profile else say(loop.go())
         except NotFiniteError as error:
             loop.save()
             dist.wait_for_first()  # else torchrun, which sees the first process end, ends process 0 in its save
@@ -98,6 +92,15 @@ def train(
         model = trainer.model()
         model.meta["ended"] = loop.ended
         return model
+
+
+def _foretell(trainer: Trainer, last: int, budget: Budget, tuned: bool, say: Say, warn: Say) -> None:
+    """Before step 0: what cannot work, and what the run will cost."""
+    if trainer.step == 0:
+        for text in conflicts(trainer.recipe.train, last, budget.minutes, tuned, trainer.config):
+            warn(text)
+        images = len(trainer.batches.loader.source)
+        say(plan(trainer.recipe.train, trainer.config, trainer.micro, images, last))
 
 
 def _out_of_memory(trainer: Trainer, last: int) -> MemoryExhausted:
