@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from undiffuse.errors import UsageError
 
 WORKSPACE, EQUAL_BITS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS gives the same bits
+MEMINFO = Path("/proc/meminfo")  # of Linux
+HALF = {"bf16": torch.bfloat16, "float16": torch.float16}  # precisions by autocast: of products, not of norms or sums
 
 
 def choose(name: str = "auto") -> torch.device:
@@ -76,8 +79,8 @@ def full_precision(tf32: bool = False) -> Iterator[None]:
 def repeatable(device: torch.device, used: bool) -> Iterator[None]:
     """Inside, torch takes only algorithms that give the same bits each time; afterwards as before, also after an error.
 
-    cuBLAS reads its variable once, at its first product, so where it comes later it does nothing. Raises UsageError in
-    a process that had `used` a card before the run did, unless the variable was set.
+    cuBLAS reads its variable once, at its first product, so where it comes later it does nothing; once set it stays.
+    Raises UsageError in a process that had `used` a card before the run did, unless the variable was set.
     """
     card, given = device.type == "cuda", os.environ.get(WORKSPACE)
     if card and used and given not in EQUAL_BITS:
@@ -96,9 +99,6 @@ def repeatable(device: torch.device, used: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warns)
         torch.backends.cudnn.benchmark = benchmark
-        os.environ.pop(WORKSPACE, None)
-        if given is not None:
-            os.environ[WORKSPACE] = given
 
 
 def versions(device: torch.device) -> dict[str, Any]:
@@ -181,3 +181,15 @@ def peak_bytes(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The memory that this process may still take: of the card, or its share of the machine's. None if not told."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch, for the next tensors
+        return torch.cuda.mem_get_info()[0] + kept
+    if device.type != "cpu" or not MEMINFO.exists():
+        return None
+    lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+    # What the system could give, not what it has left: it fills what nobody needs with files.
+    return 1024 * int(lines["MemAvailable"].split()[0]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

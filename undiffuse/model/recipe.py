@@ -115,9 +115,10 @@ class TrainConfig:
     "auto" halves it, before step 0 only, until it fits into memory. `exact_shards` divides the batch into so many
     parts, whose gradients are summed in one order, so that any number of processes that divides it gives the same bits.
     `deterministic` takes only algorithms that give the same bits each time, which CUDA does not by itself.
-    `recompute` keeps no activations inside the blocks: less memory, a third more time. `channels_last` puts the
-    channels of a pixel side by side; measure it with `train --profile`, once with it and once without, for on an H200
-    it made the CIFAR-10 network slower (bf16: 1,742 images/s instead of 2,121).
+    `recompute` keeps no activations inside the blocks, or inside those of so many levels from the largest resolution:
+    less memory, for all a third more time. `channels_last` puts the channels of a pixel side by side; measure it with
+    `train --profile`, once with it and once without, for on an H200 it made the CIFAR-10 network slower (bf16: 1,742
+    images/s instead of 2,121).
 
     `precision` "auto" is bf16 where the processor has it natively, float16 on cards without, else float32. "float16",
     on cards alone, scales the loss as `torch.amp.GradScaler` does, and skips a step whose gradient overflows; "tf32",
@@ -148,7 +149,7 @@ class TrainConfig:
 
     micro_batch: Count | Literal["auto"] | None = None
     exact_shards: Count | None = None
-    recompute: bool = False
+    recompute: Number | bool = False
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False

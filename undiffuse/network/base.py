@@ -2,13 +2,16 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from undiffuse.config import Table
+from undiffuse.errors import UsageError
 
 
 class Conditioning(NamedTuple):
@@ -45,6 +48,10 @@ class Network(ABC):
     def stride(self) -> int:
         """Height and width must be multiples of this."""
 
+    def levels(self, module: nn.Module) -> list[list[nn.Module]]:
+        """What of the module belongs to each resolution, from the largest; nothing where there are no such levels."""
+        return []
+
     def meaning(self) -> dict[str, Any]:
         """The fields that its output depends on besides its weights, each made definite; so not those of training."""
         assert is_dataclass(self)
@@ -52,3 +59,21 @@ class Network(ABC):
 
 
 NETWORKS: Table[Network] = Table("network", Network, "undiffuse.network")
+
+
+def recompute(network: Network, module: nn.Module, levels: bool | int, exact: bool = True) -> None:
+    """Lets parts of its module keep no activations, but run again in the backward pass.
+
+    All of them, or those of so many levels from the largest resolution; raises UsageError where there are not so many.
+    Dropout is drawn again as it was, unless not `exact`, which is for tensors without values.
+    """
+    places = [module] if levels is True else []
+    if not isinstance(levels, bool):
+        there, name = network.levels(module), NETWORKS.name_of(network)
+        if levels > len(there):
+            has = f"{len(there)}; set at most {len(there)}, or true" if there else "none; set true or false"
+            raise UsageError(f"train.recompute = {levels} is a number of levels, of which network {name} has {has}")
+        places = [part for level in there[:levels] for part in level]
+    for part in (part for place in places for part in place.modules()):
+        if isinstance(part, network.recomputed):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=exact)

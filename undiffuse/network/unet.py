@@ -100,6 +100,12 @@ class UNet(Network):
     def stride(self) -> int:
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
+    def levels(self, module: nn.Module) -> list[list[nn.Module]]:
+        assert isinstance(module, UNetModule)
+        found = [list(parts) for parts in zip(module.down, module.up, strict=True)]
+        found[-1].append(module.mid)
+        return found
+
     def meaning(self) -> dict[str, Any]:
         fields = {**super().meaning(), "multipliers": tuple(width / self.channels for width in self.widths())}
         up = self.attention if self.attention_up is None else self.attention_up

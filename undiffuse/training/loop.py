@@ -14,7 +14,7 @@ import torch
 
 from undiffuse.config import plain, to_toml
 from undiffuse.data.source import Source
-from undiffuse.errors import Error, MemoryExhausted, NotFiniteError, Preempted, Stalled, UsageError, is_out_of_memory
+from undiffuse.errors import Error, NotFiniteError, Preempted, Stalled, UsageError, is_out_of_memory
 from undiffuse.machine import device as machine
 from undiffuse.machine import disk, dist, log, sink, store
 from undiffuse.machine.tensorfile import write_weights
@@ -24,8 +24,8 @@ from undiffuse.model.model import Model
 from undiffuse.model.recipe import FORMAT, Recipe
 from undiffuse.training import health, look, proxy
 from undiffuse.training.auto import resolved
-from undiffuse.training.memory import fit_micro_batch
-from undiffuse.training.plan import Budget, advice, conflicts, forward_flops, plan
+from undiffuse.training.memory import exhausted, fit_micro_batch, tell_plan
+from undiffuse.training.plan import Budget, advice, conflicts, forward_flops
 from undiffuse.training.profile import measure
 from undiffuse.training.resume import DATA, claim_classes, claim_data, differences, refuse_changes, saved_recipe
 from undiffuse.training.track import Track, said, still, track
@@ -88,7 +88,7 @@ def train(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise _out_of_memory(trainer, last) from error
+            raise exhausted(trainer, last) from error
         model = trainer.model()
         model.meta["ended"] = loop.ended
         return model
@@ -99,20 +99,7 @@ def _foretell(trainer: Trainer, last: int, budget: Budget, tuned: bool, say: Say
     if trainer.step == 0:
         for text in conflicts(trainer.recipe.train, last, budget.minutes, tuned, trainer.config):
             warn(text)
-        images = len(trainer.batches.loader.source)
-        say(plan(trainer.recipe.train, trainer.config, trainer.micro, images, last))
-
-
-def _out_of_memory(trainer: Trainer, last: int) -> MemoryExhausted:
-    images = len(trainer.batches.loader.source)
-    planned = plan(trainer.recipe.train, trainer.config, trainer.micro, images, last)
-    return MemoryExhausted(
-        f"out of memory at step {trainer.step} with micro-batches of {trainer.micro}, when "
-        f"{machine.peak_bytes(trainer.device) / 1e9:.1f} GB had been in use "
-        f"({planned}). The last checkpoint "
-        "is good; fine-tune from it with --init and a smaller one, --set train.micro_batch="
-        f"{max(1, trainer.micro // 2)}, or with --set train.recompute=true"
-    )
+        tell_plan(trainer, last, say, warn)
 
 
 def _profile(loop: "_Loop", say: Say) -> None:

@@ -1,16 +1,88 @@
-"""`micro_batch = "auto"`: the largest part of a batch that fits into memory, found by trying."""
+"""Whether a run fits into memory: by estimate, and for `micro_batch = "auto"` by trial."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 from undiffuse.errors import MemoryExhausted, is_out_of_memory
+from undiffuse.machine import device as machine
 from undiffuse.machine import dist
+from undiffuse.training.need import Need, gigabytes, need
+from undiffuse.training.plan import plan
 from undiffuse.training.trainer import Trainer
 
+Say = Callable[[str], None]
 
-def fit_micro_batch(trainer: Trainer, say: Callable[[str], None]) -> None:
+
+def planned(trainer: Trainer, last: int) -> str:
+    """The size of a step and the cost of the whole run, in words."""
+    images = len(trainer.batches.loader.source)
+    return plan(trainer.recipe.train, trainer.config, trainer.micro, images, last)
+
+
+def needed(trainer: Trainer) -> Need:
+    """What a step of this run needs, by estimate."""
+    return need(trainer.recipe.train, trainer.config, trainer.micro, trainer.device)
+
+
+def tell_plan(trainer: Trainer, last: int, say: Say, warn: Say) -> None:
+    """Before step 0: what the run costs and needs; a warning, not a refusal, if there may be less memory than that."""
+    say(planned(trainer, last))
+    wanted, free = needed(trainer), machine.free_bytes(trainer.device)
+    if free is None:
+        say(str(wanted))
+        return
+    there = free + held(trainer)
+    say(f"{wanted}; there are {gigabytes(there)}")
+    if wanted.total > there:
+        ways = " or ".join(remedies(trainer, there)) or "a smaller network or data.size"
+        warn(
+            f"this run may not fit into memory: it needs {gigabytes(wanted.total)} by estimate, and there are "
+            f"{gigabytes(there)} on {trainer.device}; set {ways}"
+        )
+
+
+def exhausted(trainer: Trainer, last: int) -> MemoryExhausted:
+    """Out of memory in a step, with what was expected of it."""
+    return MemoryExhausted(
+        f"out of memory at step {trainer.step} with micro-batches of {trainer.micro}, when "
+        f"{machine.peak_bytes(trainer.device) / 1e9:.1f} GB had been in use ({planned(trainer, last)}; "
+        f"{needed(trainer)}). The last checkpoint is good; fine-tune from it with --init and a smaller one, --set "
+        f"train.micro_batch={max(1, trainer.micro // 2)}, or with {less(trainer)}"
+    )
+
+
+def held(trainer: Trainer) -> int:
+    """The bytes of an estimate that are taken before step 0: weights, averages, sums over processes."""
+    sums = dist.size() > 1 and not trainer.recipe.train.exact_shards
+    copies = 2 + len(trainer.recipe.train.ema_profiles) + sums
+    return copies * sum(weight.nbytes for weight in trainer.weights)
+
+
+def remedies(trainer: Trainer, there: int) -> Iterator[str]:
+    """The settings with which the run would fit into so many bytes by estimate, each with what it would need."""
+    train = trainer.recipe.train
+    if not train.exact_shards and trainer.micro > 1:
+        # The peak is the larger of some linear functions of the images, so between two sizes it is below the chord.
+        whole = replace(train, batch=2 * train.batch)  # of several micro-batches, whose gradients stay
+        one, all_ = (need(whole, trainer.config, size, trainer.device).total for size in (1, trainer.micro))
+        each = (all_ - one) / (trainer.micro - 1)
+        fits = min(trainer.micro - 1, 1 + int((there - one) // each))
+        if fits >= 1:
+            auto = "auto or train.micro_batch=" if trainer.device.type == "cuda" else ""
+            yield f"train.micro_batch={auto}{fits} ({gigabytes(one + (fits - 1) * each)})"
+    if train.recompute is True:
+        return
+    levels = len(trainer.config.network.levels(trainer.config.build(clip=False, device="meta").network))
+    for choice in (*range(int(train.recompute) + 1, levels), True):
+        size = need(replace(train, recompute=choice), trainer.config, trainer.micro, trainer.device).total
+        if size <= there:
+            yield f"train.recompute={str(choice).lower()} ({gigabytes(size)})"
+            return
+
+
+def fit_micro_batch(trainer: Trainer, say: Say) -> None:
     """Takes the largest half of a half … of the share that fits, for good. Does nothing after step 0.
 
     With `exact_shards` a micro-batch is a shard, whether it fits or not.
@@ -19,10 +91,19 @@ def fit_micro_batch(trainer: Trainer, say: Callable[[str], None]) -> None:
         return
     while not _fits(trainer, trainer.micro):
         if trainer.micro == 1:
-            raise MemoryExhausted("not even a micro-batch of one image fits into memory; set train.recompute=true")
+            raise MemoryExhausted(
+                f"not even a micro-batch of one image fits into memory ({needed(trainer)}); train with {less(trainer)}"
+            )
         trainer.micro = -(-trainer.micro // 2)
     trainer.recipe = replace(trainer.recipe, train=replace(trainer.recipe.train, micro_batch=trainer.micro))
     say(f"micro-batches of {trainer.micro} images fit into memory")
+
+
+def less(trainer: Trainer) -> str:
+    """What makes an image need less memory than it does now."""
+    if trainer.recipe.train.recompute is True:
+        return "a smaller network or data.size"
+    return "--set train.recompute=true, or to the number of levels from the largest resolution that is enough"
 
 
 def _fits(trainer: Trainer, size: int) -> bool:

@@ -126,6 +126,9 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
             }
         return {path: value}
 
+    def differ(one: Any, other: Any) -> bool:
+        return one != other or isinstance(one, bool) != isinstance(other, bool)  # True is no 1 here
+
     # A setting that is younger than the run had its default.
     defaults = flat({"train": plain(TrainConfig()), "data": plain(DataConfig())})
     saved = {**saved, **{part: _with_younger(saved[part], now[part]) for part in ("recipe", "model")}}
@@ -134,7 +137,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [
         f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in sorted((before.keys() | after.keys()) - free)
-        if before.get(name) != after.get(name) and name.split(".")[0] not in ("about", "expected")
+        if differ(before.get(name), after.get(name)) and name.split(".")[0] not in ("about", "expected")
     ]
     if changed or saved["model"] != now["model"]:
         what = "; ".join(changed) or f"model: {saved['model']['image']} -> {now['model']['image']}"

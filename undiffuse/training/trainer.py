@@ -9,14 +9,12 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from undiffuse.config import plain
 from undiffuse.data.loader import Batch, Loader, Prefetched
@@ -33,13 +31,11 @@ from undiffuse.model.classes import Classes
 from undiffuse.model.load import from_weights
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
-from undiffuse.network.base import NOTHING, Conditioning
+from undiffuse.network.base import NOTHING, Conditioning, recompute
 from undiffuse.timing import stage
 from undiffuse.training.plan import shares
 from undiffuse.training.scale import LossScale
 from undiffuse.training.tune import begin_with
-
-HALF = {"bf16": torch.bfloat16, "float16": torch.float16}  # precisions by autocast: of products, not of norms or sums
 
 
 class Trainer:
@@ -73,10 +69,7 @@ class Trainer:
         """The network as it is run: recomputation, compilation, and the sum over processes."""
         train = self.recipe.train
         machine.keep_memory()
-        if train.recompute:
-            for part in network.modules():
-                if isinstance(part, self.config.network.recomputed):
-                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        recompute(self.config.network, network, train.recompute)
         if dist.size() > 1 and not train.exact_shards:
             cards = [self.device.index] if self.device.type == "cuda" else None
             network = DistributedDataParallel(network, cards, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -183,7 +176,7 @@ class Trainer:
         x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
         if self.recipe.train.channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
-        half = HALF.get(self.recipe.train.precision)
+        half = machine.HALF.get(self.recipe.train.precision)
         with torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None):
             loss = self.recipe.objective(self.denoiser, x_0, cond, keys)
         return loss.per_example, loss.t
