@@ -71,7 +71,7 @@ def test_it_grows_no_further_than_float32():
 @pytest.mark.parametrize("where", ["cpu", "mps"])
 def test_float16_is_refused_where_it_is_not_for(data, where):
     chosen = recipe(train={"precision": "float16"})
-    said = f"train.precision = float16 is for cards .cuda., and this run is on {where}; set float32, bf16 or auto"
+    said = f"train.precision = float16 is for cards .cuda., and this is {where}; give float32, bf16 or auto"
     with pytest.raises(UsageError, match=said):
         Trainer(chosen, chosen.model((1, 8, 8)), data, where)
 

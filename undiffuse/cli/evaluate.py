@@ -17,6 +17,7 @@ from undiffuse.cli.options import (
     GridOpt,
     LabelOpt,
     OverwriteOpt,
+    PrecisionOpt,
     ReadOpt,
     SkipBadOpt,
     StepsOpt,
@@ -117,6 +118,7 @@ def evaluate(
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    precision: PrecisionOpt = None,
     label: LabelOpt = None,
     seeds: SeedsOpt = 1,
     progressive: ProgressiveOpt = None,
@@ -148,13 +150,12 @@ def evaluate(
     from undiffuse.machine import dist
 
     writable(save_statistics, overwrite, picture=False)
-    drawing: dict[str, Any] = {"steps": steps, "times": times, "grid": grid, "variance": variance, "weights": weights}
-    model, chosen = _model(samples, drawing, device, clip)
+    kind = {"variance": variance, "weights": weights, "precision": precision}
+    model, chosen = _model(samples, {"steps": steps, "times": times, "grid": grid}, kind, device, clip)
     query = _query(features, metrics, feature_weights, resize, split, pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
-    score = _how(samples, progressive, whole, drawn=model is not None)
     with dist.joined(dist.LONG):
-        found = score(
+        found = _how(samples, progressive, whole, drawn=model is not None)(
             model or samples, data, query, n=n, steps=chosen, solver=solver, eta=eta, label=label, seed=seed,
             seeds=seeds, batch=batch, out=out, named=samples, device=device,
             ticking=lambda what, total: ticking(total, what, as_json), say=_say(as_json),
@@ -194,16 +195,18 @@ def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bo
     return partial(evaluate_along, points=progressive)
 
 
-def _model(samples: str, drawing: dict[str, Any], device: str, clip: bool) -> "tuple[Model | None, Steps]":
+def _model(
+    samples: str, drawing: dict[str, Any], kind: dict[str, Any], device: str, clip: bool
+) -> "tuple[Model | None, Steps]":
     """The model that is named and its times; None for pictures, which cannot be asked what only a model can."""
     from undiffuse.measure.evaluate import refuse_unknown
     from undiffuse.model.load import holds_model
 
     if holds_model(samples):
-        model = open_model(samples, device, clip, drawing["variance"], drawing["weights"])
-        return model, choose_steps(model, drawing["steps"], drawing["times"], drawing["grid"])
+        model = open_model(samples, device, clip, **kind)
+        return model, choose_steps(model, **drawing)
     refuse_unknown(samples)
-    given = drawing | {"no-clip": None if clip else True}
+    given = drawing | kind | {"no-clip": None if clip else True}
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")

@@ -12,6 +12,7 @@ from undiffuse.cli.options import (
     DeviceOpt,
     GridOpt,
     ModelArg,
+    PrecisionOpt,
     ReadOpt,
     SeedOpt,
     SkipBadOpt,
@@ -72,6 +73,7 @@ def nll(
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    precision: PrecisionOpt = None,
     label: ToldOpt = None,
     settings: ReadOpt = None,
     skip_bad: SkipBadOpt = False,
@@ -105,7 +107,7 @@ def nll(
     if rate_distortion and draws is not None:
         raise UsageError(f"--rate-distortion needs every term of the chain; leave out --draws {draws}")
     solver = Solver(1e-5 if tolerance is None else tolerance, 1 if probes is None else probes)
-    loaded = open_model(model, device, clip, variance, weights)
+    loaded = open_model(model, device, clip, variance, weights, precision)
     source = open_like(loaded, data, split, skip_bad, settings)
     if ode:
         found = _by_ode(loaded, source, flow.Ode(n, solver, seed, batch, label), out, as_json)

@@ -60,6 +60,14 @@ VarianceOpt = Annotated[
     typer.Option("--variance", help="Reverse variance: fixed-large or fixed-small; as in training unless given"),
 ]
 DeviceOpt = Annotated[str, typer.Option("--device", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1 or mps")]
+PrecisionOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="What the network computes in: float32 unless given, bf16, float16 or tf32 (both on cards), or auto: "
+        "bf16 or float16 on a card, else float32",
+    ),
+]
 FeatureWeightsOpt = Annotated[
     Path | None,
     typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
@@ -142,11 +150,16 @@ def ticking(total: int, what: str, as_json: bool) -> Iterator[Callable[[int], No
 
 
 def open_model(
-    source: str, device: str, clip: bool = True, variance: str | None = None, weights: str | None = None
+    source: str,
+    device: str,
+    clip: bool = True,
+    variance: str | None = None,
+    weights: str | None = None,
+    precision: str | None = None,
 ) -> "Model":
     from undiffuse.model.load import load
 
-    return load(source, device, weights=weights).variant(clip, variance)
+    return load(source, device, weights=weights).variant(clip, variance, precision)
 
 
 def reading_of(settings: list[str] | None, base: "DataConfig | None" = None, fixed: tuple[str, ...] = ()) -> "Reading":

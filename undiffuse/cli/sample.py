@@ -17,6 +17,7 @@ from undiffuse.cli.options import (
     ModelArg,
     OutOpt,
     OverwriteOpt,
+    PrecisionOpt,
     ReadOpt,
     SeedOpt,
     SkipBadOpt,
@@ -74,6 +75,7 @@ def sample(
     clip: ClipOpt = True,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    precision: PrecisionOpt = None,
     npz: Annotated[
         Path | None, typer.Option("--npz", help="Write one uint8 array, arr_0 [n, h, w, c], to this file")
     ] = None,
@@ -99,12 +101,8 @@ def sample(
     from undiffuse.machine import dist
     from undiffuse.view import explore
 
-    if out is None and npz is None:
-        raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
-    if out is not None:
-        explore.refuse_drawn(out)
-    writable(npz, overwrite, picture=False)
-    loaded = open_model(model, device, clip, variance, weights)
+    _refuse_places(out, npz, overwrite)
+    loaded = open_model(model, device, clip, variance, weights, precision)
     chosen = choose_steps(loaded, steps, times, grid)
     rows = loaded.count(1, label) > 1
     n = (8 if rows else 64) if n is None else n
@@ -115,8 +113,20 @@ def sample(
         return
     written = explore.write_images(images, out, npz, columns=n if rows else None)
     taken: dict[str, Any] = {"steps": len(loaded.times(chosen)) - 1, "solver": solver, "seed": seed}
+    taken |= {} if precision is None else {"precision": loaded.precision}
     taken |= said(loaded.told(label, total, seed), loaded)
     show({"images": total, **taken, **written, **(_channels(images.shape[1]) if out is not None else {})}, as_json)
+
+
+def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
+    """Raises UsageError unless there is a place to write to, and all are free."""
+    from undiffuse.view import explore
+
+    if out is None and npz is None:
+        raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
+    if out is not None:
+        explore.refuse_drawn(out)
+    writable(npz, overwrite, picture=False)
 
 
 def _channels(count: int) -> dict[str, str]:

@@ -5,8 +5,10 @@ A parameterisation is a row of coefficients: `x̂_0 = c_skip x_t + c_out F(c_in 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -256,7 +258,8 @@ class Moment(NamedTuple):
 class Denoiser(nn.Module):
     """Network + process + parameterisation: `denoiser(x_t, t) -> Prediction`.
 
-    `clip` limits x̂_0 to [−1, 1], as the authors' code does when it samples and measures; never in training.
+    `clip` limits x̂_0 to [−1, 1], as the authors' code does when it samples and measures; never in training. The network
+    is called inside a `computing()`, which says in what precision; what is made of its answer is in that of x_t.
     """
 
     def __init__(
@@ -267,11 +270,12 @@ class Denoiser(nn.Module):
         variance: Variance,
         time: Literal["index", "logsnr", "sigma"] = "index",
         clip: bool = True,
+        computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         super().__init__()
         self.network, self.process, self.parameterisation, self.variance = network, process, parameterisation, variance
         self.time: Literal["index", "logsnr", "sigma"] = time
-        self.clip = clip
+        self.clip, self.computing = clip, computing
 
     def at(self, t: Float[Tensor, "*b"]) -> Moment:
         """All that the network, the process and the parameterisation say of t alone, float64 on the CPU."""
@@ -294,7 +298,9 @@ class Denoiser(nn.Module):
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"] | None]:
         """F, and what it says of the variance where that is learned."""
         time = moment.time.to(torch.float32).reshape(-1).expand(len(x_t))
-        output = self.network(x_t if moment.input is None else moment.input * x_t, time, cond).to(x_t.dtype)
+        asked = x_t if moment.input is None else moment.input * x_t
+        with self.computing():
+            output = self.network(asked, time, cond).to(x_t.dtype)
         return tuple(output.chunk(2, dim=1)) if self.variance.learned else (output, None)
 
     def read(

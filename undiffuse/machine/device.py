@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,21 @@ def has_float16(device: torch.device) -> bool:
 def native_precision(device: torch.device) -> str:
     """The fastest precision that has the range or the scale to train in: bf16, float16 or float32."""
     return "bf16" if native_bf16(device) else "float16" if has_float16(device) else "float32"
+
+
+def refuse_precision(name: str, device: torch.device, what: str) -> None:
+    """Raises UsageError for one that this device has not; `what` is where the user sets it."""
+    if name == "tf32" and device.type != "cuda":
+        raise UsageError(f"{what} tf32 is for cards of NVIDIA, and this is {device}; give float32 or auto")
+    if name == "float16" and not has_float16(device):
+        raise UsageError(f"{what} float16 is for cards (cuda), and this is {device}; give float32, bf16 or auto")
+
+
+def in_precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What a network is called inside, in a definite precision."""
+    if name == "tf32":
+        return partial(full_precision, tf32=True)
+    return partial(torch.autocast, device.type, HALF[name]) if name in HALF else nullcontext
 
 
 def keep_memory() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.machine import disk, dist
 from undiffuse.machine.tensorfile import refuse_newer
+from undiffuse.model.model import Model
 
 FORMAT, QUERY = 1, "query.json"
 
@@ -24,6 +25,7 @@ def check(out: Path, question: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(before, dict):
         raise Corrupt(f"{path} is damaged: it is not a JSON object; give another --out")
     refuse_newer(path, before.get("format"))
+    before = {"precision": "float32"} | before  # which older ones do not name
     changed = [key for key in question if before.get(key) != question[key]]
     if changed:
         raise UsageError(
@@ -37,6 +39,11 @@ def take(out: Path, question: dict[str, Any]) -> None:
     question = check(out, question)
     if dist.rank() == 0:
         disk.write_json(out / QUERY, question)
+
+
+def in_other(model: Model) -> dict[str, str]:
+    """What is said of the precision: nothing of float32, which older results did not name."""
+    return {} if model.precision == "float32" else {"precision": model.precision}
 
 
 def digest(question: Any) -> str:

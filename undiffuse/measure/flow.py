@@ -10,6 +10,7 @@ from torch import Tensor
 
 from undiffuse.data.source import Source
 from undiffuse.diffusion.flow import FlowTerms, Solver, flow_bits
+from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.machine import disk, dist
 from undiffuse.measure.claim import FORMAT
@@ -72,6 +73,8 @@ def terms_of(
 
     `tick(n)` is called after each n images. The processes of a run take turns at the batches, and each returns all.
     """
+    if model.precision != "float32":
+        raise UsageError(f"the ODE is solved in float32, and this model computes in {model.precision}; leave that out")
     model = model.variant(clip=False)
     model.denoiser.parameterisation.check(model.process)
     labels = told(model, source, query.count(source), query.label, query.seed)

@@ -18,7 +18,7 @@ from undiffuse.errors import NotFiniteError
 from undiffuse.figure import line_plot
 from undiffuse.key import Key
 from undiffuse.machine import disk, dist
-from undiffuse.measure.claim import FORMAT
+from undiffuse.measure.claim import FORMAT, in_other
 from undiffuse.measure.parts import Parts, claimed, divided, measured, told
 from undiffuse.model.classes import Told
 from undiffuse.model.load import load
@@ -125,9 +125,10 @@ def _refuse_not_finite(part: Terms, first: int) -> None:
 
 def summary(terms: Terms, model: Model, source: Source, query: Nll) -> dict[str, Any]:
     """The means of the terms, and for a model with classes which labels it was told."""
+    found = terms.summary() | in_other(model)
     if model.classes is None:
-        return terms.summary()
-    return terms.summary() | {"labels": told(model, source, query.count(source), query.label, query.seed).words}
+        return found
+    return found | {"labels": told(model, source, query.count(source), query.label, query.seed).words}
 
 
 def evaluations(model: Model, source: Source, query: Nll) -> int:
@@ -148,6 +149,7 @@ def _question(model: Model, query: Nll, labels: Told) -> dict[str, Any]:
         "batch": query.batch,
         "clip": model.denoiser.clip,
         "variance": VARIANCES.name_of(model.denoiser.variance),
+        "precision": model.precision,
     }
     return question | ({} if model.classes is None else {"labels": labels.words})
 

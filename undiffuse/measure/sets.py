@@ -21,7 +21,7 @@ from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
 from undiffuse.errors import DataError, NoSplit, UsageError
 from undiffuse.key import Key
 from undiffuse.machine.device import name_of as device_name
-from undiffuse.measure.claim import digest
+from undiffuse.measure.claim import digest, in_other
 from undiffuse.model.classes import Label, drawn
 from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model, Steps, to_uint8
@@ -74,6 +74,7 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
         "evaluations": evaluations(model, how),
         **_walk(model, times),
         "clip": model.denoiser.clip,
+        **in_other(model),
         "seed": seed,
         **({} if model.classes is None else {"labels": told.words}),
     }
@@ -92,7 +93,7 @@ def _walk(model: Model, times: Tensor) -> dict[str, Any]:
 
 def said_of(model: Model, source: Any) -> dict[str, Any]:
     """What a protocol says of a model."""
-    how = {"parameterisation": plain(model.config)["parameterisation"]["name"], "precision": "float32"}
+    how = {"parameterisation": plain(model.config)["parameterisation"]["name"], "precision": model.precision}
     known = {key: model.meta[key] for key in ("weights", "step") if key in model.meta}
     named = "from Python" if isinstance(source, Model) else str(source)
     return {"source": named, "sha256": digest_of(model)} | known | how | {"device": device_name(model.device)}

@@ -23,13 +23,16 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
-from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError
+from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unknown
 from undiffuse.key import Key, Keys
+from undiffuse.machine import device as machine
 from undiffuse.machine import dist
 from undiffuse.model.classes import ALL, Classes, Label, Told, told
 from undiffuse.model.recipe import DataConfig, ModelConfig
 from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.strict import whole
+
+PRECISIONS = ("auto", "float32", *machine.HALF, "tf32")
 
 Steps = SupportsIndex | Sequence[float | int] | Tensor | None  # as in `Model.times`
 
@@ -52,6 +55,7 @@ class Model:
     denoiser: Denoiser
     meta: dict[str, Any]
     device: torch.device = torch.device("cpu")
+    precision: str = "float32"
 
     def facts(self) -> dict[str, str]:
         """What it is, in words: for `_repr_html_`, which a notebook shows."""
@@ -110,8 +114,14 @@ class Model:
         """The labels of n images: see `classes.py` for what `label` may be. Raises UsageError."""
         return told(self.classes, label, n, seed)
 
-    def variant(self, clip: bool | None = None, variance: str | Variance | None = None) -> "Model":
-        """The same weights with x̂_0 not clipped, as in the bare Algorithm 2, or with the other fixed variance."""
+    def variant(
+        self, clip: bool | None = None, variance: str | Variance | None = None, precision: str | None = None
+    ) -> "Model":
+        """The same weights with x̂_0 not clipped, as in the bare Algorithm 2, or with the other fixed variance.
+
+        `precision` is what the network computes in: float32, bf16, float16 or tf32 (cards only), or `auto`: bf16 on a
+        card that has it, float16 on another, and float32 elsewhere. All around it stays float32. Raises UsageError.
+        """
         old, name = self.config.variance, VARIANCES.name_of
         new = old if variance is None else VARIANCES.build(variance, trusted=True)
         if new != old and old.learned:
@@ -125,8 +135,16 @@ class Model:
             )
         it = self.denoiser
         clip = it.clip if clip is None else clip
-        denoiser = Denoiser(it.network, it.process, it.parameterisation, new, it.time, clip).eval()
-        return replace(self, config=replace(self.config, variance=new), denoiser=denoiser)
+        computing, precision = it.computing, self.precision if precision is None else precision
+        if precision != self.precision:
+            if precision not in PRECISIONS:
+                raise unknown("precision", precision, PRECISIONS)
+            if precision == "auto":  # a CPU that has bf16 draws no faster with it: docs/benchmarks.md
+                precision = machine.native_precision(self.device) if self.device.type == "cuda" else "float32"
+            machine.refuse_precision(precision, self.device, "precision")
+            computing = machine.in_precision(precision, self.device)
+        denoiser = Denoiser(it.network, it.process, it.parameterisation, new, it.time, clip, computing).eval()
+        return replace(self, config=replace(self.config, variance=new), denoiser=denoiser, precision=precision)
 
     def source(
         self, data: str | Path, split: str = "train", skip_bad: bool = False, reading: Reading | None = None
@@ -267,6 +285,7 @@ class Model:
             raise NotFiniteError(
                 "the chain ended in values that are not finite, so nothing is drawn: the weights or the times are at "
                 "fault; `undiffuse verify` checks a run, --weights raw and an older checkpoint are others to try"
+                + ("" if self.precision == "float32" else f"; so is another --precision than {self.precision}")
             )
         return x.cpu()
 

@@ -44,12 +44,14 @@ class Trainer:
     def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str | torch.device = "cpu"):
         self.recipe, self.config, self.device = recipe, config, torch.device(device)
         self.classes = classes_of(recipe, data)
-        refuse_precision(recipe.train.precision, self.device)
+        machine.refuse_precision(recipe.train.precision, self.device, "train.precision =")
         self.share, self.micro = shares(recipe.train)
         self.key = Key(recipe.train.seed).fold("train")
         torch.manual_seed(self.key.fold("init").integer())
         self.denoiser: Denoiser = config.build(clip=False).to(self.device)
         recipe.objective.check(self.denoiser)
+        if recipe.train.precision in machine.HALF:
+            self.denoiser.computing = machine.in_precision(recipe.train.precision, self.device)
         if recipe.train.channels_last:  # before averages and moments, which take the layout of their weights
             self.denoiser.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.names = [name for name, _ in self.denoiser.network.named_parameters()]
@@ -176,9 +178,7 @@ class Trainer:
         x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
         if self.recipe.train.channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
-        half = machine.HALF.get(self.recipe.train.precision)
-        with torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None):
-            loss = self.recipe.objective(self.denoiser, x_0, cond, keys)
+        loss = self.recipe.objective(self.denoiser, x_0, cond, keys)
         return loss.per_example, loss.t
 
     def _told(self, label: Tensor | None, rows: Tensor) -> Conditioning:
@@ -284,18 +284,6 @@ class Trainer:
             "micro_batch": self.micro,
             "processes": "any" if exact else dist.size(),
         }
-
-
-def refuse_precision(name: str, device: torch.device) -> None:
-    """Raises UsageError for one that this device has not."""
-    if name == "tf32" and device.type != "cuda":
-        raise UsageError(
-            f"train.precision = tf32 is for cards of NVIDIA, and this run is on {device}; set float32 or auto"
-        )
-    if name == "float16" and not machine.has_float16(device):
-        raise UsageError(
-            f"train.precision = float16 is for cards (cuda), and this run is on {device}; set float32, bf16 or auto"
-        )
 
 
 def classes_of(recipe: Recipe, data: Source) -> Classes | None:
