@@ -2,13 +2,15 @@
 
     python bench/card.py [--device cuda] [--parts noise samples …]
 
-Each part says what was expected and what was found; the JSON is written after each, so that it may be stopped, and a
-part that is there is not run again unless it is named. On a machine without a card it runs what it can on the CPU. It
-needs the repository and an installed undiffuse. Writes `bench/card.json` and the tables of docs/benchmarks.md.
+Each part says what was expected and what was found, and takes less than ten minutes; the JSON is written after each, so
+that it may be stopped, and a part that is there is not run again unless it is named. On a machine without a card it
+runs what it can on the CPU. It needs the repository and an installed undiffuse. Writes `bench/card.json` and the tables
+of docs/benchmarks.md.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -20,12 +22,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine, publish
+from speed import Contender
 
 import undiffuse
 from undiffuse import key
@@ -36,6 +40,7 @@ from undiffuse.machine.device import choose, name_of, versions
 from undiffuse.model.model import to_float
 from undiffuse.model.recipe import load_recipe
 from undiffuse.network.attention import attend
+from undiffuse.training.memory import needed
 from undiffuse.training.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -45,6 +50,7 @@ CIFAR = ["train", SHAPES, "-p", "cifar10", "--profile", "--set", "train.batch=12
 WAYS = {
     "float32": ["precision=float32"],
     "tf32": ["precision=tf32"],
+    "float16": ["precision=float16"],
     "bf16": ["precision=bf16"],
     "bf16, channels_last": ["precision=bf16", "channels_last=true"],
     "bf16, compiled": ["precision=bf16", "compile=true"],
@@ -53,10 +59,10 @@ WAYS = {
 Found = dict[str, Any]
 
 
-def ran(*words: str, limit: int = 300, several: int = 0) -> tuple[int, str]:
+def ran(*words: str | Path, limit: int = 300, several: int = 0) -> tuple[int, str]:
     """Exit code and what a command said, started several times by torchrun where that is asked."""
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(several)] if several else []
-    command = [sys.executable, *start, "-m", "undiffuse", *words]
+    command = [sys.executable, *start, "-m", "undiffuse", *map(str, words)]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -105,6 +111,81 @@ def samples(device: torch.device) -> Found:
         both = [undiffuse.load(MODEL, each).sample(16, 50, solver, 0).int() for each in ("cpu", str(device))]
         found[solver] = int((both[0] - both[1]).abs().max())
     return found
+
+
+def drawing(device: torch.device) -> Found:
+    """What --precision brings and costs: 256 samples in 50 steps of ddim, and bits/dim of 64 images."""
+    found: Found = {"expected": "bf16 and float16 faster than float32; some levels; 1 % of bits/dim"}
+    exact, exact_bits = None, 0.0
+    for name in ("float32", "tf32", "bf16", "float16") if device.type == "cuda" else ("float32", "bf16"):
+        model = undiffuse.load(MODEL, str(device)).variant(precision=name)
+        model.sample(256, 2, "ddim", 0, 256)
+        began = time.perf_counter()
+        images = model.sample(256, 50, "ddim", 0, 256).float()
+        each: Found = {"seconds": round(time.perf_counter() - began, 2)}
+        bits = float(undiffuse.nll(model, DATA, images=64, draws=10)["bits_per_dim"])
+        if exact is None:
+            exact, exact_bits = images, bits
+        else:
+            off = (images - exact).abs()
+            each |= {"levels off, most": int(off.max()), "mean": round(float(off.mean()), 3)}
+        found[name] = each | {"bits/dim": round(bits, 4), "differs by": round(bits / exact_bits - 1, 5)}
+    return found
+
+
+def half(device: torch.device) -> Found:
+    """Training in float16: steps that overflow are skipped until the scale of the loss fits; resume is exact."""
+    found: Found = {"expected": "a finite loss near that of float32, equal weights"}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, precision, lives in (
+            ("float32", "float32", ("40",)),
+            ("once", "float16", ("40",)),
+            ("twice", "float16", ("20", "40")),
+        ):
+            out = Path(folder) / name
+            how = ["--set", f"train.precision={precision}", "--set", "train.deterministic=true", "--set"]
+            for steps in lives:
+                code, said = ran(
+                    *DIGITS, *how, "train.log_every=1", "--steps", steps, "--device", str(device), "-o", out
+                )
+                if code:
+                    return found | {"failed": said[-300:]}
+            rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            rows = [row for row in rows if "lr" in row]
+            weights = (out / "step-000000040" / "model.safetensors").read_bytes()
+            found[name] = {
+                "loss": round(rows[-1]["loss"], 4),
+                "skipped": sum(row.get("skipped", 0) for row in rows),
+                "scale": rows[-1].get("loss_scale"),
+                "weights": hashlib.sha256(weights).hexdigest()[:16],
+            }
+    return found
+
+
+def estimate(device: torch.device) -> Found:
+    """The memory that a run is said to need before step 0, and what its updates take."""
+    found: Found = {"expected": "said within 10 % of taken"}
+    for name, settings in (("float32", []), ("bf16", []), ("bf16", ["train.recompute=true"])):
+        trainer = trainer_of(device, f"train.precision={name}", *settings)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            trainer.update(1000)
+        taken, said = torch.cuda.max_memory_allocated(), needed(trainer).total
+        found[" ".join([name, *settings])] = {"said GB": said / 1e9, "taken GB": taken / 1e9, "ratio": said / taken}
+        del trainer
+        torch.cuda.empty_cache()
+    return found
+
+
+def rate(device: torch.device) -> Found:
+    """The card's own rate in bf16, of a large product of matrices and of a convolution as in the network."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    x = torch.randn(128, 256, 16, 16, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    product = 2 * 8192**3 / milliseconds(device, lambda: a @ a) / 1e9
+    flop = 2 * 128 * 16 * 16 * 256 * 256 * 9
+    convolution = flop / milliseconds(device, lambda: torch.nn.functional.conv2d(x, w, padding=1)) / 1e9
+    return {"expected": "a rate", "product TFLOP/s": product, "convolution TFLOP/s": convolution}
 
 
 def likelihood(device: torch.device) -> Found:
@@ -205,6 +286,25 @@ def speed(device: torch.device) -> Found:
     return found
 
 
+def peer(device: torch.device) -> Found:
+    """A step of our network and of diffusers' of the same shape, batch 128, in turns; the median of 20 rounds."""
+    found: Found = {"expected": "ours in less time, plain and compiled"}
+    if importlib.util.find_spec("diffusers") is None:
+        return found | {"left out": "diffusers is not installed"}
+    ways = [(name, options) for options in (("bf16",), ("bf16", "compile")) for name in ("ours", "diffusers")]
+    with ExitStack() as stack:
+        every = [
+            Contender(stack, sys.executable, {"name": name, "task": "cifar10", "batch": 128, "options": [*how, "cuda"]})
+            for name, how in ways
+        ]
+        for _ in range(25):
+            for one in every:
+                one.step()
+    for one, (name, how) in zip(every, ways, strict=True):
+        found[f"{name} {' '.join(how)}, images/s"] = round(128 / statistics.median(one.seconds[5:]))
+    return found
+
+
 def memory(device: torch.device) -> Found:
     """Two steps of the paper's 256² network, batch 64, with a micro-batch that fits."""
     how = [
@@ -228,10 +328,24 @@ def memory(device: torch.device) -> Found:
     }
 
 
-PARTS: dict[str, Callable[[torch.device], Found]] = {
-    each.__name__: each for each in (noise, samples, likelihood, resume, processes, waits, attention, memory, speed)
-}
-CARD_ONLY = {"waits", "attention", "memory", "speed", "processes"}
+EVERY = (
+    noise,
+    samples,
+    likelihood,
+    drawing,
+    resume,
+    half,
+    processes,
+    waits,
+    attention,
+    rate,
+    estimate,
+    memory,
+    speed,
+    peer,
+)
+PARTS: dict[str, Callable[[torch.device], Found]] = {each.__name__: each for each in EVERY}
+CARD_ONLY = {"half", "waits", "attention", "rate", "estimate", "memory", "speed", "peer", "processes"}
 
 
 def short(value: Any) -> str:
@@ -253,15 +367,21 @@ def table(result: Found) -> str:
     if "speed" in result["parts"]:
         lines += [
             "",
-            "| CIFAR-10, batch 128 | images/s | ms a step | TFLOP/s | memory at the peak, GB |",
-            "|---|---|---|---|---|",
+            "| CIFAR-10, batch 128 | images/s | ms a step | TFLOP/s | of the rate in bf16 | memory at the peak, GB | "
+            "800,000 steps, hours |",
+            "|---|---|---|---|---|---|---|",
         ]
         for name in WAYS:
             each = result["parts"]["speed"].get(name, {})
             if "images_per_second" in each:
                 rate, peak = each["gflop_per_second"] / 1e3, each["peak_memory_mb"] / 1e3
                 step = each["milliseconds_per_step"]
-                lines.append(f"| {name} | {each['images_per_second']:,.0f} | {step:.1f} | {rate:.1f} | {peak:.1f} |")
+                most = result["parts"].get("rate", {}).get("product TFLOP/s")
+                share, hours = "–" if most is None else f"{rate / most:.0%}", 800_000 * step / 3.6e6
+                lines.append(
+                    f"| {name} | {each['images_per_second']:,.0f} | {step:.1f} | {rate:.1f} | {share} | {peak:.1f} | "
+                    f"{hours:.1f} |"
+                )
     ran_on = f"{result['device']}, torch {result['machine']['torch']}, CUDA {result['versions'].get('cuda')}"
     return "\n".join([*lines, "", f"{ran_on}; {result['date']}. Made by `{result['command']}`."])
 

@@ -46,6 +46,10 @@ def without_torchvision() -> None:
     KEPT.append(library)  # what it defines goes with it
 
 
+def where(options: list[str]) -> str:
+    return "cuda" if "cuda" in options else "cpu"
+
+
 def layout(options: list[str]) -> torch.memory_format:
     return torch.channels_last if "channels_last" in options else torch.contiguous_format
 
@@ -54,20 +58,23 @@ def ours(task: str, batch: int, options: list[str]) -> tuple[Step, int, list[str
     """A step of `undiffuse train` as the command makes it: keyed noise, clipping, Adam, EMA, checks for NaN."""
     from undiffuse.data.source import ArraySource
     from undiffuse.model.recipe import load_recipe
-    from undiffuse.training.trainer import Trainer, forward_flops
+    from undiffuse.training.plan import forward_flops
+    from undiffuse.training.trainer import Trainer
 
     settings = [f"train.batch={batch}", f"train.precision={'bf16' if 'bf16' in options else 'float32'}"]
     settings += [f"train.{name}=true" for name in ("compile", "channels_last") if name in options]
     recipe = load_recipe(task, settings)
     channels, side = SHAPES[task]
     config = recipe.model((channels, side, side))
-    trainer = Trainer(recipe, config, ArraySource(pictures(task, 8 * batch)))
+    device = where(options)
+    trainer = Trainer(recipe, config, ArraySource(pictures(task, 8 * batch)), device)
     if "forward" in options:
-        network, x, time_ = trainer.denoiser.network.eval(), torch.randn(batch, channels, side, side), torch.rand(batch)
+        network, x = trainer.denoiser.network.eval(), torch.randn(batch, channels, side, side, device=device)
+        time_ = torch.rand(batch, device=device)
 
         @torch.no_grad()
         def forward() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in options):
+            with torch.autocast(where(options), torch.bfloat16, enabled="bf16" in options):
                 network(x, 1000 * time_)
 
         return forward, forward_flops(config), ["undiffuse"]
@@ -102,19 +109,20 @@ def diffusers(task: str, batch: int, options: list[str]) -> tuple[Step, int, lis
         norm_num_groups=shape.norm_groups(),
     ).to(memory_format=layout(options))
     count = flops(lambda x, t: net(F.pixel_unshuffle(x, patch), t), SHAPES[task])
+    net.to(where(options))
     called = torch.compile(net) if "compile" in options else net
     adam = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     average = EMAModel(net.parameters(), use_ema_warmup=True)
-    scheduler, images = DDPMScheduler(), pictures(task, batch)
+    scheduler, images = DDPMScheduler(), pictures(task, batch).to(where(options))
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         x = F.pixel_unshuffle(x, patch).contiguous(memory_format=layout(options))
-        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in options):
+        with torch.autocast(where(options), torch.bfloat16, enabled="bf16" in options):
             return F.pixel_shuffle(called(x, t).sample, patch)
 
     def step() -> None:
         x_0 = images.float() / 127.5 - 1
-        noise, t = torch.randn_like(x_0), torch.randint(1000, (batch,))
+        noise, t = torch.randn_like(x_0), torch.randint(1000, (batch,), device=x_0.device)
         loss = F.mse_loss(predict(scheduler.add_noise(x_0, noise, t), t).float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -125,7 +133,7 @@ def diffusers(task: str, batch: int, options: list[str]) -> tuple[Step, int, lis
 
     @torch.no_grad()
     def forward() -> None:
-        predict(images.float() / 127.5 - 1, torch.zeros(batch, dtype=torch.int64))
+        predict(images.float() / 127.5 - 1, torch.zeros(batch, dtype=torch.int64, device=images.device))
 
     if "forward" in options:
         net.eval()
@@ -142,15 +150,16 @@ def denoising_diffusion_pytorch(task: str, batch: int, options: list[str]) -> tu
     net = Unet(dim=32, dim_mults=(1, 2, 4), channels=channels)
     net.to(memory_format=layout(options))
     count = flops(net, SHAPES[task])
+    net.to(where(options))
     if "compile" in options:
         net.compile()
-    diffusion = GaussianDiffusion(net, image_size=side)
+    diffusion = GaussianDiffusion(net, image_size=side).to(where(options))
     adam = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
-    average, images = EMA(diffusion, beta=0.995, update_every=10), pictures(task, batch)
+    average, images = EMA(diffusion, beta=0.995, update_every=10), pictures(task, batch).to(where(options))
 
     def step() -> None:
         x_0 = (images.float() / 255).contiguous(memory_format=layout(options))
-        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in options):
+        with torch.autocast(where(options), torch.bfloat16, enabled="bf16" in options):
             loss = diffusion(x_0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
@@ -164,8 +173,8 @@ def denoising_diffusion_pytorch(task: str, batch: int, options: list[str]) -> tu
 
 def convolution(task: str, batch: int, options: list[str]) -> tuple[Step, int, list[str]]:
     """The machine's rate: one bf16 3×3 convolution of 256 channels at 16×16, ten times."""
-    x = torch.randn(batch, 256, 16, 16, dtype=torch.bfloat16)
-    w = torch.randn(256, 256, 3, 3, dtype=torch.bfloat16)
+    x = torch.randn(batch, 256, 16, 16, dtype=torch.bfloat16, device=where(options))
+    w = torch.randn(256, 256, 3, 3, dtype=torch.bfloat16, device=where(options))
 
     @torch.no_grad()
     def step() -> None:
@@ -191,6 +200,8 @@ def main() -> None:
     for _ in sys.stdin:
         started = time.perf_counter()
         step()
+        if "cuda" in given["options"]:
+            torch.cuda.synchronize()
         print(time.perf_counter() - started, flush=True)
 
 

@@ -90,6 +90,20 @@ def test_a_batch_fetched_ahead_is_the_batch(data):
     assert any(thread.name.startswith("undiffuse-data") for thread in threading.enumerate())
 
 
+def test_images_are_pinned_by_the_thread_that_reads_them(monkeypatch):
+    """Without a card nothing can be, so that it is only seen who asks, and of what."""
+    asked = []
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda self: asked.append((self.shape, threading.current_thread().name)) or self
+    )
+    loader = Loader(ArraySource(torch.zeros(4, 1, 2, 2, dtype=torch.uint8)), 2)
+    Prefetched(loader, torch.arange(2)).at(0)
+    assert not asked
+    Prefetched(loader, torch.arange(2), pin=True).at(0)
+    shape, name = asked[0]
+    assert shape == (2, 1, 2, 2) and name.startswith("undiffuse-data")
+
+
 def test_fetching_ahead_takes_no_processor_from_the_step():
     """A second team of OpenMP threads made a step of a small network half as slow again."""
     before = torch.get_num_threads()

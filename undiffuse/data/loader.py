@@ -1,7 +1,7 @@
 """Batches as a pure function of the step: no state, so nothing to save and nothing to restore on resume."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int, UInt8
@@ -50,11 +50,12 @@ class Loader:
 class Prefetched:
     """The given rows of the batch of a step, read by a thread while the step before is at work.
 
-    Steps may be asked for in any order: what was fetched ahead for another one is dropped.
+    Steps may be asked for in any order: what was fetched ahead for another one is dropped. `pin` puts the images where a
+    card takes them from by itself, while the processor goes on.
     """
 
-    def __init__(self, loader: Loader, rows: Int[Tensor, "b"]):
-        self.loader, self.rows = loader, rows
+    def __init__(self, loader: Loader, rows: Int[Tensor, "b"], pin: bool = False):
+        self.loader, self.rows, self.pin = loader, rows, pin
         self._thread = ThreadPoolExecutor(1, "undiffuse-data")
         # One processor for it: a second team of threads would take turns with that of the step.
         threads = torch.get_num_threads()
@@ -69,4 +70,8 @@ class Prefetched:
         return batch.result()
 
     def _start(self, step: int) -> "Future[Batch]":
-        return self._thread.submit(self.loader.batch, step, self.rows)
+        return self._thread.submit(self._fetch, step)
+
+    def _fetch(self, step: int) -> Batch:
+        batch = self.loader.batch(step, self.rows)
+        return replace(batch, image=batch.image.pin_memory()) if self.pin else batch

@@ -63,6 +63,7 @@ class Trainer:
         self.batches = Prefetched(
             Loader(data, recipe.train.batch, recipe.train.seed, recipe.data.flip),
             torch.arange(self.share, dtype=torch.int64, device="cpu") + dist.rank() * self.share,
+            pin=self.device.type == "cuda",
         )
         self.denoiser.network = self._prepared(self.denoiser.network)
         self.step = 0
