@@ -67,12 +67,31 @@ def test_tf32_is_on_while_the_network_computes_and_at_no_other_time(toy):
         assert seen == [True] and not torch.backends.cudnn.allow_tf32
 
 
-def test_auto_is_what_a_card_has_and_float32_elsewhere(toy, monkeypatch):
-    assert toy.variant(precision="auto").precision == "float32"
-    for native, expected in ((True, "bf16"), (False, "float16")):
+def test_auto_is_what_the_processor_is_faster_with(toy, monkeypatch):
+    for native, card, cpu in ((True, "bf16", "bf16"), (False, "float16", "float32")):
         monkeypatch.setattr(machine, "native_bf16", lambda device, native=native: native)
-        assert replace(toy, device=torch.device("cuda:0")).variant(precision="auto").precision == expected
-        assert toy.variant(precision="auto").precision == "float32"
+        assert replace(toy, device=torch.device("cuda:0")).variant(precision="auto").precision == card
+        assert toy.variant(precision="auto").precision == cpu
+
+
+@pytest.mark.parametrize("seconds, pays", [(0.5, True), (0.8, True), (0.9, False), (2.0, False)])
+def test_instructions_for_bf16_that_are_slower_are_not_taken(monkeypatch, seconds, pays):
+    """By a clock that only products move; a float32 one takes a second, but for one that another process disturbed."""
+    clock, taken, whole = [0.0], iter([9.0, 1.0, 1.0, 1.0, 1.0, 1.0]), torch.mm
+
+    def mm(a, b):
+        clock[0] += seconds if a.dtype == torch.bfloat16 else next(taken)
+        return whole(a, b)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
+    assert machine.bf16_pays.__wrapped__() is pays
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(machine, "bf16_pays", lambda: pays)
+    assert machine.native_bf16(torch.device("cpu")) is pays
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not machine.native_bf16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -185,14 +185,12 @@ def test_the_norm_that_is_told_is_that_before_clipping(data):
 
 @dataclass(frozen=True)
 class Odd(Objective):
-    """An infinite loss with a gradient of 0, or the other way round; and the type in which products are taken."""
+    """An infinite loss with a gradient of 0, or the other way round."""
 
     kind: str = ""
-    types: ClassVar[list[torch.dtype]] = []
 
     def __call__(self, denoiser, x_0, cond, keys):
         weight = denoiser.network.conv_in.weight.sum() * 0
-        self.types.append((x_0[0, 0] @ x_0[0, 0]).dtype)
         extra = {"loss": weight + float("inf"), "gradient": weight.abs().sqrt(), "": weight}[self.kind]
         return Loss(x_0.flatten(1).mean(1) + extra, {}, torch.zeros(len(x_0)))
 
@@ -246,9 +244,15 @@ def test_fine_tuning_begins_with_the_average_of_the_other_in_both(data):
 
 @pytest.mark.parametrize("precision, type", [("float32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_precision_is_that_of_the_products(data, monkeypatch, precision, type):
-    monkeypatch.setattr(Odd, "types", [])
-    made(data, Odd(), train={"precision": precision}).update(6)
-    assert Odd.types == [type]
+    """Of those of the network; its answer and all around it are float32."""
+    one, seen = made(data, train={"precision": precision}), []
+    for layer in one.denoiser.network.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            layer.register_forward_hook(lambda layer, given, found: seen.append(found.dtype))
+    whole, losses = one.loss, []
+    one.loss = lambda *given: losses.append(whole(*given)) or losses[-1]
+    one.update(6)
+    assert set(seen) == {type} and losses[0][0].dtype == torch.float32
 
 
 def test_what_is_restored_is_each_tensor_that_was_saved(data):

@@ -65,7 +65,7 @@ PrecisionOpt = Annotated[
     typer.Option(
         "--precision",
         help="What the network computes in: float32 unless given, bf16, float16 or tf32 (both on cards), or auto: "
-        "bf16 or float16 on a card, else float32",
+        "bf16 where the processor is faster with it, float16 on cards without, else float32",
     ),
 ]
 FeatureWeightsOpt = Annotated[

@@ -50,8 +50,8 @@ class Loader:
 class Prefetched:
     """The given rows of the batch of a step, read by a thread while the step before is at work.
 
-    Steps may be asked for in any order: what was fetched ahead for another one is dropped. `pin` puts the images where a
-    card takes them from by itself, while the processor goes on.
+    Steps may be asked for in any order: what was fetched ahead for another one is dropped. `pin` puts the images where
+    a card takes them from by itself, while the processor goes on.
     """
 
     def __init__(self, loader: Loader, rows: Int[Tensor, "b"], pin: bool = False):

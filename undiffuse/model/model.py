@@ -119,8 +119,9 @@ class Model:
     ) -> "Model":
         """The same weights with x̂_0 not clipped, as in the bare Algorithm 2, or with the other fixed variance.
 
-        `precision` is what the network computes in: float32, bf16, float16 or tf32 (cards only), or `auto`: bf16 on a
-        card that has it, float16 on another, and float32 elsewhere. All around it stays float32. Raises UsageError.
+        `precision` is what the network computes in: float32, bf16, float16 or tf32 (cards only), or `auto`: bf16 where
+        the processor is faster with it, float16 on cards without, else float32. All around it stays float32. Raises
+        UsageError.
         """
         old, name = self.config.variance, VARIANCES.name_of
         new = old if variance is None else VARIANCES.build(variance, trusted=True)
@@ -139,8 +140,7 @@ class Model:
         if precision != self.precision:
             if precision not in PRECISIONS:
                 raise unknown("precision", precision, PRECISIONS)
-            if precision == "auto":  # a CPU that has bf16 draws no faster with it: docs/benchmarks.md
-                precision = machine.native_precision(self.device) if self.device.type == "cuda" else "float32"
+            precision = machine.native_precision(self.device) if precision == "auto" else precision
             machine.refuse_precision(precision, self.device, "precision")
             computing = machine.in_precision(precision, self.device)
         denoiser = Denoiser(it.network, it.process, it.parameterisation, new, it.time, clip, computing).eval()

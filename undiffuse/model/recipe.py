@@ -120,7 +120,7 @@ class TrainConfig:
     `train --profile`, once with it and once without, for on an H200 it made the CIFAR-10 network slower (bf16: 1,742
     images/s instead of 2,121).
 
-    `precision` "auto" is bf16 where the processor has it natively, float16 on cards without, else float32. "float16",
+    `precision` "auto" is bf16 where the processor is faster with it, float16 on cards without, else float32. "float16",
     on cards alone, scales the loss as `torch.amp.GradScaler` does, and skips a step whose gradient overflows; "tf32",
     for cards of NVIDIA, is float32 whose factors are rounded to 10 bits.
 
