@@ -77,14 +77,14 @@ def test_auto_is_what_the_processor_is_faster_with(toy, monkeypatch):
 @pytest.mark.parametrize("seconds, pays", [(0.5, True), (0.8, True), (0.9, False), (2.0, False)])
 def test_instructions_for_bf16_that_are_slower_are_not_taken(monkeypatch, seconds, pays):
     """By a clock that only products move; a float32 one takes a second, but for one that another process disturbed."""
-    clock, taken, whole = [0.0], iter([9.0, 1.0, 1.0, 1.0, 1.0, 1.0]), torch.mm
+    clock, taken, whole = [0.0], iter([9.0] * 15 + [1.0] * 5), torch.mm
 
     def mm(a, b):
         clock[0] += seconds if a.dtype == torch.bfloat16 else next(taken)
         return whole(a, b)
 
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(machine.time, "thread_time", lambda: clock[0])
     assert machine.bf16_pays.__wrapped__() is pays
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(machine, "bf16_pays", lambda: pays)

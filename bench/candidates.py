@@ -1,0 +1,99 @@
+"""The candidates of `bench/choose.py`, as settings of preset `fashion-mnist`, and a network that is one of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from undiffuse.config import Count
+from undiffuse.network.base import NOTHING, Conditioning, Network
+from undiffuse.network.block import sinusoid
+
+
+class Block(nn.Module):
+    """Attention and two layers on tokens, each shifted, scaled and gated by the time (Peebles & Xie 2023)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.own = nn.Parameter(torch.zeros(6, width))
+
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        b, n, c = x.shape
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = (told + self.own)[:, :, None].unbind(1)
+        h = F.layer_norm(x, (c,)) * (1 + scale_1) + shift_1
+        q, k, v = self.qkv(h).view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+        x = x + gate_1 * self.out(h)
+        h = F.layer_norm(x, (c,)) * (1 + scale_2) + shift_2
+        return x + gate_2 * self.down(F.gelu(self.up(h), approximate="tanh"))
+
+
+class Tokens(nn.Module):
+    """Patches become tokens, and these patches again; one layer tells all blocks the time."""
+
+    def __init__(self, spec: "Transformer", inputs: int, outputs: int):
+        super().__init__()
+        self.patch, self.width, width = spec.patch, spec.width, spec.width
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.told, self.first = nn.Linear(width, 8 * width), nn.Linear(inputs * spec.patch**2, width)
+        self.place = nn.Parameter(0.02 * torch.randn((28 // spec.patch) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, spec.heads) for _ in range(spec.depth))
+        self.last = nn.Linear(width, outputs * spec.patch**2)
+        for layer in (self.last, self.told):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Conditioning = NOTHING) -> Tensor:
+        b, _, height, width = x.shape
+        h = self.first(F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)) + self.place
+        told = self.told(self.time(sinusoid(time, self.width))).view(b, 8, self.width)
+        for block in self.blocks:
+            h = block(h, told[:, :6])
+        scale, shift = told[:, 6:, None].unbind(1)
+        h = self.last(F.layer_norm(h, (self.width,)) * (1 + scale) + shift)
+        return F.pixel_shuffle(h.transpose(1, 2).reshape(b, -1, height // self.patch, width // self.patch), self.patch)
+
+
+@dataclass(frozen=True)
+class Transformer(Network):
+    """For images of 28×28."""
+
+    width: Count = 128
+    depth: Count = 6
+    heads: Count = 4
+    patch: Count = 4
+    time: Literal["index", "logsnr", "sigma"] = "index"
+
+    def build(self, image_channels: int, output_channels: int, classes: int | None = None) -> nn.Module:
+        return Tokens(self, image_channels, output_channels)
+
+    def stride(self) -> int:
+        return self.patch
+
+
+def unet(**fields: object) -> list[str]:
+    return ["train.channels_last=true", *(f"network.{name}={value}" for name, value in fields.items())]
+
+
+PLAIN = {"attention": "[]", "middle": "plain"}
+CANDIDATES: dict[str, list[str]] = {
+    "the preset": [],
+    "channels_last": unet(),
+    "no attention": unet(**PLAIN),
+    "64 channels": unet(channels=64),
+    "two blocks a level": unet(blocks=2),
+    "twice as wide below": unet(multipliers="[1,2]"),
+    "32 channels, twice as wide below": unet(channels=32, multipliers="[1,2]"),
+    "patches of 4, one level of 96": unet(channels=96, multipliers="[1]", patch=4, attention="[0]"),
+    "transformer, patches of 4": ['network={name="candidates:Transformer"}'],
+    "min-SNR": [*unet(), "objective.name=min-snr"],
+    "rate 4e-3": [*unet(), "train.lr=4e-3"],
+    "rate 1e-3": [*unet(), "train.lr=1e-3"],
+    "batches of 32": [*unet(), "train.batch=32"],
+    "batches of 128": [*unet(), "train.batch=128"],
+}
