@@ -12,7 +12,7 @@ from undiffuse.diffusion.density import LogitNormal, LogNormal, Uniform
 from undiffuse.diffusion.grid import GRIDS, Even, Karras
 from undiffuse.diffusion.likelihood import chain
 from undiffuse.diffusion.numbers import F64
-from undiffuse.diffusion.objective import MinSnr, Simple
+from undiffuse.diffusion.objective import P2, MinSnr, Sigmoid, Simple, Vlb
 from undiffuse.diffusion.process import PROCESSES, Cosine, Edm, Linear, Process, Straight
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.heun import Heun
@@ -165,7 +165,7 @@ class Listener(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("objective", [Simple, MinSnr])
+@pytest.mark.parametrize("objective", [Simple, MinSnr, P2, Sigmoid])
 def test_an_objective_takes_what_suits_the_process_or_what_is_named(objective):
     from undiffuse.diffusion.denoiser import X0, Denoiser, FixedLarge
     from undiffuse.network.base import NOTHING
@@ -185,6 +185,5 @@ def test_a_density_is_a_setting():
     assert recipe.objective == Simple(LogNormal(mean=0.5))
     with pytest.raises(UsageError, match='density "log-norml" is not known. Did you mean "log-normal"'):
         load_recipe("digits", ["objective.density=log-norml"])
-    with pytest.raises(UsageError, match='objective vlb has no field "density"'):
-        load_recipe("digits", ["objective.name=vlb", "objective.density=uniform"])
+    assert load_recipe("digits", ["objective.name=vlb", "objective.density=uniform"]).objective == Vlb(Uniform())
     assert math.isclose(density.suited(Edm()).mean, -1.2)

@@ -16,11 +16,10 @@ from undiffuse.diffusion.denoiser import (
     LearnedRange,
     Mu,
 )
-from undiffuse.diffusion.density import Uniform
+from undiffuse.diffusion.density import Importance, LogNormal, Uniform
 from undiffuse.diffusion.objective import (
     OBJECTIVES,
     Hybrid,
-    MinSnr,
     Simple,
     Vlb,
     by_quartile,
@@ -36,7 +35,7 @@ F64 = torch.float64
 SMALL = UNet(channels=32, multipliers=(1, 2), blocks=1, attention=(1,))
 NARROW = UNet(channels=16, multipliers=(1, 1), blocks=1, attention=())
 
-NAMES = {"simple", "min-snr", "vlb", "hybrid"}
+NAMES = {"simple", "min-snr", "p2", "sigmoid", "vlb", "hybrid"}
 
 # Table 2: parameterisation, objective, variance; and whether the paper's run was stable.
 ROWS = {
@@ -215,21 +214,6 @@ def test_simple_with_eps_may_be_trained_where_alpha_ends_at_0():
 # --- the other weights ---
 
 
-@pytest.mark.parametrize(
-    "name, share",
-    [("eps", lambda snr: 1 / snr), ("x0", lambda snr: snr**0), ("v", lambda snr: 1 / (snr + 1))],
-)
-def test_min_snr_weights(name, share):
-    """min(SNR, 5) on the error of x̂_0 is min(SNR, 5)/SNR on that of eps and min(SNR, 5)/(SNR + 1) on that of v."""
-    model = Denoiser(Wave(), Linear(), PARAMETERISATIONS.build(name), FixedLarge(), clip=False)
-    with torch.no_grad():
-        loss = MinSnr()(model, images(64), NOTHING, Key(7).rows(64))
-    snr = Linear().logsnr(loss.t).exp()
-    assert (snr > 5).any() and (snr < 5).any()
-    weight = snr.clamp(max=5) * share(snr)
-    torch.testing.assert_close(loss.per_example, weight.float() * loss.terms["simple"], rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("parameterisation", [Eps(), Mu()])
 @pytest.mark.parametrize("variance", [Learned(), LearnedRange()])
 def test_in_hybrid_the_bound_moves_the_variance_alone(parameterisation, variance):
@@ -280,6 +264,23 @@ def test_hybrid_is_the_sum_of_its_terms():
             "eps says nothing about x_0 at t = 1, where the process jsd has alpha = 0",
         ),
         ("min-snr", "eps", "fixed-large", Jsd(), "eps says nothing about x_0 at t = 1"),
+        ("p2", "eps", "learned", Linear(), "objective p2 cannot train a learned variance; choose vlb or hybrid"),
+        ("sigmoid", "eps", "fixed-large", Jsd(), "eps says nothing about x_0 at t = 1"),
+        (
+            Vlb(LogNormal()),
+            "eps",
+            "fixed-large",
+            Linear(),
+            "objective vlb is a sum over all steps, and density log-normal does not make up for how often it takes "
+            "each; choose uniform or importance",
+        ),
+        (
+            Simple(Importance()),
+            "v",
+            "fixed-large",
+            Straight(),
+            "density importance needs a β-table, and straight has none; choose uniform",
+        ),
     ],
 )
 def test_what_an_objective_cannot_train_is_refused(objective, parameterisation, variance, process, message):

@@ -5,18 +5,25 @@ A process names the density that suits it (`Process.suits`); an objective may na
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.config import Positive, Table
+from undiffuse.config import Count, Fraction, Positive, Table
 from undiffuse.diffusion.process import Process
 from undiffuse.key import Keys
 
 
 class Density(ABC):
-    """A distribution of t over [t_min, 1]."""
+    """A distribution of t over [t_min, 1].
+
+    With one that is `unbiased` a loss times `weight` has the mean that it has at uniform t. Others are the point of it.
+    """
+
+    unbiased: ClassVar[bool] = False
+    needs_table: ClassVar[bool] = False
 
     @abstractmethod
     def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
@@ -29,10 +36,16 @@ class Density(ABC):
             drawn = (drawn * process.steps).round() / process.steps
         return drawn.clamp(process.t_min, 1)
 
+    def weight(self, process: Process, t: Float[Tensor, "b"]) -> Float[Tensor, "b"] | None:
+        """What makes up for how often t is taken, float64 on the CPU; None for 1 everywhere."""
+        return None
+
 
 @dataclass(frozen=True)
 class Uniform(Density):
     """Uniform on the grid 1/T … 1 of a table (DDPM), or on [t_min, 1]."""
+
+    unbiased: ClassVar[bool] = True
 
     def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
         if process.steps is not None:
@@ -60,6 +73,23 @@ class LogitNormal(Density):
 
     def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
         return torch.sigmoid(self.mean + self.std * keys.normal().double())
+
+
+@dataclass(frozen=True)
+class Importance(Density):
+    """p_t ∝ √E[L_t²] from the last losses at each t of a table (Nichol & Dhariwal 2021, Eq. 18); losses over T p_t.
+
+    What is drawn is uniform until a run has `history` losses of each t, and it stays so for a share `uniform`. The
+    losses are the run's (`importance.Seen`); without them, as on held-out images, this is `Uniform`.
+    """
+
+    history: Count = 10
+    uniform: Fraction = 0.001
+    unbiased: ClassVar[bool] = True
+    needs_table: ClassVar[bool] = True
+
+    def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
+        return Uniform().draw(process, keys)
 
 
 DENSITIES: Table[Density] = Table("density", Density, "undiffuse.diffusion.density")

@@ -3,6 +3,7 @@
 `objective(denoiser, x_0, cond, keys)` is a pure function of its keys: same keys, same bits.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
@@ -14,8 +15,8 @@ from torch import Tensor
 from undiffuse.config import NonNegative, Positive, Table
 from undiffuse.diffusion.denoiser import Denoiser, Moment, Step, bound_term
 from undiffuse.diffusion.density import DENSITIES, Density, Uniform, suited
-from undiffuse.diffusion.numbers import ready
-from undiffuse.diffusion.process import PROCESSES
+from undiffuse.diffusion.numbers import per_image, ready
+from undiffuse.diffusion.process import PROCESSES, Process
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning
@@ -31,12 +32,18 @@ class Loss(NamedTuple):
     t: Float[Tensor, "b"]
 
 
-def quartile_sums(loss: Float[Tensor, "b"], t: Float[Tensor, "b"]) -> Float[Tensor, "2 4"]:
-    """Sums of the loss, and counts, for t in [0, ¼), [¼, ½), [½, ¾) and [¾, 1]; these add up over parts of a batch."""
+def quartile_sums(
+    loss: Float[Tensor, "b"], t: Float[Tensor, "b"], weight: Float[Tensor, "b"] | None = None
+) -> Float[Tensor, "2 4"]:
+    """Sums of the loss, and counts, for t in [0, ¼), [¼, ½), [½, ¾) and [¾, 1]; these add up over parts of a batch.
+
+    `weight` is what the loss has been multiplied by, and what an example then counts for.
+    """
     quarter = (4 * t).long().clamp(max=3).to(loss.device)
     inside = quarter == torch.arange(4, dtype=torch.int64, device=loss.device)[:, None]  # 4 b
     # Not a product with 0 and 1, so that a NaN stays in the quarter that it came from.
-    return torch.stack([torch.where(inside, loss.detach(), 0).sum(1), inside.sum(1).to(loss)])
+    counts = inside if weight is None else torch.where(inside, weight.to(loss), 0)
+    return torch.stack([torch.where(inside, loss.detach(), 0).sum(1), counts.sum(1).to(loss)])
 
 
 def by_quartile(sums: Float[Tensor, "2 4"]) -> dict[str, float]:
@@ -50,6 +57,7 @@ class Objective(ABC):
     needs_learned: ClassVar[bool | None] = None
     needs_table: ClassVar[bool] = False
     needs_x_0: ClassVar[bool] = True
+    density: Density | None = None  # how often each t is taken; unless given, what suits the process or the objective
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss: ...
@@ -65,7 +73,20 @@ class Objective(ABC):
             raise UsageError(
                 f"objective {name} needs a β-table, and {PROCESSES.name_of(process)} has none; choose simple"
             )
+        if self.density is not None:
+            self._check_density(name, DENSITIES.name_of(self.density), self.density, process)
         denoiser.parameterisation.check(process, self.needs_x_0)
+
+    def _check_density(self, name: str, density: str, of_t: Density, process: Process) -> None:
+        if of_t.needs_table and process.steps is None:
+            raise UsageError(
+                f"density {density} needs a β-table, and {PROCESSES.name_of(process)} has none; choose uniform"
+            )
+        if self.needs_table and not of_t.unbiased:
+            raise UsageError(
+                f"objective {name} is a sum over all steps, and density {density} does not make up for how often it "
+                "takes each; choose uniform or importance"
+            )
 
 
 class Weight(NamedTuple):
@@ -91,10 +112,18 @@ def noised(denoiser: Denoiser, moment: Moment, x_0: Float[Tensor, "b c h w"], co
     return Noised(x_t, output, raw_variance, (moment.target(x_0, eps) - output).square().flatten(1).mean(1))
 
 
-def a_step(denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], keys: Keys) -> tuple[Float[Tensor, "b"], Moment, Step]:
-    """A uniform t for each example, and the step of the table from there, `ready`."""
+def made_up(loss: Float[Tensor, "b"], density: Density, process: Process, t: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+    """The loss times what makes up for how often the density takes each t, if it does."""
+    weight = density.weight(process, t)
+    return loss if weight is None else per_image(weight, loss) * loss
+
+
+def a_step(
+    denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], density: Density, keys: Keys
+) -> tuple[Float[Tensor, "b"], Moment, Step]:
+    """A t for each example, and the step of the table from there, `ready`."""
     process = denoiser.process
-    t = UNIFORM.t(process, keys)
+    t = density.t(process, keys)
     return t, *ready(x_0, denoiser.at(t), Step.between(process, t, (t - process.t_min).clamp(min=0)))
 
 
@@ -110,39 +139,89 @@ class Simple(Objective):
     needs_x_0: ClassVar[bool] = False
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t = (self.density or suited(denoiser.process)).t(denoiser.process, keys)
+        density = self.density or suited(denoiser.process)
+        t = density.t(denoiser.process, keys)
         error = noised(denoiser, ready(x_0, denoiser.at(t)), x_0, cond, keys).error
-        return Loss(error, {"simple": error}, t)
+        return Loss(made_up(error, density, denoiser.process, t), {"simple": error}, t)
+
+
+class WeightedBySnr(Objective):
+    """A weight on the error of x̂_0, or 1/SNR times it on that of eps, written on the error of F."""
+
+    needs_learned: ClassVar[bool | None] = False
+
+    @abstractmethod
+    def on_x_0(self, logsnr: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+        """The weight on the error of x̂_0, float64 on the CPU; logsnr is finite."""
+
+    def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
+        density = self.density or suited(denoiser.process)
+        t = density.t(denoiser.process, keys)
+        moment = denoiser.at(t)
+        # x̂_0 moves by `out` times as much as F.
+        weight = Weight(self.on_x_0(denoiser.process.logsnr(t)) * moment.out.square())
+        moment, weight = ready(x_0, moment, weight)
+        error = noised(denoiser, moment, x_0, cond, keys).error
+        weighted = weight.value.flatten() * error
+        return Loss(made_up(weighted, density, denoiser.process, t), {"simple": error}, t)
 
 
 @dataclass(frozen=True)
-class MinSnr(Objective):
+class MinSnr(WeightedBySnr):
     """min(SNR, gamma) on the error of x̂_0, written on that of F (Hang et al. 2023)."""
 
     gamma: Positive = 5.0
     density: Annotated[Density, DENSITIES] | None = None
-    needs_learned: ClassVar[bool | None] = False
 
-    def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t = (self.density or suited(denoiser.process)).t(denoiser.process, keys)
-        moment, snr = denoiser.at(t), denoiser.process.logsnr(t).exp()
-        moment, weight = ready(x_0, moment, Weight(snr.clamp(max=self.gamma) * moment.out.square()))
-        error = noised(denoiser, moment, x_0, cond, keys).error
-        return Loss(weight.value.flatten() * error, {"simple": error}, t)
+    def on_x_0(self, logsnr: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+        return logsnr.exp().clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class P2(WeightedBySnr):
+    """1/(k + SNR)^gamma on the error of eps (Choi et al. 2022): less where there is little noise."""
+
+    gamma: NonNegative = 1.0
+    k: Positive = 1.0
+    density: Annotated[Density, DENSITIES] | None = None
+
+    def on_x_0(self, logsnr: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+        snr = logsnr.exp()
+        return snr / (self.k + snr) ** self.gamma
+
+
+@dataclass(frozen=True)
+class Sigmoid(WeightedBySnr):
+    """w(logsnr) = sigmoid(bias − logsnr) on the error of eps (Kingma & Gao 2023; Hoogeboom et al. 2024).
+
+    Theirs is an integral of w over logsnr, so at uniform t it has the factor −d logsnr/dt besides. Here the density of
+    t stands in its place, as with every weight: at uniform t the loss is that integral times the density of logsnr.
+    """
+
+    bias: float = 2.0
+    density: Annotated[Density, DENSITIES] | None = None
+
+    def on_x_0(self, logsnr: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+        return math.exp(self.bias) * torch.sigmoid(logsnr - self.bias)  # SNR · sigmoid(bias − logsnr), never ∞ · 0
 
 
 @dataclass(frozen=True)
 class Vlb(Objective):
-    """One term of the true bound L, in bits/dim, at a uniform t; as in the authors' code, not multiplied by T."""
+    """One term of the true bound L, in bits/dim, at a uniform t; as in the authors' code, not multiplied by T.
 
+    `density` may be one that makes up for how often it takes each t.
+    """
+
+    density: Annotated[Density, DENSITIES] | None = None
     needs_table: ClassVar[bool] = True
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t, moment, step = a_step(denoiser, x_0, keys)
+        density = self.density or UNIFORM
+        t, moment, step = a_step(denoiser, x_0, density, keys)
         x_t, output, raw_variance, error = noised(denoiser, moment, x_0, cond, keys)
         prediction = denoiser.read(x_t, moment, output, raw_variance)
         term = bound_term(denoiser.variance, prediction, x_0, x_t, step)
-        return Loss(term, {"simple": error, "vlb": term}, t)
+        return Loss(made_up(term, density, denoiser.process, t), {"simple": error, "vlb": term}, t)
 
 
 @dataclass(frozen=True)
@@ -150,15 +229,18 @@ class Hybrid(Objective):
     """L_simple + weight · T · vlb, in which the bound moves the variance alone (Nichol & Dhariwal 2021, Eq. 16)."""
 
     weight: NonNegative = 0.001
+    density: Annotated[Density, DENSITIES] | None = None
     needs_learned: ClassVar[bool | None] = True
     needs_table: ClassVar[bool] = True
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        t, moment, step = a_step(denoiser, x_0, keys)
+        density = self.density or UNIFORM
+        t, moment, step = a_step(denoiser, x_0, density, keys)
         x_t, output, raw_variance, error = noised(denoiser, moment, x_0, cond, keys)
         frozen = denoiser.read(x_t, moment, output.detach(), raw_variance)
         term = bound_term(denoiser.variance, frozen, x_0, x_t, step)
-        return Loss(error + self.weight / denoiser.process.t_min * term, {"simple": error, "vlb": term}, t)
+        loss = error + self.weight / denoiser.process.t_min * term
+        return Loss(made_up(loss, density, denoiser.process, t), {"simple": error, "vlb": term}, t)
 
 
 OBJECTIVES: Table[Objective] = Table("objective", Objective, "undiffuse.diffusion.objective")

@@ -20,6 +20,7 @@ from undiffuse.config import plain
 from undiffuse.data.loader import Batch, Loader, Prefetched
 from undiffuse.data.source import Source
 from undiffuse.diffusion.denoiser import Denoiser
+from undiffuse.diffusion.importance import Seen
 from undiffuse.diffusion.objective import by_quartile, quartile_sums
 from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.key import Key
@@ -60,6 +61,7 @@ class Trainer:
         self.profiles = Profiles(self.weights, recipe.train.ema_profiles)
         self.adam = torch.optim.Adam(self.weights, lr=1.0, betas=recipe.train.betas, eps=1e-8, fused=True)
         self.scale = LossScale(recipe.train.precision == "float16")
+        self.seen = Seen(recipe.objective, recipe.process)
         self.batches = Prefetched(
             Loader(data, recipe.train.batch, recipe.train.seed, recipe.data.flip),
             torch.arange(self.share, dtype=torch.int64, device="cpu") + dist.rank() * self.share,
@@ -108,7 +110,9 @@ class Trainer:
         vote()
         read = queued.cpu()  # the one wait for the device of a step
         norm, losses = float(read[0]), read[1:]
-        sums = self._sums(losses, t)
+        density = self.seen.density()
+        weight = None if density is None else density.weight(self.recipe.process, t)
+        sums = self._sums(losses, t, weight)
         loss = float(sums[0].sum()) / train.batch
         rate, finite = learning_rate(train, step, last), math.isfinite(norm) and bool(sums.isfinite().all())
         seen = {"loss": loss, **by_quartile(sums)} if math.isfinite(loss) else {}
@@ -125,6 +129,8 @@ class Trainer:
             self.ema.update(self.weights, step)
             self.profiles.update(self.weights, step)
         self.scale.passed()
+        if self.seen.on:
+            self._observe(batch, losses if weight is None else losses / weight, t)
         self.step += 1
         return {**seen, "grad_norm": norm, "lr": rate, **self.scale.told(skipped=False)}
 
@@ -157,12 +163,22 @@ class Trainer:
                 weight.grad = like(weight, part.view(weight.shape))
         return torch.cat(losses), torch.cat(times)
 
-    def _sums(self, losses: Float[Tensor, "share"], t: Float[Tensor, "share"]) -> Float[Tensor, "2 4"]:
+    def _sums(
+        self, losses: Float[Tensor, "share"], t: Float[Tensor, "share"], weight: Float[Tensor, "share"] | None
+    ) -> Float[Tensor, "2 4"]:
         """Over all processes the sum and count of losses by quartile of t, in an order as that of the gradients."""
-        parts = [quartile_sums(*part) for part in zip(losses.split(self.micro), t.split(self.micro), strict=True)]
+        weights = [None] * len(losses.split(self.micro)) if weight is None else weight.split(self.micro)
+        split = zip(losses.split(self.micro), t.split(self.micro), weights, strict=True)
+        parts = [quartile_sums(*part) for part in split]
         if self.recipe.train.exact_shards is not None:
             return dist.ordered_total(parts)
         return dist.total(torch.stack(parts).sum(0))
+
+    def _observe(self, batch: Batch, losses: Float[Tensor, "share"], t: Float[Tensor, "share"]) -> None:
+        """Takes note of the losses of the whole batch, in every process alike: a row is one's, plus zeros."""
+        every = torch.zeros(2, self.recipe.train.batch, dtype=torch.float64, device="cpu")
+        every[:, batch.rows] = torch.stack([t, losses.double()])
+        self.seen.observe(*dist.total(every))
 
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:
@@ -179,7 +195,7 @@ class Trainer:
         x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
         if self.recipe.train.channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
-        loss = self.recipe.objective(self.denoiser, x_0, cond, keys)
+        loss = self.seen.applied(self.recipe.objective)(self.denoiser, x_0, cond, keys)
         return loss.per_example, loss.t
 
     def _told(self, label: Tensor | None, rows: Tensor) -> Conditioning:
@@ -216,6 +232,7 @@ class Trainer:
             "adam": moments,
             **({"profiles": self.profiles.tensors(self.names)} if self.profiles.shadows else {}),
             **({"scale": self.scale.tensors()} if self.scale.on else {}),
+            **({"seen": self.seen.tensors()} if self.seen.on else {}),
         }
 
     @torch.no_grad()
@@ -229,6 +246,7 @@ class Trainer:
                 self.adam.state[weight] = {"step": saved["step"].to(self.device), **moments}
         self.profiles.restore(tensors.get("profiles", {}), self.names)
         self.scale.restore(tensors.get("scale", {}))
+        self.seen.restore(tensors.get("seen", {}))
         self.step = step
 
     def share_state(self) -> None:
@@ -244,6 +262,8 @@ class Trainer:
         scale = self.scale.tensors()
         dist.share(scale.values())
         self.scale.restore(scale)
+        if self.seen.on:
+            dist.share(self.seen.tensors().values())
         with torch.no_grad():
             dist.share([*self.weights, *self.ema.shadow, *self.profiles.tensors(self.names).values()])
 
