@@ -25,7 +25,10 @@ ROWS = tuple(
         ("", "errors strict timing kernel key config figure"),
         ("machine", "disk log lock tensorfile arrayfile store sink dist watch device"),
         ("network", "base block attention resample unet"),
-        ("diffusion", "numbers process grid density gaussian denoiser objective importance likelihood flow sampler/"),
+        (
+            "diffusion",
+            "numbers process grid density gaussian lattice denoiser objective importance likelihood flow sampler/",
+        ),
         (
             "data",
             "levels deep colour picture made listing passed arrange labelfile source remark order subset loader "

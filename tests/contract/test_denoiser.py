@@ -25,6 +25,7 @@ from undiffuse.diffusion.denoiser import (
     reverse,
 )
 from undiffuse.diffusion.gaussian import decoder_nll, kl
+from undiffuse.diffusion.lattice import FINE
 from undiffuse.diffusion.numbers import ready
 from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight
 from undiffuse.errors import UsageError
@@ -32,8 +33,8 @@ from undiffuse.network.base import Conditioning
 
 F64 = torch.float64
 TABLES = {"const", "cosine", "jsd", "linear", "quad", "warmup10", "warmup50"}
-CONTINUOUS = {"continuous-cosine", "edm", "sigmoid", "straight"}
-FREE = {"edm", "eps", "v", "x0"}  # of the process; mu is not
+CONTINUOUS = {"continuous-cosine", "edm", "sigmoid", "straight", "vdm"}
+FREE = {"edm", "eps", "lattice", "v", "x0"}  # of the process; mu is not
 PAIRS = [(a, b) for a in sorted(TABLES | CONTINUOUS) for b in sorted(FREE)] + [(a, "mu") for a in sorted(TABLES)]
 SHAPE = (2, 3, 3)
 
@@ -88,7 +89,7 @@ def test_the_names():
     assert set(PROCESSES.classes) == TABLES | CONTINUOUS
     assert set(PARAMETERISATIONS.classes) == FREE | {"mu"}
     assert set(VARIANCES.classes) == {"fixed-small", "fixed-large", "learned", "learned-range"}
-    assert len(PAIRS) == 11 * 4 + 7
+    assert len(PAIRS) == 12 * 5 + 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["float32", "float64"])
@@ -97,9 +98,11 @@ def test_an_oracle_gives_x_0_back(process, parameterisation, dtype):
     process, F = PROCESSES.classes[process](), PARAMETERISATIONS.classes[parameterisation]()
     t = points(process, parameterisation)
     x_0, eps = uniform(0, len(t), *SHAPE, dtype=dtype), uniform(1, len(t), *SHAPE, dtype=dtype)
-    denoiser = answering(torch.empty(0), process, F)
-    denoiser.network.output = denoiser.target(x_0, eps, t)
-    found = denoiser(process.marginal(x_0, eps, t), t).x_0
+    denoiser, x_t = answering(torch.zeros_like(x_0), process, F), process.marginal(x_0, eps, t)
+    known = denoiser(x_t, t).output  # what is added to the network's answer: nothing but by `lattice`
+    denoiser.network.output = denoiser.target(x_0, eps, t) - known
+    assert bool((known != 0).any()) == (parameterisation == "lattice" and process.logsnr(t).max() > -2 * math.log(FINE))
+    found = denoiser(x_t, t).x_0
     bound = 8 * torch.finfo(dtype).eps * F.coefficients(process, t).out.abs().clamp(min=1)
     assert ((found - x_0).abs() <= column(bound)).all()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from undiffuse.diffusion.grid import Even
-from undiffuse.diffusion.process import PROCESSES, Const, Cosine, Jsd, Linear, Process, Sigmoid, TableProcess
+from undiffuse.diffusion.process import PROCESSES, Const, Cosine, Jsd, Linear, Process, Sigmoid, TableProcess, Vdm
 from undiffuse.errors import UsageError
 
 F64 = torch.float64
@@ -49,7 +49,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-12, ato
 
 
 def test_the_names():
-    assert set(NAMES) == {*TABLES, *FRAMES, "continuous-cosine", "sigmoid"}
+    assert set(NAMES) == {*TABLES, *FRAMES, "continuous-cosine", "sigmoid", "vdm"}
     assert {name for name in NAMES if isinstance(build(name), TableProcess)} == set(TABLES)
     assert {name: build(name).frame for name in NAMES if build(name).frame != "variance preserving"} == FRAMES
 
@@ -94,7 +94,11 @@ def test_zero_is_the_data_and_one_is_the_prior(name):
     zero, one = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
     assert process.alpha(zero).tolist() == [1, 1]
     assert process.sigma(zero).tolist() == [0, 0]
-    close(process.sigma(one), torch.full_like(one, process.prior_std), rtol=4e-4)
+    if process.ends:  # before pure noise, at a log-SNR of its own
+        close(process.logsnr(one), torch.full_like(one, -process.gamma_1))
+        close(torch.hypot(process.alpha(one), process.sigma(one)), torch.full_like(one, process.prior_std))
+    else:
+        close(process.sigma(one), torch.full_like(one, process.prior_std), rtol=4e-4)
     x_0, eps = torch.randn(2, 2, 3, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(process.marginal(x_0, eps, zero), x_0)
     assert torch.equal(process.time(torch.full((2,), math.inf, dtype=F64)), zero)
@@ -319,6 +323,17 @@ def test_the_decoder_s_variance_is_beta_tilde_of_the_second_step():
     )
 
 
+def test_vdm_is_even_in_gamma_between_its_ends():
+    """γ = −13.3 at t_min, 5 at 1, half-way in the middle of both; nearer to the data sigma/alpha falls as t."""
+    process = Vdm()
+    t = torch.tensor([process.t_min, (1 + process.t_min) / 2, 1], dtype=F64)
+    close(process.logsnr(t), torch.tensor([13.3, 4.15, -5], dtype=F64))
+    below = process.t_min / torch.tensor([1, 10, 1000], dtype=F64)
+    ratio = process.sigma(below) / process.alpha(below)
+    close(ratio, math.exp(-13.3 / 2) * below / process.t_min)
+    assert process.t_min == 1e-5
+
+
 # --- what is refused ---
 
 
@@ -330,6 +345,7 @@ def test_the_decoder_s_variance_is_beta_tilde_of_the_second_step():
         (lambda: Linear(beta_start=0.0), r"process linear has β from 0 to 0\.02; each must be above 0"),
         (lambda: Const(beta_end=1.0), "process const has β from 1 to 1; each must be above 0 and below 1"),
         (lambda: Sigmoid(start=1.0, end=1.0), "process sigmoid runs from 1 to 1; start must be below end"),
+        (lambda: Vdm(5.0, 5.0), "process vdm runs from γ = 5 to 5; gamma_0 must be below gamma_1"),
     ],
 )
 def test_a_schedule_that_is_none_is_refused(make, message):

@@ -21,7 +21,7 @@ F64 = torch.float64
 MEAN, STD = 0.3, 0.4  # of the data
 
 TABLES = {"const", "cosine", "jsd", "linear", "quad", "warmup10", "warmup50"}
-SMOOTH = {"continuous-cosine", "edm", "sigmoid", "straight"}
+SMOOTH = {"continuous-cosine", "edm", "sigmoid", "straight", "vdm"}
 CASES = {
     "ancestral": Ancestral(),
     "ancestral small": Ancestral(FixedSmall()),

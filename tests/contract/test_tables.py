@@ -14,12 +14,12 @@ from undiffuse.quality.feature.base import FEATURES
 
 NAMES = {
     GRIDS: "even karras",
-    DENSITIES: "uniform log-normal logit-normal importance",
-    PROCESSES: "linear quad const warmup10 warmup50 jsd cosine continuous-cosine sigmoid edm straight",
-    PARAMETERISATIONS: "eps x0 v mu edm",
+    DENSITIES: "uniform log-normal logit-normal importance alpha-squared",
+    PROCESSES: "linear quad const warmup10 warmup50 jsd cosine continuous-cosine sigmoid edm straight vdm",
+    PARAMETERISATIONS: "eps x0 v mu edm lattice",
     VARIANCES: "fixed-small fixed-large learned learned-range",
     NETWORKS: "unet",
-    OBJECTIVES: "simple vlb hybrid min-snr p2 sigmoid",
+    OBJECTIVES: "simple vlb hybrid min-snr p2 sigmoid continuous-vlb",
     SAMPLERS: "ancestral ddim heun",
     FEATURES: "inception dinov2 efflite0 classifier-28 classifier-emoji",
 }

@@ -166,7 +166,7 @@ def test_the_ode_ends_where_half_a_bin_is_three_deviations_or_at_t_min(name):
     tau = alpha / (255 * sigma)
     assert start(process) >= process.t_min
     assert tau == pytest.approx(TAU) if start(process) > process.t_min else tau <= TAU
-    assert (tau == pytest.approx(TAU)) == (name in {"edm", "straight", "continuous-cosine"})
+    assert (tau == pytest.approx(TAU)) == (name in {"edm", "straight", "continuous-cosine", "vdm"})
 
 
 class Levels(nn.Module):

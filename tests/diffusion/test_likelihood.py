@@ -17,7 +17,7 @@ from undiffuse.errors import UsageError
 from undiffuse.key import Key
 
 TABLES = {"const", "cosine", "jsd", "linear", "quad", "warmup10", "warmup50"}
-CONTINUOUS = {"continuous-cosine", "edm", "sigmoid", "straight"}
+CONTINUOUS = {"continuous-cosine", "edm", "sigmoid", "straight", "vdm"}
 
 
 class Exact(nn.Module):
@@ -87,7 +87,12 @@ def decoder_of_a_normal_error(variance, process: Process) -> float:
     """The mean of the decoder's bits where x̂_0 misses a level, here the middle one, by N(0, variance)."""
     z = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
     level = torch.full_like(z, 127 / 127.5 - 1)
-    nats = decoder_nll(level, level + variance.sqrt() * z, process.variance_floor().log())
+    if process.ends:  # no network: the level's own likelihood among all 256, where x_t = alpha (level + spread z)
+        spread = math.exp(-float(process.logsnr(torch.tensor(process.t_min))) / 2)
+        levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+        nats = -(-0.5 * ((level + spread * z)[:, None] - levels).div(spread).square()).log_softmax(1)[:, 127]
+    else:
+        nats = decoder_nll(level, level + variance.sqrt() * z, process.variance_floor().log())
     return float((torch.exp(-(z**2) / 2) * nats).sum() * (z[1] - z[0]) / math.sqrt(2 * math.pi)) / LN2
 
 

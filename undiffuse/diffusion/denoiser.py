@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from undiffuse.config import Positive, Table
 from undiffuse.diffusion.gaussian import bits, decoder_nll, kl
-from undiffuse.diffusion.numbers import F64, combined, ready, row
+from undiffuse.diffusion.lattice import FINE, level_nll, level_noise
+from undiffuse.diffusion.numbers import F64, added, combined, ready
 from undiffuse.diffusion.process import PROCESSES, Process
 from undiffuse.errors import UsageError
 from undiffuse.network.base import NOTHING, Conditioning
@@ -38,6 +39,7 @@ class Parameterisation(ABC):
     """What F is asked to predict."""
 
     needs_table: ClassVar[bool] = False
+    lattice: ClassVar[bool] = False  # whether the network is told what follows from the levels of images
 
     @abstractmethod
     def coefficients(self, process: Process, t: Time) -> Coefficients: ...
@@ -112,6 +114,25 @@ class Edm(Parameterisation):
 PARAMETERISATIONS: Table[Parameterisation] = Table("parameterisation", Parameterisation, "undiffuse.diffusion.denoiser")
 
 
+@dataclass(frozen=True)
+class Lattice(Parameterisation):
+    """Another one, whose F is the network's answer and what eps_g = E[eps | x_t] of equally likely levels adds (ours).
+
+    The network is told eps_g too. So near the data, where sigma/alpha is a level or less, it need not learn the levels.
+    """
+
+    lattice: ClassVar[bool] = True
+    of: Annotated[Parameterisation, PARAMETERISATIONS] = V()
+
+    def __post_init__(self) -> None:
+        if self.of.lattice or self.of.needs_table:
+            name = PARAMETERISATIONS.name_of(self.of)
+            raise UsageError(f"parameterisation lattice cannot be of {name}; choose eps, x0, v or edm")
+
+    def coefficients(self, process: Process, t: Time) -> Coefficients:
+        return self.of.coefficients(process, t)
+
+
 class Prediction(NamedTuple):
     """What a denoiser says at (x_t, t). `mean` is set only where the network gives the reverse mean itself (mu)."""
 
@@ -136,6 +157,8 @@ class Step(NamedTuple):
     decodes: Time  # 1 where s = 0, else 0
     last: Bool[Tensor, "*b"]  # the same, for decisions
     of_table: Bool[Tensor, "*b"]  # whether it is a table's own, of 1/T
+    alpha: Time | None = None  # at t, where the process ends before 0 (`Process.ends`)
+    spread: Time | None = None  # sigma/alpha at t, there
 
     @classmethod
     def between(cls, process: Process, t: Time, s: Time) -> "Step":
@@ -144,7 +167,9 @@ class Step(NamedTuple):
         logs = torch.where(last, floor, small), torch.where(last, floor, large), large
         steps = process.steps or 0
         of_table = ((t - s) * steps - 1).abs() < 1e-6
-        return cls(*process.posterior_coefficients(t, s), *logs, last.to(F64), last, of_table)
+        alpha = process.alpha(t) if process.ends else None
+        spread = torch.exp(-process.logsnr(t) / 2) if process.ends else None
+        return cls(*process.posterior_coefficients(t, s), *logs, last.to(F64), last, of_table, alpha, spread)
 
 
 class Variance(ABC):
@@ -245,6 +270,9 @@ class Moment(NamedTuple):
     on_x_0: Time
     on_eps: Time
     time: Time  # as the network is told it
+    spread: Time | None = None  # for `Lattice`: sigma/alpha, at most FINE
+    on_noise: Time | None = None  # what eps_g counts in F; 0 where sigma/alpha is above FINE
+    fine: Bool[Tensor, "*b"] | None = None  # whether it is not
 
     def noised(self, x_0: Float[Tensor, "b *x"], eps: Float[Tensor, "b *x"]) -> Float[Tensor, "b *x"]:
         """A draw of q(x_t | x_0) from the noise given (Eq. 4)."""
@@ -283,7 +311,13 @@ class Denoiser(nn.Module):
         skip, out, scale, on_x_0, on_eps = self.parameterisation.coefficients(self.process, t)
         time = network_time(self.time, self.process, t)
         told = None if bool((scale == 1).all()) else scale
-        return Moment(*self.process.alpha_sigma(t), skip, out, told, on_x_0, on_eps, time)
+        moment = Moment(*self.process.alpha_sigma(t), skip, out, told, on_x_0, on_eps, time)
+        if not self.parameterisation.lattice:
+            return moment
+        # x̂_0 = (x_t − sigma eps)/alpha falls by sigma/alpha with each unit of eps, and F changes it by `out`.
+        spread = torch.exp(-self.process.logsnr(t) / 2)
+        fine = spread <= FINE
+        return moment._replace(spread=spread.clamp(max=FINE), on_noise=torch.where(fine, -spread / out, 0), fine=fine)
 
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"] | Moment, cond: Conditioning = NOTHING
@@ -299,9 +333,21 @@ class Denoiser(nn.Module):
         """F, and what it says of the variance where that is learned."""
         time = moment.time.to(torch.float32).reshape(-1).expand(len(x_t))
         asked = x_t if moment.input is None else moment.input * x_t
+        noise = self.known_noise(x_t, moment)
         with self.computing():
-            output = self.network(asked, time, cond).to(x_t.dtype)
-        return tuple(output.chunk(2, dim=1)) if self.variance.learned else (output, None)
+            output = self.network(asked if noise is None else torch.cat([asked, noise], 1), time, cond).to(x_t.dtype)
+        output, raw_variance = output.chunk(2, dim=1) if self.variance.learned else (output, None)
+        if noise is not None and moment.on_noise is not None:
+            output = added(output, moment.on_noise, noise)
+        return output, raw_variance
+
+    def known_noise(self, x_t: Float[Tensor, "b c h w"], moment: Moment) -> Float[Tensor, "b c h w"] | None:
+        """eps_g where sigma/alpha is at most FINE, elsewhere 0; None unless the parameterisation is a `Lattice`."""
+        if moment.spread is None or moment.fine is None:
+            return None
+        if not moment.fine.any():
+            return torch.zeros_like(x_t)
+        return torch.where(moment.on_noise != 0, level_noise(x_t / moment.alpha, moment.spread), 0)
 
     def read(
         self,
@@ -329,25 +375,6 @@ class Denoiser(nn.Module):
         return (moment.alpha * self(x_t, moment, cond).x_0 - x_t) / moment.sigma.square()
 
 
-class Along:
-    """`denoise(x_t, t)` for the times of a chain, of which all that can be known is computed and moved at once.
-
-    `like` says the type and the device of x_t. Other times may be asked too; they cost what they cost a denoiser.
-    """
-
-    def __init__(
-        self, denoiser: Denoiser, times: Float[Tensor, "times"], like: Float[Tensor, "b *x"], cond: Conditioning
-    ):
-        self.denoiser, self.cond = denoiser, cond
-        asked = times[times > 0]
-        self._place = {t: i for i, t in enumerate(asked.tolist())}
-        self._moments: Moment = ready(like, denoiser.at(asked[:, None]))
-
-    def __call__(self, x_t: Float[Tensor, "b *x"], t: Float[Tensor, "b"]) -> Prediction:
-        place = self._place.get(float(t[0])) if t.stride(0) == 0 or len(t) == 1 else None  # one t for all images
-        return self.denoiser(x_t, t if place is None else row(self._moments, place), self.cond)
-
-
 def bound_term(
     variance: Variance,
     prediction: Prediction,
@@ -357,12 +384,17 @@ def bound_term(
 ) -> Float[Tensor, "b"]:
     """The term of the variational bound that belongs to the step t → s, in bits/dim (Eq. 5). `step` is `ready`.
 
-    KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) for s > 0, the discretised decoder's −log p(x_0 | x_t) for s = 0.
+    KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) for s > 0; for s = 0 −log p(x_0 | x_t) by the discretised decoder or, where the
+    process ends before, by the likelihood of each level.
     """
     mean, log_variance = reverse(step, variance, prediction, x_t)
+
+    def decoded() -> Float[Tensor, "b"]:
+        if step.alpha is None or step.spread is None:
+            return bits(decoder_nll(x_0, mean, log_variance))
+        return bits(level_nll(x_0, x_t / step.alpha, step.spread))
+
     if step.last.all():
-        return bits(decoder_nll(x_0, mean, log_variance))
+        return decoded()
     divergence = bits(kl(combined(step.on_x_t, x_t, step.on_x_0, x_0), step.log_small, mean, log_variance))
-    if not step.last.any():
-        return divergence
-    return torch.where(step.decodes.flatten() > 0, bits(decoder_nll(x_0, mean, log_variance)), divergence)
+    return torch.where(step.decodes.flatten() > 0, decoded(), divergence) if step.last.any() else divergence

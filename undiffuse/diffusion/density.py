@@ -10,10 +10,14 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from undiffuse.config import Count, Fraction, Positive, Table
+from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.key import Keys
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Density(ABC):
@@ -90,6 +94,27 @@ class Importance(Density):
 
     def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
         return Uniform().draw(process, keys)
+
+
+@dataclass(frozen=True)
+class AlphaSquared(Density):
+    """ln sigma² is even (alpha² + sigma² = 1): γ = −logsnr has a density in proportion to alpha² (`ContinuousVlb`).
+
+    With u from 0 to 1, γ(u) = −ln(e^(−Zu) (1 + e^(−γ_0)) − 1) between the ends γ_0 at t_min and γ_1 at 1. The u of a
+    batch is a row of steps of the golden ratio by the row of the global batch, from a start that is the key's: it is
+    spread more evenly than by chance, however the batch is divided (low discrepancy, Kingma et al. 2021, App. I.1).
+    """
+
+    def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
+        first, last = log_variances(process)
+        u = (keys.key.uniform().cpu() + GOLDEN * keys.rows.double()) % 1
+        return process.time(torch.log(torch.expm1(-torch.lerp(first, last, u))))  # SNR = 1/sigma² − 1
+
+
+def log_variances(process: Process) -> Float[Tensor, "2"]:
+    """ln sigma² at t_min and at 1 where alpha² + sigma² is 1: their difference is Z = ln((1 + e^−γ_0)/(1 + e^−γ_1))."""
+    ends = torch.tensor([process.t_min, 1.0], dtype=F64, device="cpu")
+    return logsigmoid(-process.logsnr(ends))
 
 
 DENSITIES: Table[Density] = Table("density", Density, "undiffuse.diffusion.density")

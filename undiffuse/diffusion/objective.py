@@ -14,13 +14,15 @@ from torch import Tensor
 
 from undiffuse.config import NonNegative, Positive, Table
 from undiffuse.diffusion.denoiser import Denoiser, Moment, Step, bound_term
-from undiffuse.diffusion.density import DENSITIES, Density, Uniform, suited
+from undiffuse.diffusion.density import DENSITIES, AlphaSquared, Density, Uniform, log_variances, suited
+from undiffuse.diffusion.gaussian import LN2
 from undiffuse.diffusion.numbers import per_image, ready
 from undiffuse.diffusion.process import PROCESSES, Process
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning
 
+ALPHA_SQUARED = AlphaSquared()
 UNIFORM = Uniform()  # the bound is a sum over all steps, each as likely
 
 
@@ -241,6 +243,35 @@ class Hybrid(Objective):
         term = bound_term(denoiser.variance, frozen, x_0, x_t, step)
         loss = error + self.weight / denoiser.process.t_min * term
         return Loss(made_up(loss, density, denoiser.process, t), {"simple": error, "vlb": term}, t)
+
+
+@dataclass(frozen=True)
+class ContinuousVlb(Objective):
+    """½ ∫ SNR ‖x_0 − x̂_0‖² dγ from t_min to 1, the bound's rate in continuous time, in bits/dim (Kingma et al. 2021).
+
+    dγ = Z/alpha² du by `AlphaSquared`, so it is ½ Z SNR/alpha² times the error of x̂_0: in the variance-preserving frame
+    ½ Z ‖v − F‖², with no weight at all. Prior and reconstruction have nothing to learn.
+    """
+
+    needs_learned: ClassVar[bool | None] = False
+
+    def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
+        process = denoiser.process
+        t, (first, last) = ALPHA_SQUARED.t(process, keys), log_variances(process)
+        moment, logsnr = denoiser.at(t), process.logsnr(t)
+        weight = (last - first) / (2 * LN2) * moment.out.square() * (1 + logsnr.exp())  # SNR/alpha² is 1 + SNR
+        moment, weight = ready(x_0, moment, Weight(weight))
+        error = noised(denoiser, moment, x_0, cond, keys).error
+        rate = weight.value.flatten() * error
+        return Loss(rate, {"simple": error, "vlb": rate}, t)
+
+    def check(self, denoiser: Denoiser) -> None:
+        super().check(denoiser)
+        if denoiser.process.steps is not None:
+            name = PROCESSES.name_of(denoiser.process)
+            raise UsageError(
+                f"objective continuous-vlb is for processes without a β-table, and {name} is one; take vdm"
+            )
 
 
 OBJECTIVES: Table[Objective] = Table("objective", Objective, "undiffuse.diffusion.objective")

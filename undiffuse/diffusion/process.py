@@ -35,6 +35,7 @@ class Process(ABC):
     frame: ClassVar[Literal["variance preserving", "variance exploding", "straight"]] = "variance preserving"
     steps: int | None = None
     prior_std: float = 1.0
+    ends: ClassVar[bool] = False  # at t_min, where an image is read off x_t without a network (`lattice.level_nll`)
 
     @abstractmethod
     def logsnr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -361,6 +362,38 @@ class Sigmoid(Process):
     def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         done, left = self._width * t.to(F64), self._width * (1 - t.to(F64))
         return -self._width * (1 + 1 / torch.expm1(left) + 1 / torch.expm1(done))
+
+
+@dataclass(frozen=True)
+class Vdm(Process):
+    """γ = −logsnr is even in t, from γ_0 at t_min to γ_1 at 1 (Kingma et al. 2021); below it sigma/alpha falls as t."""
+
+    suits: ClassVar[Suits] = Suits(density="alpha-squared")
+    ends: ClassVar[bool] = True
+    gamma_0: float = -13.3
+    gamma_1: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.gamma_0 >= self.gamma_1:
+            ends = f"{self.gamma_0:g} to {self.gamma_1:g}"
+            raise UsageError(f"process vdm runs from γ = {ends}; gamma_0 must be below gamma_1")
+
+    @property
+    def _rise(self) -> float:
+        return (self.gamma_1 - self.gamma_0) / (1 - self.t_min)
+
+    def logsnr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        t = t.to(F64)
+        risen = torch.where(t < self.t_min, 2 * torch.log(t / self.t_min), self._rise * (t - self.t_min))
+        return -self.gamma_0 - risen
+
+    def time(self, logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        above = logsnr.to(F64) + self.gamma_0  # γ_0 − γ
+        return torch.where(above > 0, self.t_min * torch.exp(-above / 2), self.t_min - above / self._rise)
+
+    def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        t = t.to(F64)
+        return torch.where(t < self.t_min, -2 / t, -self._rise)
 
 
 PROCESSES: Table[Process] = Table("process", Process, "undiffuse.diffusion.process")

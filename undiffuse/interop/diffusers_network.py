@@ -232,6 +232,7 @@ def _unlike(network: UNet) -> dict[str, bool]:
     mixed = any(len({i in residual for i in left if i in attention}) > 1 for attention, residual, left in ways)
     return {
         f"patch = {network.patch} and not 1": network.patch != 1,
+        f"fourier = {list(network.fourier)} and not []": bool(network.fourier),
         f'time = "{network.time}" and not "index"': network.time != "index",
         f"multipliers {list(network.multipliers)} do not begin with 1": network.multipliers[0] != 1,
         f"widths {widths} are no multiples of {groups} groups": any(width % groups for width in widths),

@@ -67,8 +67,9 @@ class ModelConfig:
                 f"use --size {side} (height {fits[0]}, width {fits[1]}) or fewer network.multipliers"
             )
         outputs = channels * (2 if self.variance.learned else 1)
+        hints = {"hints": channels} if self.parameterisation.lattice else {}
         with making_float32(device):
-            network = self.network.build(channels, outputs, self.classes)
+            network = self.network.build(channels, outputs, self.classes, **hints)
         return Denoiser(network, self.process, self.parameterisation, self.variance, self.network.time, clip)
 
 

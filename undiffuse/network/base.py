@@ -41,8 +41,11 @@ class Network(ABC):
     recomputed: ClassVar[tuple[type[nn.Module], ...]] = ()  # parts that train.recompute runs again in the backward pass
 
     @abstractmethod
-    def build(self, image_channels: int, output_channels: int, classes: int | None = None) -> nn.Module:
-        """A freshly initialised module, in training mode, from torch's global generator."""
+    def build(self, image_channels: int, output_channels: int, classes: int | None = None, hints: int = 0) -> nn.Module:
+        """A freshly initialised module, in training mode, from torch's global generator.
+
+        `hints` are channels of x behind those of the image; there are none unless the parameterisation has them.
+        """
 
     @abstractmethod
     def stride(self) -> int:

@@ -3,6 +3,7 @@
 Module names are those of the authors' variables (`down.0.block.1.conv1`), so that their checkpoints need no table.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +26,9 @@ class UNet(Network):
 
     `groups` are those of the norms: 32, or a quarter of `channels` where that is less, because a group of one channel
     would take away what the time embedding adds. `patch` folds squares of that side into channels first, which makes
-    every level cheaper (the authors' `block_size`, but in torch's order of channels).
+    every level cheaper (the authors' `block_size`, but in torch's order of channels). For each of `fourier` the network
+    is also given sin and cos of πf times the image before that, in float32 as the first convolution then is, because
+    near ±1 bf16 is coarser than the levels (Kingma et al. 2021, App. C; levels are 1/127.5 apart: 127.5 and 255 fit).
 
     The rest is for networks of other projects; its defaults are the paper's network. The middle has attention unless
     `middle` says otherwise, with norms of `middle_groups` (0: none), and its sums are divided by `middle_scale`. `head`
@@ -60,6 +63,7 @@ class UNet(Network):
     cosine_first: bool = False
     centre_input: bool = False
     label: Literal["table", "sinusoid"] = "table"
+    fourier: tuple[Count | Positive, ...] = ()
     recomputed: ClassVar[tuple[type[nn.Module], ...]] = (ResBlock, Attention)
 
     def __post_init__(self) -> None:
@@ -81,8 +85,10 @@ class UNet(Network):
         if narrow:
             raise UsageError(f"network unet: head is {self.head}, and attention has only {narrow[0]} channels")
 
-    def build(self, image_channels: int, output_channels: int, classes: int | None = None) -> "UNetModule":
-        return UNetModule(self, image_channels, output_channels, classes)
+    def build(
+        self, image_channels: int, output_channels: int, classes: int | None = None, hints: int = 0
+    ) -> "UNetModule":
+        return UNetModule(self, image_channels, output_channels, classes, hints)
 
     def widths(self) -> list[int]:
         """Channels of each level."""
@@ -149,9 +155,10 @@ class Level(nn.Module):
 class UNetModule(nn.Module):
     """(x, time, cond) -> output."""
 
-    def __init__(self, spec: UNet, image_channels: int, output_channels: int, classes: int | None):
+    def __init__(self, spec: UNet, image_channels: int, output_channels: int, classes: int | None, hints: int):
         super().__init__()
         self.blocks, self.patch, self.centre_input = spec.blocks, spec.patch, spec.centre_input
+        self.fourier, self.image_channels = spec.fourier, image_channels
         self.classes = classes or 0
         style = Style(
             spec.embedding or 4 * spec.channels,
@@ -166,7 +173,8 @@ class UNetModule(nn.Module):
         self.label: nn.Module | None = None
         if classes:  # the last row of the table is "no class"
             self.label = nn.Embedding(classes + 1, style.embedding) if spec.label == "table" else Embedding(spec)
-        self.conv_in = conv(image_channels * spec.patch**2, spec.channels)
+        given = image_channels * (1 + 2 * len(spec.fourier)) + hints
+        self.conv_in = conv(given * spec.patch**2, spec.channels)
 
         self.down, self.up, self.mid = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
         skips, current = [spec.channels], spec.channels
@@ -213,7 +221,7 @@ class UNetModule(nn.Module):
         embedding = self._embedding(time, cond)
         if self.centre_input:
             x = 2 * x - 1
-        skips = [self.conv_in(F.pixel_unshuffle(x, self.patch))]
+        skips = [self._begun(x)]
         for level in self.down:
             assert isinstance(level, Level)
             for i in range(self.blocks):
@@ -232,6 +240,20 @@ class UNetModule(nn.Module):
             if level.upsample is not None:
                 h = resampled(level.upsample, h, embedding)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+    def _begun(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        """The first convolution; with Fourier features in float32, whatever the precision of the rest."""
+        kind = x.device.type
+        if not self.fourier or kind == "meta":  # no autocast has an opinion on the latter
+            return self.conv_in(F.pixel_unshuffle(self._with_waves(x), self.patch))
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            return self.conv_in(F.pixel_unshuffle(self._with_waves(x.float()), self.patch)).to(dtype)
+
+    def _with_waves(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        image = x[:, : self.image_channels]
+        angles = [math.pi * frequency * image for frequency in self.fourier]
+        return torch.cat([x, *(wave for angle in angles for wave in (angle.sin(), angle.cos()))], 1) if angles else x
 
     def _embedding(self, time: Float[Tensor, "b"], cond: Conditioning) -> Float[Tensor, "b e"]:
         """What every residual block is told; without a label, or with the number of classes for one, "no class"."""

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import Table
-from undiffuse.diffusion.denoiser import Prediction
+from undiffuse.diffusion.denoiser import Denoiser, Moment, Prediction
 from undiffuse.diffusion.numbers import combined, per_image, ready, row
 from undiffuse.diffusion.process import Process
 from undiffuse.key import Keys
+from undiffuse.network.base import Conditioning
 
 # All that a sampler knows of a model: (x_t, t) -> Prediction.
 Denoise = Callable[[Float[Tensor, "b *x"], Float[Tensor, "b"]], Prediction]
@@ -66,6 +67,25 @@ def renoise(
     # sigma_s² − (alpha_s/alpha_t)² sigma_t², without its cancellation.
     std = sigma * (-torch.expm1(process.logsnr(s) - process.logsnr(t))).sqrt()
     return combined(per_image(alpha / process.alpha(t), x), x, per_image(std, x), keys.normal(*x.shape[1:]))
+
+
+class Along:
+    """`denoise(x_t, t)` for the times of a chain, of which all that can be known is computed and moved at once.
+
+    `like` says the type and the device of x_t. Other times may be asked too; they cost what they cost a denoiser.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, times: Float[Tensor, "times"], like: Float[Tensor, "b *x"], cond: Conditioning
+    ):
+        self.denoiser, self.cond = denoiser, cond
+        asked = times[times > 0]
+        self._place = {t: i for i, t in enumerate(asked.tolist())}
+        self._moments: Moment = ready(like, denoiser.at(asked[:, None]))
+
+    def __call__(self, x_t: Float[Tensor, "b *x"], t: Float[Tensor, "b"]) -> Prediction:
+        place = self._place.get(float(t[0])) if t.stride(0) == 0 or len(t) == 1 else None  # one t for all images
+        return self.denoiser(x_t, t if place is None else row(self._moments, place), self.cond)
 
 
 @torch.no_grad()
