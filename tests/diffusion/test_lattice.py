@@ -1,6 +1,7 @@
 """What the levels of images say near the data: against sums over all 256 of them, and in a denoiser."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from undiffuse.diffusion.process import Edm, Straight, Vdm
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.model.load import load, save
-from undiffuse.model.recipe import load_recipe
+from undiffuse.model.recipe import ModelConfig, load_recipe
+from undiffuse.network.base import Network
 from undiffuse.training.trainer import Trainer
 
 F64 = torch.float64
@@ -150,3 +152,26 @@ def test_settings_train_are_saved_and_come_back(tmp_path):
     x_t, t = Key(0).rows(2).normal(1, 8, 8), torch.tensor([1e-4, 0.9], dtype=F64)
     assert torch.equal(again.denoiser(x_t, t).x_0, model.denoiser(x_t, t).x_0)
     assert torch.equal(again.sample(2, steps=3, label=1), model.sample(2, steps=3, label=1))
+
+
+@dataclass(frozen=True)
+class Old(Network):
+    """A network of one's own that knows of no hints."""
+
+    time = "logsnr"
+
+    def build(self, image_channels, output_channels, classes=None):
+        return nn.Conv2d(image_channels, output_channels, 1)
+
+    def stride(self):
+        return 1
+
+
+def test_a_network_without_hints_is_refused_by_name():
+    for parameterisation in (V(), Lattice()):
+        config = ModelConfig((1, 4, 4), Vdm(), parameterisation, FixedSmall(), Old())
+        if parameterisation.lattice:
+            with pytest.raises(UsageError, match="network .*:Old takes no hints, which parameterisation lattice"):
+                config.build(clip=True)
+        else:
+            assert config.build(clip=True).network.in_channels == 1

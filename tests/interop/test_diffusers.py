@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from undiffuse.config import parse, plain
-from undiffuse.diffusion.denoiser import X0, Eps, FixedLarge, FixedSmall, Learned, LearnedRange, Mu, V
-from undiffuse.diffusion.process import Const, Cosine, Linear, Quad
+from undiffuse.diffusion.denoiser import X0, Eps, FixedLarge, FixedSmall, Lattice, Learned, LearnedRange, Mu, V
+from undiffuse.diffusion.process import Const, Cosine, Linear, Quad, Vdm
 from undiffuse.errors import Corrupt, StorageError, UsageError
 from undiffuse.interop import diffusers as interop
 from undiffuse.interop.diffusers_files import is_folder
@@ -349,6 +349,8 @@ def test_diffusers_loads_and_runs_what_is_exported(tmp_path, image):
         ({"process": Const()}, 'diffusers has no process "const"; supported: linear, quad, cosine'),
         ({"process": Cosine(offset=0.01)}, "cosine schedule has offset 0.008 and beta_max 0.999; this model"),
         ({"parameterisation": Mu()}, 'diffusers has no parameterisation "mu"; supported: eps, x0, v'),
+        ({"parameterisation": Lattice()}, 'diffusers has no parameterisation "lattice"; supported: eps, x0, v'),
+        ({"process": Vdm()}, 'diffusers has no process "vdm"; supported: linear, quad, cosine'),
         ({"variance": Learned()}, 'diffusers has no variance "learned"; supported: fixed-small, fixed-large'),
     ],
 )

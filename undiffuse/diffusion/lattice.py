@@ -19,7 +19,7 @@ def nearest(z: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
 
 
 def level_nll(x_0: Float[Tensor, "*x"], z: Float[Tensor, "*x"], spread: Float[Tensor, "*#x"]) -> Float[Tensor, "*x"]:
-    """−log p(x_0 | z) in nats, by all the levels: the reconstruction term of Kingma et al. 2021 (App. B)."""
+    """−log p(x_0 | z) in nats, by all the levels: the reconstruction term of Kingma et al. 2021 (§3.3)."""
     eps, own = (z - x_0) / spread, nearest(x_0)
     total = torch.full_like(z, -torch.inf)
     for k in range(LEVELS):

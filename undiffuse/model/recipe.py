@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +37,7 @@ from undiffuse.diffusion.denoiser import (
 )
 from undiffuse.diffusion.objective import OBJECTIVES, Objective, Simple
 from undiffuse.diffusion.process import PROCESSES, Linear, Process
-from undiffuse.errors import DataError, unknown
+from undiffuse.errors import DataError, UsageError, unknown
 from undiffuse.machine.device import making_float32
 from undiffuse.network.base import NETWORKS, Network
 from undiffuse.network.unet import UNet
@@ -55,6 +56,17 @@ class ModelConfig:
     network: Annotated[Network, NETWORKS]
     classes: Count | None = None
 
+    @property
+    def hints(self) -> int:
+        """How many channels the network is told beside those of x_t."""
+        return self.image[0] if self.parameterisation.lattice else 0
+
+    @property
+    def asked(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the network is given."""
+        channels, height, width = self.image
+        return channels + self.hints, height, width
+
     def build(self, clip: bool, device: str | torch.device = "cpu") -> Denoiser:
         """A freshly initialised denoiser in float32; an image size that the network cannot take is a DataError."""
         channels, height, width = self.image
@@ -67,7 +79,12 @@ class ModelConfig:
                 f"use --size {side} (height {fits[0]}, width {fits[1]}) or fewer network.multipliers"
             )
         outputs = channels * (2 if self.variance.learned else 1)
-        hints = {"hints": channels} if self.parameterisation.lattice else {}
+        hints = {"hints": self.hints} if self.hints else {}  # a network of one's own may know of none
+        if hints.keys() - signature(self.network.build).parameters.keys():
+            raise UsageError(
+                f"network {NETWORKS.name_of(self.network)} takes no hints, which parameterisation lattice gives; "
+                "let its build have an argument hints, or choose another parameterisation"
+            )
         with making_float32(device):
             network = self.network.build(channels, outputs, self.classes, **hints)
         return Denoiser(network, self.process, self.parameterisation, self.variance, self.network.time, clip)

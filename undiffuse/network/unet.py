@@ -28,7 +28,7 @@ class UNet(Network):
     would take away what the time embedding adds. `patch` folds squares of that side into channels first, which makes
     every level cheaper (the authors' `block_size`, but in torch's order of channels). For each of `fourier` the network
     is also given sin and cos of πf times the image before that, in float32 as the first convolution then is, because
-    near ±1 bf16 is coarser than the levels (Kingma et al. 2021, App. C; levels are 1/127.5 apart: 127.5 and 255 fit).
+    near ±1 bf16 is coarser than the levels (Kingma et al. 2021, §3.4; levels are 1/127.5 apart: 127.5 and 255 fit).
 
     The rest is for networks of other projects; its defaults are the paper's network. The middle has attention unless
     `middle` says otherwise, with norms of `middle_groups` (0: none), and its sums are divided by `middle_scale`. `head`

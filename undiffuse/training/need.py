@@ -107,7 +107,7 @@ def _beside_weights(
             weights = sum(alive.noted(weight) for weight in network.parameters())
             for weight in network.parameters():
                 weight.grad = torch.empty_like(weight) if stay else None
-            x = torch.empty(micro, *config.image, dtype=torch.float32, device=device)
+            x = torch.empty(micro, *config.asked, dtype=torch.float32, device=device)
             time = torch.empty(micro, dtype=torch.float32, device=device)
             label = None if config.classes is None else torch.empty(micro, dtype=torch.int64, device=device)
             with torch.autocast(device.type, HALF.get(train.precision), enabled=train.precision in HALF):

@@ -61,7 +61,7 @@ def forward_flops(config: ModelConfig) -> int:
     """Floating-point operations of the network on one image, counted without computing any."""
     with making_float32("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         network = config.build(clip=False, device="meta").network
-        image = torch.empty(1, *config.image, dtype=torch.float32, device="meta")
+        image = torch.empty(1, *config.asked, dtype=torch.float32, device="meta")
         network(image, torch.empty(1, dtype=torch.float32, device="meta"))
     return counter.get_total_flops()
 
