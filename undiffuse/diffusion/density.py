@@ -102,7 +102,7 @@ class AlphaSquared(Density):
 
     With u from 0 to 1, γ(u) = −ln(e^(−Zu) (1 + e^(−γ_0)) − 1) between the ends γ_0 at t_min and γ_1 at 1. The u of a
     batch is a row of steps of the golden ratio by the row of the global batch, from a start that is the key's: it is
-    spread more evenly than by chance, however the batch is divided (as the low-discrepancy sampler of Kingma et al. 2021).
+    evener than by chance, however the batch is divided (as the low-discrepancy sampler of Kingma et al. 2021).
     """
 
     def draw(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
