@@ -223,6 +223,7 @@ def test_the_defaults_of_the_options_are_the_papers_network():
         "frequency_shift": 1,
         "cosine_first": False,
         "centre_input": False,
+        "fourier": (),
     }
 
 
