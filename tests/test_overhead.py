@@ -150,6 +150,13 @@ def test_an_update_waits_for_the_device_once(trainer):
     assert of_update(one).reads == 2
 
 
+def test_labels_are_one_copy_more(monkeypatch, trainer):
+    chosen = recipe(train={"precision": "float32", "ema_profiles": []}, data={"labels": True})
+    trainer()  # for what it patches
+    counted = of_update(Trainer(chosen, chosen.model((1, 8, 8), 10), digits(), "meta"))
+    assert (counted.copies, counted.reads) == (3, 1)
+
+
 def test_each_micro_batch_is_sent_twice(trainer):
     counted = of_update(trainer(micro_batch=2))
     micros = recipe().train.batch // 2

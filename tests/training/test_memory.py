@@ -1,10 +1,12 @@
 """What a run needs of memory by estimate, beside what the profiler sees; and recomputation by level."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from tests.training.test_loop import recipe
@@ -12,7 +14,7 @@ from undiffuse.data.source import ArraySource
 from undiffuse.errors import UsageError
 from undiffuse.machine import device as machine
 from undiffuse.model.recipe import ModelConfig, Recipe, load_recipe
-from undiffuse.network.base import recompute
+from undiffuse.network.base import Network, recompute
 from undiffuse.training import loop
 from undiffuse.training.memory import held, remedies
 from undiffuse.training.need import Need, gigabytes, need
@@ -188,6 +190,7 @@ def test_the_memory_of_a_machine_is_shared_by_its_processes(monkeypatch, tmp_pat
     there = tmp_path / "meminfo"
     there.write_text("MemTotal:  16000000 kB\nMemAvailable:   8000000 kB\n")
     monkeypatch.setattr(machine, "MEMINFO", there)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     assert machine.free_bytes(torch.device("cpu")) == 8_192_000_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert machine.free_bytes(torch.device("cpu")) == 2_048_000_000
@@ -197,3 +200,59 @@ def test_the_memory_of_a_machine_is_shared_by_its_processes(monkeypatch, tmp_pat
         monkeypatch.setattr(torch.cuda, name, lambda bytes_=bytes_: bytes_)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 200))
     assert machine.free_bytes(torch.device("cuda:0")) == 120
+
+
+@pytest.mark.parametrize(
+    "files, left",
+    [
+        ({"memory.max": "3000000000\n", "memory.current": "1000000000\n"}, 2_000_000_000),
+        ({"memory.max": "max\n", "memory.current": "1000000000\n"}, 8_192_000_000),
+        ({"memory/memory.limit_in_bytes": "3000000", "memory/memory.usage_in_bytes": "1000000"}, 2_000_000),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "1"}, 8_192_000_000),
+    ],
+)
+def test_a_container_has_what_it_may_take(monkeypatch, tmp_path, files, left):
+    (tmp_path / "meminfo").write_text("MemAvailable:   8000000 kB\n")
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    assert machine.free_bytes(torch.device("cpu")) == left
+    (tmp_path / "meminfo").write_text("MemTotal: 16000000 kB\n")
+    assert machine.free_bytes(torch.device("cpu")) is None
+
+
+KEPT: dict[int, torch.Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Keeps(Network):
+    """Of a user's own, which keeps a tensor from its first call for the others."""
+
+    time: Literal["index", "logsnr", "sigma"] = "index"
+
+    def build(self, image_channels: int, output_channels: int, classes: int | None = None) -> nn.Module:
+        return Kept(image_channels, output_channels)
+
+    def stride(self) -> int:
+        return 1
+
+
+class Kept(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x, time, cond=None):
+        if x.is_meta:  # as operations are counted
+            return self.conv(x)
+        scale = KEPT.setdefault(0, torch.ones(1))
+        return self.conv(x) * float(scale)
+
+
+def test_a_network_that_an_estimate_could_break_is_not_estimated(tmp_path, data):
+    said = []
+    chosen = replace(recipe(train={"precision": "float32", "steps": 2}), network=Keeps())
+    loop.train(chosen, data, tmp_path, say=said.append, show_progress=False)
+    assert not any("by estimate" in text for text in said) and any("GFLOP" in text for text in said)

@@ -15,7 +15,7 @@ import torch
 from undiffuse.errors import UsageError
 
 WORKSPACE, EQUAL_BITS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS gives the same bits
-MEMINFO = Path("/proc/meminfo")  # of Linux
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # of Linux
 HALF = {"bf16": torch.bfloat16, "float16": torch.float16}  # precisions by autocast: of products, not of norms or sums
 
 
@@ -223,5 +223,20 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cpu" or not MEMINFO.exists():
         return None
     lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+    if "MemAvailable" not in lines:
+        return None
     # What the system could give, not what it has left: it fills what nobody needs with files.
-    return 1024 * int(lines["MemAvailable"].split()[0]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = min(1024 * int(lines["MemAvailable"].split()[0]), _container_bytes())
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _container_bytes() -> int | float:
+    """What a container may still take of the machine's memory (cgroups 2 and 1), ∞ without a limit."""
+    for most, now in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        if (CGROUP / most).exists() and (CGROUP / now).exists():
+            limit = (CGROUP / most).read_text().strip()
+            return math.inf if limit == "max" else int(limit) - int((CGROUP / now).read_text())
+    return math.inf

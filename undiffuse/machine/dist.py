@@ -172,7 +172,10 @@ def is_alive() -> None:
 
 @contextmanager
 def alike() -> Iterator[None]:
-    """An error of one process inside is raised by all, at the end, where they meet; of several that of the first."""
+    """An error of one process inside is raised by all, at the end, where they meet; of several that of the first.
+
+    Nothing inside may sum over the processes: one that has failed does not come there.
+    """
     failure = None
     try:
         yield
@@ -183,7 +186,7 @@ def alike() -> Iterator[None]:
         return
     source = failed.index(True)
     kind, text = json.loads(tell(json.dumps([type(failure).__name__, str(failure)]), source))
-    raise failure if failure is not None and source == rank() else getattr(errors, kind)(text)
+    raise failure if failure is not None and source == rank() else getattr(errors, kind, Error)(text)
 
 
 def wait_for_first() -> None:

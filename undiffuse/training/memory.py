@@ -21,15 +21,28 @@ def planned(trainer: Trainer, last: int) -> str:
     return plan(trainer.recipe.train, trainer.config, trainer.micro, images, last)
 
 
-def needed(trainer: Trainer) -> Need:
-    """What a step of this run needs, by estimate."""
+def needed(trainer: Trainer) -> Need | None:
+    """What a step of this run needs, by estimate; None for a network of the user's own.
+
+    It may do with tensors that have no values what it must not, such as keep one of them for the steps that follow.
+    """
+    if not type(trainer.config.network).__module__.startswith("undiffuse."):
+        return None
     return need(trainer.recipe.train, trainer.config, trainer.micro, trainer.device)
+
+
+def foreseen(trainer: Trainer) -> str:
+    """The same in words, for the end of a bracket."""
+    wanted = needed(trainer)
+    return "" if wanted is None else f"; {wanted}"
 
 
 def tell_plan(trainer: Trainer, last: int, say: Say, warn: Say) -> None:
     """Before step 0: what the run costs and needs; a warning, not a refusal, if there may be less memory than that."""
     say(planned(trainer, last))
     wanted, free = needed(trainer), machine.free_bytes(trainer.device)
+    if wanted is None:
+        return
     if free is None:
         say(str(wanted))
         return
@@ -47,8 +60,8 @@ def exhausted(trainer: Trainer, last: int) -> MemoryExhausted:
     """Out of memory in a step, with what was expected of it."""
     return MemoryExhausted(
         f"out of memory at step {trainer.step} with micro-batches of {trainer.micro}, when "
-        f"{machine.peak_bytes(trainer.device) / 1e9:.1f} GB had been in use ({planned(trainer, last)}; "
-        f"{needed(trainer)}). The last checkpoint is good; fine-tune from it with --init and a smaller one, --set "
+        f"{machine.peak_bytes(trainer.device) / 1e9:.1f} GB had been in use ({planned(trainer, last)}"
+        f"{foreseen(trainer)}). The last checkpoint is good; fine-tune from it with --init and a smaller one, --set "
         f"train.micro_batch={max(1, trainer.micro // 2)}, or with {less(trainer)}"
     )
 
@@ -92,7 +105,7 @@ def fit_micro_batch(trainer: Trainer, say: Say) -> None:
     while not _fits(trainer, trainer.micro):
         if trainer.micro == 1:
             raise MemoryExhausted(
-                f"not even a micro-batch of one image fits into memory ({needed(trainer)}); train with {less(trainer)}"
+                f"not even a micro-batch of one image fits into memory{foreseen(trainer)}; train with {less(trainer)}"
             )
         trainer.micro = -(-trainer.micro // 2)
     trainer.recipe = replace(trainer.recipe, train=replace(trainer.recipe.train, micro_batch=trainer.micro))

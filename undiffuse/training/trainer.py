@@ -23,7 +23,7 @@ from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.importance import Seen
 from undiffuse.diffusion.objective import by_quartile, quartile_sums
 from undiffuse.errors import DataError, NotFiniteError, UsageError
-from undiffuse.key import Key
+from undiffuse.key import Key, moved
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
 from undiffuse.machine.disk import SMALL
@@ -191,7 +191,7 @@ class Trainer:
         """The loss of each example of a micro-batch, and the t it was taken at."""
         rows = batch.rows[part]
         keys = self.key.fold("noise", self.step).rows(rows, self.device)
-        cond = self._told(None if batch.label is None else batch.label[part], rows).to(self.device)
+        cond = self._told(None if batch.label is None else batch.label[part], rows)
         x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
         if self.recipe.train.channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
@@ -203,7 +203,7 @@ class Trainer:
         if self.config.classes is None or label is None:
             return NOTHING
         drop = self.key.fold("drop label", self.step).rows(rows).uniform() < self.recipe.train.drop_label
-        return Conditioning(label=torch.where(drop, self.config.classes, label))
+        return Conditioning(label=moved(torch.where(drop, self.config.classes, label), self.device))
 
     def _not_finite(self, batch: Batch, losses: Tensor, loss: float, norm: float) -> NotFiniteError:
         """Names the examples of all processes whose loss is not finite; where only the gradient is not, all it can."""
