@@ -126,7 +126,9 @@ def main() -> None:
     from undiffuse.machine import disk
 
     torch.set_num_threads(1)
-    archive = subprocess.run(["git", "archive", given.before, "undiffuse"], cwd=HERE, check=True, capture_output=True)
+    archive = subprocess.run(
+        ["git", "archive", given.before, "undiffuse"], cwd=HERE.parent, check=True, capture_output=True
+    )
     rounds: list[tuple[dict[str, float], dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:

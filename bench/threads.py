@@ -22,12 +22,12 @@ from typing import Any
 
 from machine import machine, publish
 
-from undiffuse.cli.main import SPINS, WAITING
 from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
+WAITING, SPINS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}, "1000"  # some tens of µs
 PRESETS = {"digits": 8, "fashion-mnist": 28}  # and the size of their images
-WAITS = {"spins": {}, "sleeps": {"GOMP_SPINCOUNT": SPINS}}  # how long a thread spins: libgomp's own, the command line's
+WAITS = {"spins": {}, "sleeps": {"GOMP_SPINCOUNT": SPINS}}  # how long a thread spins: as libgomp has it, and little
 VARIANTS = [(1, "spins"), (2, "spins"), (2, "sleeps")]
 OTHERS = ((0, 0.15), (0.85, 1.15), (1.15, 9))  # the cores that others take: none, one, more
 

@@ -12,8 +12,6 @@ from undiffuse.cli import data, evaluate, measure, report, sample, tools, train
 from undiffuse.cli.train import again
 from undiffuse.errors import Error, MemoryExhausted, NotFiniteError, is_out_of_memory
 
-WAITING, SPINS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}, "1000"  # see bench/threads.py
-
 app = typer.Typer(
     name="undiffuse",
     help="Denoising diffusion for images: train on your own pictures, sample and measure.",
@@ -44,20 +42,8 @@ app.add_typer(data.app, name="data")
 tools.register(app)
 
 
-def wait_briefly() -> None:
-    """Lets a thread that waits for another one sleep after some tens of µs, unless the user has said how to wait.
-
-    libgomp, which comes with torch, would spin for milliseconds: beside a busy process the thread then has used up its
-    turn when there is work for it, and the others spin until it has another. No result depends on it. Read by libgomp
-    once, when torch is loaded; other OpenMP libraries do not know the name.
-    """
-    if not WAITING & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPINS
-
-
 def main() -> None:
     """The entry point: an error is one line on standard error and the exit code of its kind."""
-    wait_briefly()
     try:
         code = app(standalone_mode=False)
     except NotFiniteError as error:
