@@ -203,6 +203,7 @@ def build(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for train.npz, test.npz and ATTRIBUTION.txt")],
     size: Annotated[int, typer.Option("--size", help="Side of the images, in pixels")] = 32,
+    labels: Annotated[str, typer.Option("--labels", help="What a class is: style, category or both")] = "style",
     as_json: JsonOpt = False,
 ) -> None:
     """Build the emoji data set from downloaded npm packages.
@@ -224,5 +225,5 @@ def build(
 
     if what != "emoji":
         raise unknown("data set to build", what, ["emoji"])
-    built = asdict(emoji.build(packages, out, size))
+    built = asdict(emoji.build(packages, out, size, labels))
     typer.echo(to_json(built) if as_json else "\n".join(f"{name:>10}  {value}" for name, value in built.items()))

@@ -86,12 +86,27 @@ def test_build(tmp_path):
     assert np.array_equal(images[row], expected)
 
 
-def test_what_is_built_opens_as_a_source(tmp_path):
-    build([unpacked(tmp_path / "g", google())], tmp_path / "out", size=16)
+@pytest.mark.parametrize(
+    ("labels", "count", "seen"),
+    [
+        ("style", len(STYLES), "fluent"),
+        ("category", len(CATEGORIES), "smileys-emotion"),
+        ("both", len(STYLES) * len(CATEGORIES), "fluent smileys-emotion"),
+    ],
+)
+def test_what_is_built_opens_as_a_source(tmp_path, labels, count, seen):
+    packages = [unpacked(tmp_path / "g", google()), packed(tmp_path / "f.tgz", fluent())]
+    build(packages, tmp_path / "out", size=16, labels=labels)
     train, test = open_source(tmp_path / "out"), open_source(tmp_path / "out", split="test")
     assert train.image_shape == test.image_shape == (3, 16, 16)
-    assert len(train.classes) == len(STYLES) * len(CATEGORIES)
-    assert {train.classes[label] for label in train.labels.tolist()} == {"noto smileys-emotion"}
+    assert len(train.classes) == count
+    style = arrays(tmp_path / "out")["train"]["style"]
+    assert {train.classes[label] for label in train.labels[style == 2].tolist()} == {seen}
+
+
+def test_labels_of_another_kind(tmp_path):
+    with pytest.raises(UsageError, match='kind of labels "styles" is not known. Did you mean "style"'):
+        build([unpacked(tmp_path / "g", google())], tmp_path / "out", labels="styles")
 
 
 def test_an_svg_is_drawn(tmp_path):

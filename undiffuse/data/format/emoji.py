@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from undiffuse.data import picture
-from undiffuse.errors import DataError, StorageError, UsageError
+from undiffuse.errors import DataError, StorageError, UsageError, unknown
 
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 SILENT = {"fe0f", "e007f"}  # variation selector and end of a tag, which some packages leave out
@@ -30,6 +30,7 @@ CATEGORIES = (
 METADATA = {"emoji.json": ("unified", "category"), "data/openmoji.json": ("hexcode", "group")}
 UNLISTED = CATEGORIES.index("extras-unicode")
 OVERSAMPLE = 2  # an SVG is drawn this much larger, then resized as the other pictures are
+LABELS = ("style", "category", "both")
 HELD_OUT = 10  # one code point in ten is in the test split
 
 
@@ -71,17 +72,20 @@ class _Row:
     image: UInt8[np.ndarray, "h w 3"]
 
 
-def build(packages: Sequence[Path], out: Path, size: int = 32) -> Built:
+def build(packages: Sequence[Path], out: Path, size: int = 32, labels: str = "style") -> Built:
     """Writes train.npz, test.npz and ATTRIBUTION.txt to the new folder `out`, all or nothing.
 
     `packages` are the .tgz files or the folders they unpack to, any of the four. Each npz has `images` uint8
-    [n, size, size, 3], `labels` (style and category in one number, named by `classes`), `style`, `category` and `key`,
-    the code points. Raises DataError for a package that is none of the four, UsageError if `out` exists.
+    [n, size, size, 3], `style`, `category`, and `key`, the code points. `labels`, named by `classes`, are the styles, the
+    categories, or "both": one for each style and category. Raises DataError for a package that is none of the four,
+    UsageError if `out` exists or for other labels.
     """
     if out.exists():
         raise UsageError(f"{out} exists; give the name of a new folder")
     if size < 1:
         raise UsageError(f"size {size} is not possible; give a side of at least 1 pixel")
+    if labels not in LABELS:
+        raise unknown("kind of labels", labels, LABELS)
     files = _files(packages)
     categories = _categories(files)
     found = {style.name: 0 for style in STYLES}
@@ -99,7 +103,7 @@ def build(packages: Sequence[Path], out: Path, size: int = 32) -> Built:
     train = [row for row in rows.values() if not held_out(row.key)]
     if not train or not test:
         raise DataError(f"{len(rows)} emoji are too few to hold one in {HELD_OUT} out; give whole packages")
-    _save(out, train, test, [style for style in STYLES if found[style.name]])
+    _save(out, train, test, [style for style in STYLES if found[style.name]], labels)
     return Built(found, len(rows), len(train), len(test))
 
 
@@ -212,31 +216,36 @@ def _svg_to_png(data: bytes, size: int) -> bytes:
     return resvg_py.svg_to_bytes(svg_string=data.decode(), width=size, height=size, skip_system_fonts=True)
 
 
-def _save(out: Path, train: list[_Row], test: list[_Row], styles: list[Style]) -> None:
+def _save(out: Path, train: list[_Row], test: list[_Row], styles: list[Style], labels: str) -> None:
     try:
-        _save_folder(out, train, test, styles)
+        _save_folder(out, train, test, styles, labels)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
-def _save_folder(out: Path, train: list[_Row], test: list[_Row], styles: list[Style]) -> None:
+def _save_folder(out: Path, train: list[_Row], test: list[_Row], styles: list[Style], labels: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = Path(scratch) / "set"
         folder.mkdir()
         for name, rows in (("train", train), ("test", test)):
-            _save_split(folder / f"{name}.npz", rows)
+            _save_split(folder / f"{name}.npz", rows, labels)
         (folder / "ATTRIBUTION.txt").write_text(attribution(styles), "utf-8")
         folder.rename(out)
 
 
-def _save_split(path: Path, rows: list[_Row]) -> None:
+def _save_split(path: Path, rows: list[_Row], labels: str) -> None:
     style, category = np.array([row.style for row in rows]), np.array([row.category for row in rows])
-    names = [f"{style.name} {category}" for style in STYLES for category in CATEGORIES]
+    styles = [style.name for style in STYLES]
+    label, names = {
+        "style": (style, styles),
+        "category": (category, CATEGORIES),
+        "both": (style * len(CATEGORIES) + category, [f"{one} {other}" for one in styles for other in CATEGORIES]),
+    }[labels]
     np.savez_compressed(
         path,
         images=np.stack([row.image for row in rows]),
-        labels=style * len(CATEGORIES) + category,
+        labels=label,
         classes=np.array(names),
         style=style,
         category=category,

@@ -99,7 +99,7 @@ class Classifier_28(FeatureExtractor):
 
 @dataclass(frozen=True)
 class ClassifierEmoji(FeatureExtractor):
-    """RGB images of 32×32: the emoji set of `undiffuse data build emoji`, its labels as they are.
+    """RGB images of 32×32: the emoji set of `undiffuse data build emoji --labels both`.
 
     A logit is a style together with a category, one distribution; that of the style alone is a sum of probabilities.
     """
