@@ -1,13 +1,15 @@
 """The candidates of `bench/choose.py`, as settings of preset `fashion-mnist`, and a network that is one of them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from undiffuse.config import Count
+from undiffuse.diffusion.density import DENSITIES, Density
+from undiffuse.diffusion.objective import WeightedBySnr
 from undiffuse.network.base import NOTHING, Conditioning, Network
 from undiffuse.network.block import sinusoid
 
@@ -69,31 +71,54 @@ class Transformer(Network):
     patch: Count = 4
     time: Literal["index", "logsnr", "sigma"] = "index"
 
-    def build(self, image_channels: int, output_channels: int, classes: int | None = None) -> nn.Module:
-        return Tokens(self, image_channels, output_channels)
+    def build(self, image_channels: int, output_channels: int, classes: int | None = None, hints: int = 0) -> nn.Module:
+        return Tokens(self, image_channels + hints, output_channels)
 
     def stride(self) -> int:
         return self.patch
 
 
+@dataclass(frozen=True)
+class VLoss(WeightedBySnr):
+    """The loss of v for a network that predicts x_0, where the noise is above a twentieth (Li & He 2025)."""
+
+    density: Annotated[Density, DENSITIES] | None = None
+
+    def on_x_0(self, logsnr: Tensor) -> Tensor:
+        return (1 + logsnr.exp()).clamp(max=400.0)
+
+
 def unet(**fields: object) -> list[str]:
-    return ["train.channels_last=true", *(f"network.{name}={value}" for name, value in fields.items())]
+    """With Muon and channels_last, which the first rows compare with the preset."""
+    return [*LAST, MUON, *(f"network.{name}={value}" for name, value in fields.items())]
 
 
+LAST, MUON = ["train.channels_last=true"], "train.optimizer=muon"
 PLAIN = {"attention": "[]", "middle": "plain"}
+TOKENS = [MUON, 'network={name="candidates:Transformer"}']
 CANDIDATES: dict[str, list[str]] = {
-    "the preset": [],
-    "channels_last": unet(),
+    "Adam, NCHW": [],
+    "Adam": LAST,
+    "Adam, rate 4e-3": [*LAST, "train.lr=4e-3"],
+    "Adam, second moment over 100 steps": [*LAST, "train.betas=[0.9,0.99]"],
+    "Adam, no attention": [*LAST, *(f"network.{name}={value}" for name, value in PLAIN.items())],
+    "Muon": unet(),
+    "rate 1e-3": [*unet(), "train.lr=1e-3"],
+    "rate 4e-3": [*unet(), "train.lr=4e-3"],
+    "batches of 32": [*unet(), "train.batch=32"],
+    "batches of 128": [*unet(), "train.batch=128"],
     "no attention": unet(**PLAIN),
     "64 channels": unet(channels=64),
     "two blocks a level": unet(blocks=2),
     "twice as wide below": unet(multipliers="[1,2]"),
     "32 channels, twice as wide below": unet(channels=32, multipliers="[1,2]"),
+    "three levels": unet(multipliers="[1,1,1]", attention="[2]"),
+    "a level of 16 channels at 28×28": unet(patch=1, multipliers="[0.3333,1,1]", attention="[2]"),
+    "scale and shift by the time": unet(modulation="scale-shift"),
     "patches of 4, one level of 96": unet(channels=96, multipliers="[1]", patch=4, attention="[0]"),
-    "transformer, patches of 4": ['network={name="candidates:Transformer"}'],
+    "transformer, patches of 4": TOKENS,
+    "transformer, x_0 predicted, loss of v": [*TOKENS, "parameterisation.name=x0", "objective.name=candidates:VLoss"],
     "min-SNR": [*unet(), "objective.name=min-snr"],
-    "rate 4e-3": [*unet(), "train.lr=4e-3"],
-    "rate 1e-3": [*unet(), "train.lr=1e-3"],
-    "batches of 32": [*unet(), "train.batch=32"],
-    "batches of 128": [*unet(), "train.batch=128"],
+    "log-normal sigma": [*unet(), "objective.density.name=log-normal"],
+    "straight paths": [*unet(), "process.name=straight"],
 }

@@ -3,9 +3,9 @@
     python bench/classifiers.py classifier-28 fashion-mnist
     python bench/classifiers.py classifier-emoji emoji-32
 
-`emoji-32` is the folder that `undiffuse data build emoji --labels both` makes. Only the train split is trained on. Writes the
-weights, their sha256 in `undiffuse/quality/feature/classifier.py`, the JSON beside this script and the table of
-docs/benchmarks.md.
+`emoji-32` is the folder that `undiffuse data build emoji --labels both` makes. Only the train split is trained on.
+Writes the weights, their sha256 in `undiffuse/quality/feature/classifier.py`, the JSON beside this script and the table
+of docs/benchmarks.md.
 """
 
 import argparse

@@ -37,7 +37,10 @@ ROWS = tuple(
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("quality", "metric/ feature/ gather statistics nearest nearer"),
         ("model", "recipe average classes model load"),
-        ("training", "plan need tune scale trainer memory look health auto resume profile proxy track loop start"),
+        (
+            "training",
+            "plan need tune scale optimizer trainer memory look health auto resume profile proxy track loop start",
+        ),
         ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
         ("view", "report explore pieces results ranking subject report_run compare_runs demo"),
         ("cli", "options tools train sample measure evaluate report data main"),

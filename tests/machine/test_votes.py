@@ -26,7 +26,7 @@ def order(data, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted("clip", torch.nn.utils.clip_grad_norm_))
     monkeypatch.setattr(torch.Tensor, "cpu", noted("wait", torch.Tensor.cpu))
-    monkeypatch.setattr(trainer.adam, "step", noted("step", trainer.adam.step))
+    monkeypatch.setattr(trainer.optimizer, "step", noted("step", trainer.optimizer.step))
     return trainer, done
 
 

@@ -164,7 +164,7 @@ def test_what_no_scale_helps_ends_the_run_after_sixteen(here, data, kind):
     for _ in range(2):  # the same state replays it
         with pytest.raises(NotFiniteError, match="step 16: .*, and their scale cannot fall below 1, so the"):
             one.update(100)
-    assert one.step == 16 and not one.adam.state
+    assert one.step == 16 and not one.optimizer.state
 
 
 def test_in_other_precisions_nothing_is_skipped_or_told(data):

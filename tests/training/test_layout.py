@@ -16,7 +16,9 @@ def made(data, **train) -> Trainer:
 
 def beside(one: Trainer) -> dict[str, list[torch.Tensor]]:
     """What is updated beside the weights, each list in their order."""
-    moments = {name: [one.adam.state[weight][name] for weight in one.weights] for name in ("exp_avg", "exp_avg_sq")}
+    moments = {
+        name: [one.optimizer.state[weight][name] for weight in one.weights] for name in ("exp_avg", "exp_avg_sq")
+    }
     gradients = [weight.grad for weight in one.weights if weight.grad is not None]
     return {"ema": one.ema.shadow, "profile": one.profiles.shadows[0.1], **moments, "gradient": gradients}
 
@@ -47,7 +49,7 @@ def test_they_still_do_after_a_resume(data, tmp_path, monkeypatch):
         held.save(1, one.tensors(), one.meta())
     other = made(data, seed=1)
     other.restore(store.Run(tmp_path).load(1)[0], 1)
-    one.adam.zero_grad()
+    one.optimizer.zero_grad()
     assert_alike(other)
     other.update(6)
     assert_alike(other)

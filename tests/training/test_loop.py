@@ -52,9 +52,9 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_resume_is_exact(tmp_path, data, precision):
-    chosen = recipe(train={"precision": precision})
+@pytest.mark.parametrize(("precision", "optimizer"), [("float32", "adam"), ("bf16", "adam"), ("float32", "muon")])
+def test_resume_is_exact(tmp_path, data, precision, optimizer):
+    chosen = recipe(train={"precision": precision, "optimizer": optimizer})
     run(chosen, data, tmp_path / "whole")
     for last in (1, 3, 4, 6):
         run(chosen, data, tmp_path / "parts", budget=loop.Budget(steps=last))

@@ -200,7 +200,7 @@ def test_a_loss_and_a_gradient_that_is_not_finite_each_stop_the_step(data, kind,
     one = made(data, Odd(kind))
     with pytest.raises(NotFiniteError, match=message):
         one.update(6)
-    assert one.step == 0 and not one.adam.state
+    assert one.step == 0 and not one.optimizer.state
 
 
 @dataclass(frozen=True)

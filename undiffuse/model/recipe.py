@@ -129,6 +129,8 @@ class DataConfig:
 class TrainConfig:
     """Adam with warm-up, clipping by the global norm and an EMA, as in DDPM; then how it is run and looked at.
 
+    `optimizer` "muon" takes orthogonal steps for matrices and convolutions, and Adam's for the rest.
+
     `batch` is what one update sees, over all processes and micro-batches. `micro_batch` None is the share of a process;
     "auto" halves it, before step 0 only, until it fits into memory. `exact_shards` divides the batch into so many
     parts, whose gradients are summed in one order, so that any number of processes that divides it gives the same bits.
@@ -153,6 +155,7 @@ class TrainConfig:
     steps: Count = 800_000
     batch: Count = 128
     lr: Positive = 2e-4
+    optimizer: Literal["adam", "muon"] = "adam"
     warmup: Number = 5000
     decay: Literal["constant", "cosine"] = "constant"
     betas: tuple[Decay, Decay] = (0.9, 0.999)

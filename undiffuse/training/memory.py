@@ -120,10 +120,10 @@ def less(trainer: Trainer) -> str:
 
 
 def _fits(trainer: Trainer, size: int) -> bool:
-    """Whether all processes can run a micro-batch of that size beside the moments that Adam is going to need."""
+    """Whether all processes can run a micro-batch of that size beside the moments that are going to be needed."""
     failed = 0
     try:
-        moments = [torch.empty_like(weight) for weight in trainer.weights for _ in range(2)]
+        moments = [torch.empty_like(weight) for weight in trainer.weights for _ in trainer.optimizer.moments(weight)]
         with trainer.unsynchronised():
             loss, _ = trainer.loss(trainer.batches.at(0), slice(0, size))
             loss.sum().backward()
@@ -132,7 +132,7 @@ def _fits(trainer: Trainer, size: int) -> bool:
         if not is_out_of_memory(error):
             raise
         failed = 1
-    trainer.adam.zero_grad(set_to_none=True)
+    trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     return int(dist.total(torch.tensor(failed, dtype=torch.int64, device="cpu"))) == 0

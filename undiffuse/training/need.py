@@ -19,6 +19,7 @@ from undiffuse.machine import dist
 from undiffuse.machine.device import HALF
 from undiffuse.model.recipe import ModelConfig, TrainConfig
 from undiffuse.network.base import Conditioning, recompute
+from undiffuse.training.optimizer import OPTIMIZERS
 from undiffuse.training.plan import shares
 
 
@@ -84,8 +85,8 @@ def need(train: TrainConfig, config: ModelConfig, micro: int, device: str | torc
     """
     share, shards = shares(train)[0], train.exact_shards
     stay = not shards and (micro < share or dist.size() > 1)
-    weights, beside = _beside_weights(train, config, micro, torch.device(device), stay)
-    averaged = weights * (4 + len(train.ema_profiles))  # with the weights themselves and the moments
+    weights, moments, beside = _beside_weights(train, config, micro, torch.device(device), stay)
+    averaged = weights * (2 + len(train.ema_profiles)) + moments  # with the weights themselves
     copies = share // micro if shards else 1  # of the gradient, one a shard; they are added beside two more
     beside = max(beside + (copies - 1) * weights, (copies + 2) * weights if shards else 0)
     return Need(averaged + copies * weights, max(0, beside - copies * weights))
@@ -93,8 +94,8 @@ def need(train: TrainConfig, config: ModelConfig, micro: int, device: str | torc
 
 def _beside_weights(
     train: TrainConfig, config: ModelConfig, micro: int, device: torch.device, stay: bool
-) -> tuple[int, int]:
-    """The bytes of the weights, and the peak of the activations and gradients that one micro-batch makes beside them.
+) -> tuple[int, int, int]:
+    """The bytes of the weights and of their moments, and the peak of what one micro-batch makes beside them.
 
     Where all activations are kept, the peak is at the end of the forward pass; else the backward pass is run too.
     """
@@ -105,6 +106,8 @@ def _beside_weights(
         recompute(config.network, network, train.recompute, exact=False)
         with Alive() as alive:
             weights = sum(alive.noted(weight) for weight in network.parameters())
+            kept = OPTIMIZERS[train.optimizer].moments
+            moments = sum(weight.nbytes * len(kept(weight)) for weight in network.parameters())
             for weight in network.parameters():
                 weight.grad = torch.empty_like(weight) if stay else None
             x = torch.empty(micro, *config.asked, dtype=torch.float32, device=device)
@@ -114,9 +117,9 @@ def _beside_weights(
                 output = network(x, time, Conditioning(label=label))
                 loss = (output - torch.empty_like(output)).square().mean()
             if not train.recompute:
-                return weights, max(alive.peak - weights, alive.now - weights + alive.largest, weights)
+                return weights, moments, max(alive.peak - weights, alive.now - weights + alive.largest, weights)
             loss.backward()
-            return weights, alive.peak - weights
+            return weights, moments, alive.peak - weights
 
 
 def _move(network: nn.Module, device: torch.device) -> None:

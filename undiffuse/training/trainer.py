@@ -34,6 +34,7 @@ from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
 from undiffuse.network.base import NOTHING, Conditioning, recompute
 from undiffuse.timing import stage
+from undiffuse.training.optimizer import OPTIMIZERS
 from undiffuse.training.plan import shares
 from undiffuse.training.scale import LossScale
 from undiffuse.training.tune import begin_with
@@ -59,7 +60,7 @@ class Trainer:
         self.weights = list(self.denoiser.network.parameters())
         self.ema = Ema(self.weights, recipe.train.ema, recipe.train.ema_ramp)
         self.profiles = Profiles(self.weights, recipe.train.ema_profiles)
-        self.adam = torch.optim.Adam(self.weights, lr=1.0, betas=recipe.train.betas, eps=1e-8, fused=True)
+        self.optimizer = OPTIMIZERS[recipe.train.optimizer](self.weights, recipe.train.betas)
         self.scale = LossScale(recipe.train.precision == "float16")
         self.seen = Seen(recipe.objective, recipe.process)
         self.batches = Prefetched(
@@ -121,10 +122,10 @@ class Trainer:
                 raise self._not_finite(batch, losses, loss, norm)
             self.step += 1
             return {**seen, "lr": rate, **self.scale.told(skipped=True)}
-        for group in self.adam.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         with stage("optimizer"):
-            self.adam.step()
+            self.optimizer.step()
         with stage("ema"):
             self.ema.update(self.weights, step)
             self.profiles.update(self.weights, step)
@@ -142,7 +143,7 @@ class Trainer:
         exact = self.recipe.train.exact_shards is not None
         # DistributedDataParallel takes the mean over processes, an exact sum does not.
         divisor = (self.recipe.train.batch if exact else self.share) / self.scale.scale
-        self.adam.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         losses, gradients, times = [], [], []
         for first in range(0, self.share, self.micro):
             row = int(batch.rows[first])
@@ -156,7 +157,7 @@ class Trainer:
             times.append(t)
             if exact:
                 gradients.append(torch.cat([grad_of(weight).flatten() for weight in self.weights]))
-                self.adam.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad(set_to_none=True)
         if exact:
             flat = dist.ordered_total(gradients)
             for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
@@ -218,18 +219,17 @@ class Trainer:
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        state = [self.adam.state[weight] for weight in self.weights]
+        state = [self.optimizer.state[weight] for weight in self.weights]
         moments = {
-            f"{moment}/{name}": entry[moment]
+            f"{what}/{name}": value
             for name, entry in zip(self.names, state, strict=True)
-            for moment in ("exp_avg", "exp_avg_sq", "step")
-            if entry
+            for what, value in entry.items()
         }
         weights = [weight.detach() for weight in self.weights]
         return {
             "model": dict(zip(self.names, weights, strict=True)),
             "ema": dict(zip(self.names, self.ema.shadow, strict=True)),
-            "adam": moments,
+            "adam": moments,  # so named of old, whichever optimizer it is
             **({"profiles": self.profiles.tensors(self.names)} if self.profiles.shadows else {}),
             **({"scale": self.scale.tensors()} if self.scale.on else {}),
             **({"seen": self.seen.tensors()} if self.seen.on else {}),
@@ -241,9 +241,9 @@ class Trainer:
             weight.copy_(tensors["model"][name])
             shadow.copy_(tensors["ema"][name])
             if f"step/{name}" in tensors["adam"]:
-                saved = {moment: tensors["adam"][f"{moment}/{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
-                moments = {moment: like(weight, saved[moment]) for moment in ("exp_avg", "exp_avg_sq")}
-                self.adam.state[weight] = {"step": saved["step"].to(self.device), **moments}
+                moments = {of: like(weight, tensors["adam"][f"{of}/{name}"]) for of in self.optimizer.moments(weight)}
+                step_of = tensors["adam"][f"step/{name}"].to(self.device)
+                self.optimizer.state[weight] = {"step": step_of, **moments}
         self.profiles.restore(tensors.get("profiles", {}), self.names)
         self.scale.restore(tensors.get("scale", {}))
         self.seen.restore(tensors.get("seen", {}))
@@ -254,11 +254,8 @@ class Trainer:
         self.step = dist.decide(self.step)
         if self.step > 0:
             for weight in self.weights:
-                state = self.adam.state[weight]
-                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=self.device))
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    state.setdefault(moment, torch.zeros_like(weight))
-                dist.share(state.values())
+                self.optimizer.begin(weight)
+                dist.share(self.optimizer.state[weight].values())
         scale = self.scale.tensors()
         dist.share(scale.values())
         self.scale.restore(scale)

@@ -76,8 +76,8 @@ def build(packages: Sequence[Path], out: Path, size: int = 32, labels: str = "st
     """Writes train.npz, test.npz and ATTRIBUTION.txt to the new folder `out`, all or nothing.
 
     `packages` are the .tgz files or the folders they unpack to, any of the four. Each npz has `images` uint8
-    [n, size, size, 3], `style`, `category`, and `key`, the code points. `labels`, named by `classes`, are the styles, the
-    categories, or "both": one for each style and category. Raises DataError for a package that is none of the four,
+    [n, size, size, 3], `style`, `category`, and `key`, the code points. `labels`, named by `classes`, are the styles,
+    the categories, or "both": one for each style and category. Raises DataError for a package that is none of the four,
     UsageError if `out` exists or for other labels.
     """
     if out.exists():

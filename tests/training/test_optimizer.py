@@ -1,0 +1,74 @@
+"""Muon against its definition and torch's; what is Adam's stays Adam's; a run goes on to the bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from undiffuse.training.optimizer import MOMENTUM, Adam, Muon, is_matrix, orthogonal
+
+
+def weights(*shapes):
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(*shape)) for shape in shapes]
+
+
+def stepped(optimizer, each, count=3, rate=0.01):
+    """Steps along gradients that are the same for each optimizer."""
+    torch.manual_seed(1)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for _ in range(count):
+        for weight in each:
+            weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape))
+        optimizer.step()
+    return [weight.detach().clone() for weight in each]
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 200), (200, 24)])
+def test_orthogonal_keeps_the_singular_vectors_and_makes_the_values_about_one(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(*shape)
+    u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = u.T @ orthogonal(matrix).double() @ v.T
+    assert 0.6 < values.diag().min() and values.diag().max() < 1.25
+    assert (values - values.diag().diag()).abs().max() < 1e-5
+
+
+def test_a_matrix_steps_as_torch_says():
+    """torch computes in bfloat16, and its root mean square is a fifth of the rate (Liu et al. 2025)."""
+    ours, theirs = weights((48, 64), (96, 32)), weights((48, 64), (96, 32))
+    before = [weight.detach().clone() for weight in ours]
+    reference = torch.optim.Muon(
+        theirs, lr=1.0, momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", nesterov=True
+    )
+    for one, other, old in zip(
+        stepped(Muon(ours, (0.9, 0.999)), ours), stepped(reference, theirs), before, strict=True
+    ):
+        moved, expected = one - old, 5 * (other - old)
+        assert (moved - expected).norm() / expected.norm() < 0.02
+
+
+def test_the_first_step_of_a_convolution_has_the_size_of_the_rate():
+    (weight,) = weights((48, 48, 3, 3))
+    before = weight.detach().clone()
+    (after,) = stepped(Muon([weight], (0.9, 0.999)), [weight], count=1)
+    assert (after - before).square().mean().sqrt() == pytest.approx(0.01, rel=0.15)
+
+
+def test_what_is_narrow_or_a_vector_is_adams():
+    shapes = (64,), (8, 4, 3, 3), (5, 256), (12, 64)
+    assert not any(is_matrix(weight) for weight in weights(*shapes))
+    both = zip(
+        stepped(Muon(one := weights(*shapes, (32, 32)), (0.9, 0.99)), one),
+        stepped(Adam(other := weights(*shapes, (32, 32)), (0.9, 0.99)), other),
+        strict=True,
+    )
+    assert [torch.equal(ours, adams) for ours, adams in both] == [True] * 4 + [False]
+
+
+def test_a_layout_changes_no_step():
+    plain, last = weights((32, 16, 3, 3)), weights((32, 16, 3, 3))
+    with torch.no_grad():
+        last[0].data = last[0].contiguous(memory_format=torch.channels_last)
+    (one,), (other,) = stepped(Muon(plain, (0.9, 0.999)), plain), stepped(Muon(last, (0.9, 0.999)), last)
+    assert torch.allclose(one, other, rtol=0, atol=1e-6)

@@ -1,0 +1,79 @@
+"""What turns gradients into steps: Adam, as in DDPM, or Muon."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NARROW = 16  # a matrix with fewer rows or columns is that of the image's channels, or of a table of classes
+MOMENTUM, ROUNDS = 0.95, 5
+QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0, and within 0.3 of 1 between the singular values 0.7 and 1.2
+
+
+class Adam(torch.optim.Adam):
+    """Kingma & Ba 2015. The rate is set for each step; `state[weight]` holds tensors alone."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], betas: tuple[float, float]):
+        super().__init__(weights, lr=1.0, betas=betas, eps=1e-8, fused=True)
+
+    @staticmethod
+    def moments(weight: Tensor) -> tuple[str, ...]:
+        """What is kept of a weight, in its shape."""
+        return ("exp_avg", "exp_avg_sq")
+
+    def begin(self, weight: Tensor) -> None:
+        """The state before the first step, where there is none."""
+        state = self.state[weight]
+        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=weight.device))
+        for moment in self.moments(weight):
+            state.setdefault(moment, torch.zeros_like(weight))
+
+    def each(self) -> list[nn.Parameter]:
+        return [weight for group in self.param_groups for weight in group["params"]]
+
+
+class Muon(Adam):
+    """Steps along the nearest orthogonal matrix to the momentum, for matrices; Adam for the rest (Jordan et al. 2024).
+
+    A convolution is a matrix with a row for each output. Its step is scaled so that its values have the root mean
+    square of the rate, which is about that of an early step of Adam: one rate does for both (as Liu et al. 2025, who
+    take a fifth of it).
+    """
+
+    @staticmethod
+    def moments(weight: Tensor) -> tuple[str, ...]:
+        return ("momentum",) if is_matrix(weight) else Adam.moments(weight)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        (group,) = self.param_groups
+        for weight in filter(is_matrix, self.each()):
+            gradient, weight.grad = weight.grad, None  # so that Adam passes it by
+            if gradient is None:
+                continue
+            self.begin(weight)
+            momentum = self.state[weight]["momentum"].lerp_(gradient, 1 - MOMENTUM)
+            direction = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))  # of Nesterov
+            size = max(direction.shape) ** 0.5
+            weight.sub_(direction.view(weight.shape), alpha=group["lr"] * size)
+            self.state[weight]["step"] += 1
+        super().step()
+
+
+def is_matrix(weight: Tensor) -> bool:
+    return weight.ndim > 1 and min(len(weight), weight[0].numel()) >= NARROW
+
+
+def orthogonal(matrix: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    """About U Vᵀ of the singular value decomposition U S Vᵀ, by a polynomial that is odd in S (Newton and Schulz)."""
+    a, b, c = QUINTIC
+    wide = matrix.T if len(matrix) > matrix.shape[1] else matrix
+    x = wide / wide.norm().clamp(min=1e-20)
+    for _ in range(ROUNDS):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if wide is not matrix else x
+
+
+OPTIMIZERS = {"adam": Adam, "muon": Muon}
