@@ -112,7 +112,8 @@ CANDIDATES: dict[str, list[str]] = {
     "two blocks a level": unet(blocks=2),
     "twice as wide below": unet(multipliers="[1,2]"),
     "32 channels, twice as wide below": unet(channels=32, multipliers="[1,2]"),
-    "three levels": unet(multipliers="[1,1,1]", attention="[2]"),
+    "half as wide again below, no attention": unet(multipliers="[1,1.5]", **PLAIN),
+    "64 channels, no attention": unet(channels=64, **PLAIN),
     "a level of 16 channels at 28×28": unet(patch=1, multipliers="[0.3333,1,1]", attention="[2]"),
     "scale and shift by the time": unet(modulation="scale-shift"),
     "patches of 4, one level of 96": unet(channels=96, multipliers="[1]", patch=4, attention="[0]"),
@@ -120,5 +121,5 @@ CANDIDATES: dict[str, list[str]] = {
     "transformer, x_0 predicted, loss of v": [*TOKENS, "parameterisation.name=x0", "objective.name=candidates:VLoss"],
     "min-SNR": [*unet(), "objective.name=min-snr"],
     "log-normal sigma": [*unet(), "objective.density.name=log-normal"],
-    "straight paths": [*unet(), "process.name=straight"],
+    "straight paths": [*unet(time="logsnr"), "process.name=straight"],
 }

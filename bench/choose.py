@@ -39,8 +39,8 @@ def reference(name: str, folder: Path) -> Moments:
     return moments
 
 
-def judged(trainer: Trainer, folder: Path) -> Found:
-    images = trainer.model().sample(SAMPLES, STEPS, "ddim", 0, 250)
+def judged(trainer: Trainer, folder: Path, steps: int = STEPS, solver: str = "ddim") -> Found:
+    images = trainer.model().sample(SAMPLES, steps, solver, 0, 250)
     found = {}
     for name in EXTRACTORS:
         extractor, known = open_features(name, "cpu"), reference(name, folder)

@@ -1,4 +1,4 @@
-"""Candidates trained for equal processor time, each judged and kept: what `choose.py` and `likelihood.py` share."""
+"""Candidates trained for equal time or images, each judged and kept: what `choose.py` and its like share."""
 
 import argparse
 import fcntl
@@ -21,19 +21,20 @@ from undiffuse.training.plan import forward_flops
 from undiffuse.training.trainer import Trainer
 
 Found = dict[str, Any]
+SECONDS, IMAGES = "seconds", "images"
 
 
-def trained(preset: str, settings: list[str], seconds: float, seed: int) -> tuple[Trainer, Found]:
-    """The rate falls to 0 at the end of the processor time, whatever a step costs."""
+def trained(preset: str, settings: list[str], budget: float, unit: str, seed: int) -> tuple[Trainer, Found]:
+    """The rate falls to 0 at the end of the budget: seconds of processor time, whatever a step costs, or images."""
     recipe = load_recipe(preset, ["train.precision=float32", *settings, f"train.seed={seed}"])
     trainer = Trainer(recipe, recipe.model((1, 28, 28)), open_source("fashion-mnist"))
     for _ in range(3):
         trainer.update(10**6)
     losses, began, spent = list[float](), time.process_time(), 0.0
-    while spent < seconds:
-        last = 10**6 if spent < seconds / 50 else round(len(losses) * seconds / spent) + 3
+    while spent < budget:
+        last = 10**6 if spent < budget / 50 else round(len(losses) * budget / spent) + 3
         losses.append(trainer.update(last)["loss"])
-        spent = time.process_time() - began
+        spent = time.process_time() - began if unit == SECONDS else len(losses) * recipe.train.batch
     return trainer, {
         "weights": sum(weight.numel() for weight in trainer.weights),
         "gflop": forward_flops(trainer.config) / 1e9,
@@ -47,12 +48,12 @@ def read(path: Path) -> Found:
     return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
-def command() -> tuple[argparse.ArgumentParser, str]:
-    """What both take."""
+def command(budget: float, unit: str) -> tuple[argparse.ArgumentParser, str]:
+    """What all take."""
     script = Path(sys.argv[0])
     parser = argparse.ArgumentParser(prog=f"python bench/{script.name}")
     parser.add_argument("names", nargs="*", metavar="NAME", help="these alone")
-    parser.add_argument("--seconds", type=float, default=240.0, help="of processor time, for each")
+    parser.add_argument(f"--{unit}", dest="budget", type=float, default=budget, help="for each; seconds of a processor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where work is kept")
     return parser, script.stem
@@ -63,30 +64,33 @@ def run(
     judge: Callable[[Trainer, Path], Found],
     table: Callable[[Found], str],
     also: Callable[[], Found] = dict,
+    budget: float = 240.0,
+    unit: str = SECONDS,
 ) -> None:
     """A candidate is a preset with settings. What is there for the same seconds and seed is not done again."""
-    parser, mark = command()
+    parser, mark = command(budget, unit)
     given, path = parser.parse_args(), Path(__file__).with_name(f"{mark}.json")
     torch.set_num_threads(1)
     if unknown := set(given.names) - candidates.keys():
         raise SystemExit(f"{', '.join(sorted(unknown))}: not a candidate; give some of {', '.join(candidates)}")
     for name in given.names or candidates:
-        asked, (preset, settings) = {"name": name, "budget": given.seconds, "seed": given.seed}, candidates[name]
+        asked, (preset, settings) = {"name": name, "budget": given.budget, "seed": given.seed}, candidates[name]
         if any(asked.items() <= row.items() for row in read(path)["rows"]):
             continue
-        trainer, found = trained(preset, settings, given.seconds, given.seed)
+        trainer, found = trained(preset, settings, given.budget, unit, given.seed)
         row = asked | {"preset": preset, "settings": settings} | found | judge(trainer, given.work)
         print(json.dumps(row)[:1000], file=sys.stderr, flush=True)
         with (given.work / f"{mark}.lock").open("w") as lock:  # another may be at work on other names
             fcntl.flock(lock, fcntl.LOCK_EX)
             result = {"rows": [*read(path)["rows"], row], "command": parser.prog, "date": date.today().isoformat()}
-            result |= {"machine": machine(), **also()}
+            result |= {"unit": unit, "machine": machine(), **also()}
             disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
             publish("benchmarks.md", mark, table(result))
 
 
 def made(result: Found) -> str:
     """Below a table: what its figures are of."""
-    spent = " or ".join(f"{budget:g}" for budget in sorted({row["budget"] for row in result["rows"]}))
+    spent = " or ".join(f"{budget:,.0f}" for budget in sorted({row["budget"] for row in result["rows"]}))
+    spent += " s of processor time" if result["unit"] == SECONDS else " images"
     ran = f"{result['machine']['processor']}, one thread, torch {result['machine']['torch']}"
-    return f"Of {spent} s of processor time each. {ran}, {result['date']}; `{result['command']}`."
+    return f"Of {spent} each. {ran}, {result['date']}; `{result['command']}`."
