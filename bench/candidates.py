@@ -116,6 +116,11 @@ CANDIDATES: dict[str, list[str]] = {
     "64 channels, no attention": unet(channels=64, **PLAIN),
     "a level of 16 channels at 28×28": unet(patch=1, multipliers="[0.3333,1,1]", attention="[2]"),
     "scale and shift by the time": unet(modulation="scale-shift"),
+    "scale and shift, no attention": unet(modulation="scale-shift", **PLAIN),
+    "scale and shift, no attention, 64 channels": unet(channels=64, modulation="scale-shift", **PLAIN),
+    "scale and shift, no attention, half as wide again below": unet(
+        multipliers="[1,1.5]", modulation="scale-shift", **PLAIN
+    ),
     "patches of 4, one level of 96": unet(channels=96, multipliers="[1]", patch=4, attention="[0]"),
     "transformer, patches of 4": TOKENS,
     "transformer, x_0 predicted, loss of v": [*TOKENS, "parameterisation.name=x0", "objective.name=candidates:VLoss"],

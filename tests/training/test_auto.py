@@ -29,7 +29,7 @@ def test_forty_photographs_on_a_cpu():
     data, train, network = (getattr(choice.recipe, name) for name in ("data", "train", "network"))
     assert (data.size, data.channels, data.flip, data.hold_out) == (32, 3, False, 0.1)
     assert (train.batch, train.patience, train.decay) == (32, 0.5, "constant")
-    assert (network.channels, network.dropout) == (64, 0.2)
+    assert (network.channels, network.dropout) == (48, 0.2)
     first, second, third = choice.why
     assert first == (
         "auto: images of 32×32, RGB, because the pictures are in colour and of many sizes, half of them with a "
@@ -78,15 +78,15 @@ def test_every_choice_can_be_built(device):
 @pytest.mark.parametrize(
     "images, device, channels, dropout, batch",
     [
-        (999, "cpu", 64, 0.2, 64),
-        (1000, "cpu", 64, 0.1, 64),
-        (4999, "cpu", 64, 0.1, 64),
-        (5000, "cpu", 64, 0.0, 64),
-        (4999, "cuda", 64, 0.1, 128),
+        (999, "cpu", 48, 0.2, 64),
+        (1000, "cpu", 48, 0.1, 64),
+        (4999, "cpu", 48, 0.1, 64),
+        (5000, "cpu", 48, 0.0, 64),
+        (4999, "cuda", 48, 0.1, 128),
         (5000, "cuda", 128, 0.0, 128),
-        (64, "cpu", 64, 0.2, 64),
-        (63, "cpu", 64, 0.2, 32),
-        (3, "cpu", 64, 0.2, 4),
+        (64, "cpu", 48, 0.2, 64),
+        (63, "cpu", 48, 0.2, 32),
+        (3, "cpu", 48, 0.2, 4),
     ],
 )
 def test_where_each_choice_changes(images, device, channels, dropout, batch):

@@ -285,6 +285,17 @@ def test_labels_that_are_asked_for_must_be_there(data):
         Trainer(chosen, chosen.model((1, 8, 8)), bare)
 
 
+def test_labels_where_there_are_any_are_said_to_be_on_or_off(tmp_path, data):
+    """A checkpoint says which it was, and the run goes on as it began."""
+    chosen = recipe(data={"labels": "auto"}, train={"precision": "float32"})
+    for name, source, on in (("with", data, True), ("bare", replace(data, labels=None, classes=None), False)):
+        for last in (2, 3):
+            loop.train(chosen, source, tmp_path / name, budget=loop.Budget(steps=last), say=lambda text: None)
+        _, meta = store.Run(tmp_path / name).load(3)
+        assert meta["recipe"]["data"]["labels"] is on
+        assert ("classes" in meta) is on and (meta["model"].get("classes") == 10) is on
+
+
 @pytest.mark.parametrize("fields", [{"steps": 0}, {"images": -1}, {"minutes": 0.0}])
 def test_an_empty_budget_is_refused(fields):
     (name,) = fields

@@ -92,7 +92,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How pictures become images, of one side or (height, width); `labels` trains with their classes.
+    """How pictures become images, of one side or (height, width); `labels` trains with their classes,
+    "auto" where they have any.
 
     `picture` names the one to take where each example has several, such as an input and a mask.
 
@@ -104,7 +105,7 @@ class DataConfig:
     size: Count | tuple[Count, Count] | None = None
     channels: Count | None = None
     flip: bool = False
-    labels: bool = False
+    labels: bool | Literal["auto"] = False
     background: str = "white"
     picture: str = ""
     hold_out: Half = 0.0

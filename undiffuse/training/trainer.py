@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ class Trainer:
     """Weights, their average, the optimiser's moments and the number of steps done."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str | torch.device = "cpu"):
-        self.recipe, self.config, self.device = recipe, config, torch.device(device)
         self.classes = classes_of(recipe, data)
+        recipe = replace(recipe, data=replace(recipe.data, labels=self.classes is not None))
+        self.recipe, self.config, self.device = recipe, config, torch.device(device)
         machine.refuse_precision(recipe.train.precision, self.device, "train.precision =")
         self.share, self.micro = shares(recipe.train)
         self.key = Key(recipe.train.seed).fold("train")
@@ -305,15 +307,19 @@ class Trainer:
 
 
 def classes_of(recipe: Recipe, data: Source) -> Classes | None:
-    """What a run with labels knows of its classes. Raises UsageError for data without, DataError for too many."""
+    """What a run with labels knows of its classes.
+
+    Raises UsageError for data without, unless labels are "auto", and DataError for too many.
+    """
     if not recipe.data.labels:
         return None
     classes = Classes.of(data, unlabelled=recipe.train.drop_label > 0)
-    if classes is None:
+    if classes is None and recipe.data.labels != "auto":
         raise UsageError(
-            "data.labels is on, but this data has no labels; use two or more folders of classes, or turn it off"
+            "data.labels is on, but this data has no labels; use two or more folders of classes, or turn it off with "
+            "--set data.labels=false"
         )
-    if len(json.dumps(plain(classes))) > SMALL // 4:
+    if classes is not None and len(json.dumps(plain(classes))) > SMALL // 4:
         raise DataError(
             f"{len(classes.names)} classes are more than a checkpoint can name; merge some, or turn labels off"
         )
