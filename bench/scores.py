@@ -1,9 +1,10 @@
-"""Scores of the shipped model: `undiffuse eval` on two extractors, for chains of several lengths.
+"""Scores of a shipped model: `undiffuse eval` on two extractors, for chains of several lengths.
 
-    python bench/scores.py --n 10000 --seeds 3 --batch 2500
+    python bench/scores.py fashion-mnist --n 10000 --seeds 3 --batch 2500
 
-Writes `bench/scores.json`, with the protocol of each row, and the table of docs/benchmarks.md. A chain that is there
-already, of the same weights and the same settings, is not drawn again.
+`--data` is where the data is, if it has no name. Writes `bench/scores-NAME.json`, with the protocol of each row, and a
+table of docs/benchmarks.md. A chain that is there already, of the same weights and the same settings, is not drawn
+again.
 """
 
 import argparse
@@ -28,7 +29,7 @@ CHAINS = {
     "ddim, 50 steps": {"steps": 50, "solver": "ddim"},
     "ancestral, 1,000 steps": {"steps": None, "solver": "ancestral"},
 }
-FEATURES = ("efflite0", "classifier-28")
+FEATURES = {1: ("efflite0", "classifier-28"), 3: ("efflite0", "classifier-emoji")}  # by channels
 
 
 def table(result: dict[str, Any]) -> str:
@@ -61,24 +62,28 @@ def table(result: dict[str, Any]) -> str:
             "first seed, with its interval of 95 %, beside what new images show in 95 % of cases. Drawn on "
             f"{result['device']}, torch {result['torch']}, {result['date']}; the whole evaluation took "
             + ", ".join(f"{each['seconds']:.0f} s ({name})" for name, each in result["chains"].items())
-            + f". Weights `{result['made_of']['fashion-mnist'][:16]}`. Made by `{result['command']}`.",
+            + f". Weights `{next(iter(result['made_of'].values()))[:16]}`. Made by `{result['command']}`.",
         ]
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("name", help="a shipped model")
+    parser.add_argument("--data", help="the data, if the set has not the name of the model")
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=HERE / "scores.json")
+    parser.add_argument("--out", type=Path, help="bench/scores-NAME.json unless given")
     parser.add_argument("--table", action="store_true", help="only write the table again")
     options = parser.parse_args()
-    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    out = options.out or HERE / f"scores-{options.name}.json"
+    result = json.loads(out.read_text()) if out.exists() else {}
     if not options.table:
-        model = load("fashion-mnist", options.device)
-        asked = {"n": options.n, "seeds": options.seeds, "made_of": made_of("fashion-mnist", *FEATURES)}
+        model = load(options.name, options.device)
+        features = FEATURES[model.image[0]]
+        asked = {"n": options.n, "seeds": options.seeds, "made_of": made_of(options.name, *features)}
         if {key: result.get(key) for key in asked} != asked:
             result = {"chains": {}}
         result |= asked | {"command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat()}
@@ -89,20 +94,20 @@ def main() -> None:
             began = time.monotonic()
             found = evaluate(
                 model,
-                "fashion-mnist",
-                Query(FEATURES),
+                options.data or options.name,
+                Query(features),
                 n=options.n,
                 seeds=options.seeds,
                 batch=options.batch,
-                named="fashion-mnist",
+                named=options.name,
                 say=print,
                 **how,
             )
             result["chains"][name] = found.plain() | {"seconds": time.monotonic() - began}
-            disk.write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
+            disk.write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
             print(found, flush=True)
-    if options.out.resolve().parent == HERE:
-        publish("benchmarks.md", "scores", table(result))
+    if out.resolve().parent == HERE:
+        publish("benchmarks.md", f"scores-{options.name}", table(result))
 
 
 if __name__ == "__main__":

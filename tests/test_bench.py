@@ -16,7 +16,7 @@ def test_figures_are_of_the_weights_of_today():
     """Else `python bench/refresh.py` makes them anew."""
     made_of = load(ROOT / "bench" / "machine.py").made_of
     said = {name: each["made_of"] for name, each in results().items()}
-    assert {"fashion_mnist", "scores", "progressive", "ranking", "flow"} <= said.keys()
+    assert {"shipped-fashion-mnist", "scores-fashion-mnist", "progressive", "ranking", "flow"} <= said.keys()
     assert said == {name: made_of(*weights) for name, weights in said.items()}
 
 

@@ -1,10 +1,11 @@
-"""Measures the shipped Fashion-MNIST model: bits/dim, rate-distortion, samples; writes the JSON beside this script,
-the pictures of docs/images and the tables of docs/benchmarks.md.
+"""Measures a shipped model: bits/dim, rate-distortion, samples; writes the JSON beside this script, the pictures of
+docs/images and its table of docs/benchmarks.md.
 
-    python bench/fashion_mnist.py --whole 500 --draws 4 --run RUN
+    python bench/shipped.py fashion-mnist --whole 500 --draws 4 --run RUN
 
-`--run` names the training run of the model; its log is thinned to one line per 100 steps and kept beside the JSON. Each
-measurement is resumable: run the same command again after an interruption.
+`--run` names the training run of the model; its log is thinned to one line per 100 steps and kept beside the JSON.
+`--data` is where the data is, if it has no name. Each measurement is resumable: run the same command again after an
+interruption.
 """
 
 import argparse
@@ -29,49 +30,50 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 
 
-def measure(loaded: model.Model, whole: int, draws: int, cache: Path) -> dict[str, object]:
+def measure(loaded: model.Model, name: str, data: str, whole: int, draws: int, cache: Path) -> dict[str, object]:
     """bits/dim on both splits: the whole chain on the first `whole` images, stratified t on all of them."""
     result: dict[str, object] = {}
     for split in ("test", "train"):
-        source = open_source("fashion-mnist", channels=1, split=split)
-        for name, query in {
+        source = open_source(data, channels=loaded.image[0], split=split)
+        for how, query in {
             "whole_chain": nll.Nll(images=whole, batch=100),
             "stratified": nll.Nll(draws=draws, batch=1000),
         }.items():
-            started, what = time.monotonic(), f"{split} {name}"
+            started, what = time.monotonic(), f"{split} {how}"
             with log.progress(nll.evaluations(loaded, source, query), what, True) as bar:
-                terms = nll.terms_of(loaded, source, query, cache / f"{split}-{name}", bar.advance)
+                terms = nll.terms_of(loaded, source, query, cache / f"{split}-{how}", bar.advance)
             entry = {**terms.summary(), "evaluations_per_image": terms.bits.shape[1]}
             entry["seconds"] = round(time.monotonic() - started, 1)
-            if name == "whole_chain" and split == "test":
+            if how == "whole_chain" and split == "test":
                 result["rate_distortion"] = nll.table(terms)
-                svg = (cache / f"{split}-{name}" / "rate-distortion.svg").read_bytes()
-                disk.write_atomic(IMAGES / "fashion-mnist-rate-distortion.svg", svg)
-            result[f"{split}_{name}"] = entry
+                svg = (cache / f"{split}-{how}" / "rate-distortion.svg").read_bytes()
+                disk.write_atomic(IMAGES / f"{name}-rate-distortion.svg", svg)
+            result[f"{split}_{how}"] = entry
     return result
 
 
-def pictures(loaded: model.Model) -> dict[str, object]:
-    """The sample grid of the README (all steps), and progressive generation."""
+def pictures(loaded: model.Model, name: str) -> dict[str, object]:
+    """The sample grid (all steps; with classes, as many of each), and progressive generation."""
+    told = None if loaded.classes is None else "all"
     started = time.monotonic()
     with log.progress(len(loaded.times()) - 1, "samples", True) as bar:
-        samples = loaded.sample(64, seed=0, progress=bar.advance)
+        samples = loaded.sample(64, seed=0, label=told, progress=bar.advance)
     seconds = round(time.monotonic() - started, 1)
-    disk.write_atomic(IMAGES / "fashion-mnist-samples.png", png(grid(samples, columns=16, scale=2)))
+    disk.write_atomic(IMAGES / f"{name}-samples.png", png(grid(samples, columns=16, scale=2)))
     steps, _ = explore.progressive(loaded, 6, slots=16)
-    explore.write_grid(steps, IMAGES / "fashion-mnist-progressive.png")
+    explore.write_grid(steps, IMAGES / f"{name}-progressive.png")
     return {"images": 64, "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
 
 
-def keep_log(run: Path) -> dict[str, object]:
+def keep_log(run: Path, name: str) -> dict[str, object]:
     """The thinned log of the training run, its curve, and what it cost."""
     rows = log.read_rows(run / "log.jsonl")
     losses = [row for row in rows if "loss" in row]
     kept = [row for row in rows if "held_out" in row or row["step"] % 100 == 0]
-    disk.write_atomic(HERE / "fashion_mnist.log.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+    disk.write_atomic(HERE / f"shipped-{name}.log.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
     held = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
     svg = line_plot([("held out", *map(list, zip(*held, strict=True)))], x="step", y="loss", title="Held-out loss")
-    disk.write_atomic(IMAGES / "fashion-mnist-loss.svg", svg.encode())
+    disk.write_atomic(IMAGES / f"{name}-loss.svg", svg.encode())
     last = held[-1][0]
     before = float(np.interp(0.8 * last, *zip(*held, strict=True)))  # between the two records around it
     images = [b["images"] - a["images"] for a, b in zip([{"images": 0}, *losses], losses, strict=False)]
@@ -119,31 +121,34 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="a shipped model")
+    parser.add_argument("--data", help="the data, if the set has not the name of the model")
     parser.add_argument("--whole", type=int, default=500, help="images of each split measured with every term")
     parser.add_argument("--draws", type=int, default=4, help="stratified terms an image, on the whole splits")
     parser.add_argument("--run", type=Path, help="the training run, for its log; kept from the last time unless given")
-    parser.add_argument("--cache", type=Path, default=Path("runs/fashion-mnist-nll"), help="where terms are kept")
+    parser.add_argument("--cache", type=Path, default=Path("runs/nll"), help="where terms are kept")
     parser.add_argument(
         "--note", help="anything a reader of the figures must know; kept from the last time unless given"
     )
     given = parser.parse_args()
-    target = HERE / "fashion_mnist.json"
+    name, data = given.name, given.data or given.name
+    target = HERE / f"shipped-{name}.json"
     before = json.loads(target.read_text()) if target.exists() else {}
-    loaded = undiffuse.load("fashion-mnist")
+    loaded = undiffuse.load(name)
     result = {
-        "command": f"python bench/fashion_mnist.py --whole {given.whole} --draws {given.draws}",
+        "command": f"python bench/shipped.py {name} --data {data} --whole {given.whole} --draws {given.draws}",
         "date": date.today().isoformat(),
         "machine": machine(),
-        "made_of": made_of("fashion-mnist"),
-        "model": {"parameters": loaded.parameters(), "train_command": "undiffuse train fashion-mnist -p fashion-mnist"},
+        "made_of": made_of(name),
+        "model": {"parameters": loaded.parameters(), "train_command": f"undiffuse train {data} -p {name}"},
         "seed": 0,
         "note": given.note or before.get("note", ""),
-        "training": keep_log(given.run) if given.run else before.get("training"),
-        "samples": pictures(loaded),
-        "bits_per_dim": measure(loaded, given.whole, given.draws, given.cache / digest_of(loaded)[:16]),
+        "training": keep_log(given.run, name) if given.run else before.get("training"),
+        "samples": pictures(loaded, name),
+        "bits_per_dim": measure(loaded, name, data, given.whole, given.draws, given.cache / digest_of(loaded)[:16]),
     }
     disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
-    publish("benchmarks.md", "fashion-mnist", table(result))
+    publish("benchmarks.md", name, table(result))
 
 
 if __name__ == "__main__":
