@@ -11,7 +11,7 @@ from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.numbers import per_image, ready
 from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight
 from undiffuse.diffusion.sampler.ancestral import Ancestral
-from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, renoise, sample
+from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, Turn, renoise, sample
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.heun import Heun
 from undiffuse.errors import UsageError
@@ -70,7 +70,7 @@ def linear_steps(sampler: Sampler, process: Process, t: torch.Tensor, s: torch.T
     def step(x: float, keys: Keys) -> torch.Tensor:
         start = torch.full((len(t), 1), x, dtype=F64)
         c = ready(start, sampler.coefficients(process, t, s))
-        return sampler.step(exact(process), process, c, start, t, s, sampler.init(start), keys)[0][:, 0]
+        return sampler.step(start, Turn(exact(process), process, c, t, s, None, keys))[0][:, 0]
 
     z = [key.normal(1)[:, 0].double() for key in keys]
     at_0 = [step(0.0, key) for key in keys]
