@@ -1,6 +1,7 @@
 """Every sampler on Gaussian data, where the exact denoiser is linear, each step's law is known and so is the truth."""
 
 import math
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,10 @@ from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, St
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, Turn, renoise, sample
 from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.sampler.deis import Deis, Ipndm
+from undiffuse.diffusion.sampler.dpmpp import Dpmpp, DpmppSde
 from undiffuse.diffusion.sampler.heun import Heun
+from undiffuse.diffusion.sampler.unipc import Unipc
 from undiffuse.errors import UsageError
 from undiffuse.key import Key, Keys
 
@@ -29,8 +33,20 @@ CASES = {
     "ddim eta=0.5": DDIM(eta=0.5),
     "ddim eta=1": DDIM(eta=1.0),
     "heun": Heun(),
+    "dpmpp 2": Dpmpp(),
+    "dpmpp 3": Dpmpp(3),
+    "dpmpp-sde": DpmppSde(),
+    "unipc 1": Unipc(1),
+    "unipc 2": Unipc(2),
+    "unipc 3": Unipc(3),
+    "deis 2": Deis(2),
+    "deis 3": Deis(3),
+    "ipndm 2": Ipndm(2),
+    "ipndm 4": Ipndm(),
 }
+ALONE = [case for case in CASES if case.partition(" ")[0] in ("ancestral", "ddim", "heun")]  # a step knows of no other
 every_case = pytest.mark.parametrize("case", CASES)
+each_alone = pytest.mark.parametrize("case", ALONE)
 every_process = pytest.mark.parametrize("process", sorted(TABLES | SMOOTH))
 
 
@@ -39,9 +55,12 @@ def test_the_names():
     assert (
         {SAMPLERS.name_of(sampler) for sampler in CASES.values()}
         == set(SAMPLERS.classes)
-        == {"ancestral", "ddim", "heun"}
+        == {"ancestral", "ddim", "deis", "dpmpp", "dpmpp-sde", "heun", "ipndm", "unipc"}
     )
-    assert {name: cls.order for name, cls in SAMPLERS.classes.items()} == {"ancestral": 1, "ddim": 1, "heun": 2}
+    assert {name: cls().converges() for name, cls in SAMPLERS.classes.items()} == {
+        **{"ancestral": (1, 1), "ddim": (1, 1), "deis": (3, 3), "dpmpp": (2, 2), "dpmpp-sde": (2, 2), "heun": (2, 2)},
+        **{"ipndm": (2, 1), "unipc": (4, 4)},
+    }
 
 
 # --- Gaussian data, N(MEAN, STD²) a value ---
@@ -61,6 +80,31 @@ def exact(process: Process):
 def truth(process: Process, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of x_t."""
     return process.alpha(t) * MEAN, (process.alpha(t).square() * STD**2 + process.sigma(t).square()).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class Impulses(Keys):
+    """n + 2 rows for n steps: 0 and 1 see no noise, row 1 + k sees 1 in the step with which k steps are left."""
+
+    left: int = 0
+
+    def fold(self, *names: str | int) -> "Impulses":
+        return replace(self, left=int(names[-1]))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return (self.rows == 1 + self.left).to(F64).reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
+
+
+def law_of_chain(
+    sampler: Sampler, process: Process, times: torch.Tensor, mean: float, std: float
+) -> tuple[float, float]:
+    """The exact mean and standard deviation at the end, for any sampler: on Gaussian data all it does is linear."""
+    keys = Impulses(Key(0), torch.arange(len(times) + 1), torch.device("cpu"))
+    start = torch.zeros(len(keys.rows), 1, dtype=F64)
+    start[1] = 1
+    ends = sample(sampler, exact(process), process, keys, (1,), times, None, start)[:, 0]
+    moved = ends[1:] - ends[0]
+    return float(ends[0] + moved[0] * mean), float(torch.cat([moved[:1] * std, moved[1:]]).norm())
 
 
 def linear_steps(sampler: Sampler, process: Process, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -139,7 +183,7 @@ def test_heun_is_the_trapezium_rule():
     assert linear_steps(Heun(), process, t, s)[0].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
-@every_case
+@each_alone
 def test_samples_follow_the_law_of_the_discretised_chain(case):
     """Twenty thousand values in ten steps: mean and variance within four standard errors of the exact ones."""
     sampler, process = CASES[case], Linear()
@@ -193,6 +237,29 @@ def test_the_order_of_convergence_is_the_declared_one(case, process, grid):
     measured = [math.log2(coarse / fine) for coarse, fine in pairwise(error)]
     assert measured[-1] == pytest.approx(sampler.order, abs=0.15), (measured, error)
     assert abs(measured[1] - sampler.order) < abs(measured[0] - sampler.order) + 0.02
+
+
+def grid_of(count: int, even: bool) -> torch.Tensor:
+    """Log-SNRs from −4 to 4 in equal or in short and long steps, after two so short that their order does not count."""
+    lengths = torch.ones(count, dtype=F64) if even else torch.tensor([0.5, 1.5], dtype=F64).repeat(count // 2)
+    grid = -4 + 8 * torch.cat([torch.zeros(1, dtype=F64), lengths.cumsum(0)]) / lengths.sum()
+    short = (8 / count) ** 3
+    return torch.cat([grid[:1] - 2 * short, grid[:1] - short, grid])
+
+
+@pytest.mark.parametrize("even", [True, False], ids=["smooth", "uneven"])
+@pytest.mark.parametrize("process", ["edm", "vdm"])
+@pytest.mark.parametrize("case", sorted(CASES.keys() - set(ALONE)))
+def test_a_solver_of_many_steps_converges_as_it_says(case, process, even):
+    sampler, process, error = CASES[case], PROCESSES.classes[process](), []
+    for count in (160, 320):
+        times = process.time(grid_of(count, even))
+        (mean, std), (mean_end, std_end) = truth(process, times[0]), truth(process, times[-1])
+        mean, std = law_of_chain(sampler, process, times, float(mean), float(std))
+        assert mean == pytest.approx(float(mean_end), rel=1e-9)
+        error.append(abs(std / float(std_end) - 1))
+    measured = math.log2(error[0] / error[1])
+    assert measured == pytest.approx(sampler.converges()[0 if even else 1], abs=0.25), error
 
 
 def test_heun_is_nearer_than_ddim_for_the_same_number_of_evaluations():
@@ -287,7 +354,7 @@ def test_the_last_step_returns_the_clipped_x_0(case, process):
     assert torch.equal(alone, said[-1])
 
 
-@every_case
+@each_alone
 def test_a_chain_entered_half_way_sees_the_same_noise(case):
     process, keys, seen = Linear(), Key(5).rows(3), {}
     times = Even().times(process, 8)
@@ -346,7 +413,7 @@ def test_renoising_has_the_right_marginal(process, t, s):
     close((ratio * process.sigma(t)).square() + std.square(), process.sigma(s).square(), rtol=1e-12, atol=0)
 
 
-@every_case
+@each_alone
 def test_a_grid_that_rises_noises_again(case):
     """Down, up, down (RePaint): on the exact denoiser the law at the end is that of the same steps one by one."""
     sampler, process = CASES[case], Linear()
@@ -359,6 +426,16 @@ def test_a_grid_that_rises_noises_again(case):
     mean, std = law(sampler, process, times[3:], ratio * mean, math.sqrt((ratio * std) ** 2 + added))
     assert float(x.mean()) == pytest.approx(mean, abs=4 * std / math.sqrt(20_000))
     assert float(x.var()) == pytest.approx(std**2, rel=4 * math.sqrt(2 / 20_000))
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - set(ALONE)))
+def test_after_noise_is_added_nothing_is_remembered(case):
+    """A chain that goes down, up and down is two chains, of which the second starts from what was noised again."""
+    process, keys, seen = Linear(), Key(10).rows(3), {}
+    times = torch.tensor([1.0, 0.8, 0.6, 0.3, 0.7, 0.5, 0.2, 0.0], dtype=F64)
+    whole = sample(CASES[case], clipped(process), process, keys, (4,), times, lambda n, x, t: seen.update({n: x}))
+    rest = sample(CASES[case], clipped(process), process, keys, (4,), times[4:], start=seen[3])
+    assert torch.equal(rest, whole)
 
 
 # --- what is refused on a strided chain ---

@@ -1,5 +1,6 @@
 """Multistep solvers of ε̂: Adams–Bashforth with the coefficients of even steps, or with those of the steps there are."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -31,9 +32,9 @@ class Coefficients(NamedTuple):
 class Extrapolated(Sampler):
     """What both have in common; a step uses `order` answers at most."""
 
+    @abstractmethod
     def weights(self, chain: Chain, i: int, order: int) -> list[float]:
         """Of the answers, newest first; they sum to the length of the step in σ/α, times α_s."""
-        raise NotImplementedError
 
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
         chain = Chain.of(process, t, s)
@@ -41,7 +42,7 @@ class Extrapolated(Sampler):
         rows = []
         for i, order in enumerate(chain.orders(self.order).tolist()):
             weights = self.weights(chain, i, order) if order > 1 else [0.0]
-            rows.append([-sum(weights[1:]), *weights[1:]])  # beside an Euler step, which is DDIM's
+            rows.append([-sum(weights[1:], 0.0), *weights[1:]])  # beside an Euler step, which is DDIM's
         numbers = (on_x, on_x_0, -chain.alpha_t, chain.sigma_t)
         return Coefficients(*(number[:, None] for number in numbers), *columns(rows, 4))
 

@@ -71,14 +71,17 @@ class Unipc(Sampler):
         on_x, whole = chain.euler
         orders = chain.orders(self.order).tolist()
         ahead = [self.predictor(chain, i, order, whole[i]) for i, order in enumerate(orders)]
-        # A step from pure noise is not corrected: its length in λ is infinite, or as good as that.
-        corrects = (torch.cat([chain.known[:1] * 0, chain.known[1:]]) > 1)[:, None]
+        corrects = chain.known > 1  # not a step from pure noise, whose length in λ is as good as infinite
         behind = [
-            self.corrector(chain, i - 1, orders[i - 1], whole[i - 1]) if corrects[i] else [] for i in range(len(t))
+            self.corrector(chain, i - 1, orders[i - 1], whole[i - 1]) if known else []
+            for i, known in enumerate(corrects.tolist())
         ]
-        was_x = torch.cat([on_x[:1], on_x[:-1]])
-        predicts, corrected = columns(ahead, 3), columns(behind, 4)
-        return Coefficients(on_x[:, None], *predicts, was_x[:, None], *corrected, corrects=corrects)
+        on_0, on_1, on_2 = columns(ahead, 3)
+        was_0, was_1, was_2, was_3 = columns(behind, 4)
+        was_x = torch.cat([on_x[:1], on_x[:-1]])[:, None]
+        return Coefficients(
+            on_x[:, None], on_0, on_1, on_2, was_x, was_0, was_1, was_2, was_3, corrects=corrects[:, None]
+        )
 
     def step(self, x: Float[Tensor, "b *x"], at: Turn) -> tuple[Float[Tensor, "b *x"], Any]:
         c, answers = at.c, [at.denoise(x, at.t).x_0]
