@@ -39,7 +39,7 @@ ROWS = tuple(
         ("model", "recipe average classes model load"),
         (
             "training",
-            "plan need tune scale optimizer trainer memory look health auto resume profile proxy track loop start",
+            "plan optimizer need tune scale trainer memory look health auto resume profile proxy track loop start",
         ),
         ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
         ("view", "report explore pieces results ranking subject report_run compare_runs demo"),

@@ -86,13 +86,17 @@ def taken(solver: str, steps: int) -> Counted:
 
 
 # Of a deterministic step three make x̂_0 and two the step; noise adds itself, the standard deviation and the sum.
-@pytest.mark.parametrize(("solver", "most", "evaluations"), [("ddim", 5, 1), ("heun", 14, 2), ("ancestral", 9, 1)])
+SOLVERS = {"ddim": (5, 1), "heun": (14, 2), "ancestral": (9, 1), "dpmpp": (6, 1), "dpmpp-sde": (8, 1), "unipc": (12, 1)}
+SOLVERS |= {"deis": (10, 1), "ipndm": (11, 1)}
+
+
+@pytest.mark.parametrize(("solver", "most", "evaluations"), [(name, *few) for name, few in SOLVERS.items()])
 def test_a_sampling_step(solver, most, evaluations, quiet):
     """No copy, no read, and few kernels beside the network, however long the chain is."""
-    few, many = taken(solver, 3), taken(solver, 5)
+    few, many = taken(solver, 6), taken(solver, 8)
     launches = (many.launches - few.launches) / 2
     print(f"{solver}: {launches:g} launches a step beside {evaluations} evaluation(s); {many.copies} copies a chain")
-    assert set(SAMPLERS.classes) == {"ddim", "heun", "ancestral"}
+    assert set(SAMPLERS.classes) == SOLVERS.keys()
     assert launches == most and (many.copies, many.reads) == (few.copies, few.reads)
     assert many.copies == 2  # what the denoiser knows of the times, and the sampler
 
@@ -123,9 +127,10 @@ def of_update(trainer: Trainer) -> Counted:
 @pytest.fixture
 def trainer(monkeypatch):
     """On a device that has neither the fused kernel of Adam nor autocast, which is off here."""
-    adam = torch.optim.Adam
+    begin = torch.optim.Adam.__init__
     monkeypatch.setattr(torch, "autocast", lambda *given, **fields: nullcontext())
-    monkeypatch.setattr(torch.optim, "Adam", lambda *given, **fields: adam(*given, **{**fields, "fused": False}))
+    slow = lambda *given, **fields: begin(*given, **{**fields, "fused": False})  # noqa: E731
+    monkeypatch.setattr(torch.optim.Adam, "__init__", slow)
 
     def made(**fields: Any) -> Trainer:
         chosen = recipe(train={"precision": "float32", "ema_profiles": [], **fields})

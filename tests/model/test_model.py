@@ -15,7 +15,9 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import ContinuousCosine, Linear, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.sampler.dpmpp import DpmppSde
 from undiffuse.diffusion.sampler.heun import Heun
+from undiffuse.diffusion.sampler.unipc import Unipc
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.model.load import from_weights, load, save
@@ -91,7 +93,7 @@ def test_no_images_at_a_time_is_refused(batch):
         model(half).sample(2, batch=batch)
 
 
-@pytest.mark.parametrize("solver", ["ancestral", "ddim", "heun"])
+@pytest.mark.parametrize("solver", ["ancestral", "ddim", "heun", "unipc", "ipndm"])
 @pytest.mark.parametrize("n, batch", [(2, 64), (5, 2)])
 def test_progress_counts_to_its_total_whatever_the_solver_evaluates(solver, n, batch):
     toy, counted = model(half), []
@@ -133,6 +135,18 @@ def test_a_variance_that_the_network_does_not_say_is_refused():
         model(half).variant(variance="learned-range")
     with pytest.raises(UsageError, match='variance "fixed-smal" is not known. Did you mean "fixed-small"'):
         model(half).variant(variance="fixed-smal")
+
+
+def test_a_solver_may_be_named_with_its_order():
+    assert model(half).sampler("unipc-2") == Unipc(2) and model(half).sampler("dpmpp-sde") == DpmppSde()
+    for name, message in {
+        "unipc-4": 'sampler unipc: "order" input should be 1, 2 or 3, given 4',
+        "ddim-2": 'sampler ddim has no field "order". Known: eta',
+        "unipcc-2": 'sampler "unipcc" is not known. Did you mean "unipc"',
+        "dpmp": 'sampler "dpmp" is not known. Did you mean "dpmpp"',
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            model(half).sampler(name)
 
 
 def test_eta_is_ddims():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from undiffuse.cli.options import (
+    SOLVERS,
     BatchOpt,
     ClipOpt,
     DataArg,
@@ -67,7 +68,7 @@ SplitOpt = Annotated[str, typer.Option("--split", help="Compare with the trainin
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="The first seed, 0 unless given, as that of `sample`")]
 SolverOpt = Annotated[
     str | None,
-    typer.Option("--solver", help="Sampler: ancestral (the paper's, unless given), ddim or heun"),
+    typer.Option("--solver", help=f"Sampler: ancestral (the paper's, unless given), {SOLVERS}"),
 ]
 SizeOpt = Annotated[
     str | None,

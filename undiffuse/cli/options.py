@@ -47,7 +47,8 @@ GridOpt = Annotated[
     str | None,
     typer.Option("--grid", help="How --steps are spread: even (in t) or karras; unless given, what suits the process"),
 ]
-SolverOpt = Annotated[str, typer.Option("--solver", help="Sampler: ancestral (the paper's), ddim or heun")]
+SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 is unipc of order 2"
+SolverOpt = Annotated[str, typer.Option("--solver", help=f"Sampler: ancestral (the paper's), {SOLVERS}")]
 EtaOpt = Annotated[
     float | None, typer.Option("--eta", help="Noise that --solver ddim adds: 0 (none) to 1 (as ancestral)")
 ]

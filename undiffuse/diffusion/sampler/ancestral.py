@@ -9,8 +9,7 @@ from torch import Tensor
 from undiffuse.diffusion.denoiser import VARIANCES, FixedLarge, Step, Variance, reverse
 from undiffuse.diffusion.numbers import added
 from undiffuse.diffusion.process import Process
-from undiffuse.diffusion.sampler.base import Denoise, Sampler
-from undiffuse.key import Keys
+from undiffuse.diffusion.sampler.base import Sampler, Turn
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,8 @@ class Ancestral(Sampler):
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Step:
         return Step.between(process, t, s)
 
-    def step(
-        self,
-        denoise: Denoise,
-        process: Process,
-        c: Step,
-        x: Float[Tensor, "b *x"],
-        t: Float[Tensor, "b"],
-        s: Float[Tensor, "b"],
-        state: Any,
-        keys: Keys,
-    ) -> tuple[Float[Tensor, "b *x"], Any]:
-        mean, log_variance = reverse(c, self.variance, denoise(x, t), x)
-        if c.last.all():
-            return mean, state
-        return added(mean, (0.5 * log_variance).exp(), keys.normal(*x.shape[1:])), state
+    def step(self, x: Float[Tensor, "b *x"], at: Turn) -> tuple[Float[Tensor, "b *x"], Any]:
+        mean, log_variance = reverse(at.c, self.variance, at.denoise(x, at.t), x)
+        if at.c.last.all():
+            return mean, None
+        return added(mean, (0.5 * log_variance).exp(), at.keys.normal(*x.shape[1:])), None

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,14 +25,30 @@ class Nothing(NamedTuple):
     """The coefficients of a sampler that has none."""
 
 
+class Turn(NamedTuple):
+    """A step of a chain, from t to s < t: what is known of the model, of the times, and of the steps before.
+
+    `c` are the coefficients of the step, `ready` to multiply x. `state` is what the step before gave back; None at the
+    first, and where the chain has been noised again. `keys` are those of the noise of this step.
+    """
+
+    denoise: Denoise
+    process: Process
+    c: Any
+    t: Float[Tensor, "b"]
+    s: Float[Tensor, "b"]
+    state: Any
+    keys: Keys
+
+
 class Sampler(ABC):
-    """`order` is the declared order of convergence of its deterministic part."""
+    """`order` is what the literature calls it by; `converges` says how fast."""
 
-    order: ClassVar[int] = 1
+    order: int = 1
 
-    def init(self, x: Float[Tensor, "b *x"]) -> Any:
-        """What a multistep solver remembers; nothing, for the others."""
-        return None
+    def converges(self) -> tuple[int, int]:
+        """The order of the error of its deterministic part: on grids whose steps change smoothly, and on any."""
+        return self.order, self.order
 
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Any:
         """A named tuple of numbers that the steps t → s of a chain need, in its order; see `numbers.ready`.
@@ -42,18 +58,8 @@ class Sampler(ABC):
         return Nothing()
 
     @abstractmethod
-    def step(
-        self,
-        denoise: Denoise,
-        process: Process,
-        c: Any,
-        x: Float[Tensor, "b *x"],
-        t: Float[Tensor, "b"],
-        s: Float[Tensor, "b"],
-        state: Any,
-        keys: Keys,
-    ) -> tuple[Float[Tensor, "b *x"], Any]:
-        """x at s < t, and the new state; `c` is the row of `coefficients`, `ready` to multiply x."""
+    def step(self, x: Float[Tensor, "b *x"], at: Turn) -> tuple[Float[Tensor, "b *x"], Any]:
+        """x at s, and what the next step is given as its state."""
 
 
 SAMPLERS: Table[Sampler] = Table("sampler", Sampler, "undiffuse.diffusion.sampler")
@@ -107,7 +113,7 @@ def sample(
     """
     count = len(keys.rows)
     x = process.prior_std * keys.fold("x_T").normal(*shape) if start is None else start
-    state, taken = sampler.init(x), ready(x, sampler.coefficients(process, times[:-1, None], times[1:, None]))
+    state, taken = None, ready(x, sampler.coefficients(process, times[:-1, None], times[1:, None]))
     for i in range(len(times) - 1):
         remaining = len(times) - 1 - i
         t, s = times[i].expand(count), times[i + 1].expand(count)
@@ -115,7 +121,7 @@ def sample(
             callback(remaining, x, t)
         step_keys = keys.fold("step", remaining)
         if times[i + 1] > times[i]:
-            x, state = renoise(process, x, t, s, step_keys), sampler.init(x)
+            x, state = renoise(process, x, t, s, step_keys), None
         else:
-            x, state = sampler.step(denoise, process, row(taken, i), x, t, s, state, step_keys)
+            x, state = sampler.step(x, Turn(denoise, process, row(taken, i), t, s, state, step_keys))
     return x

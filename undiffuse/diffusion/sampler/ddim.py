@@ -10,8 +10,7 @@ from torch import Tensor
 from undiffuse.config import Fraction
 from undiffuse.diffusion.numbers import added, combined
 from undiffuse.diffusion.process import Process
-from undiffuse.diffusion.sampler.base import Denoise, Sampler
-from undiffuse.key import Keys
+from undiffuse.diffusion.sampler.base import Sampler, Turn
 
 
 class Coefficients(NamedTuple):
@@ -37,16 +36,6 @@ class DDIM(Sampler):
         std = self.eta * process.small_variance(t, s).sqrt()
         return Coefficients(on_x, alpha_s - on_x * alpha_t, std, std > 0)
 
-    def step(
-        self,
-        denoise: Denoise,
-        process: Process,
-        c: Coefficients,
-        x: Float[Tensor, "b *x"],
-        t: Float[Tensor, "b"],
-        s: Float[Tensor, "b"],
-        state: Any,
-        keys: Keys,
-    ) -> tuple[Float[Tensor, "b *x"], Any]:
-        mean = combined(c.on_x, x, c.on_x_0, denoise(x, t).x_0)
-        return added(mean, c.std, keys.normal(*x.shape[1:])) if c.noisy.all() else mean, state
+    def step(self, x: Float[Tensor, "b *x"], at: Turn) -> tuple[Float[Tensor, "b *x"], Any]:
+        mean = combined(at.c.on_x, x, at.c.on_x_0, at.denoise(x, at.t).x_0)
+        return added(mean, at.c.std, at.keys.normal(*x.shape[1:])) if at.c.noisy.all() else mean, None

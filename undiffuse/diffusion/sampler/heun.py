@@ -1,15 +1,14 @@
 """Heun's second-order method, two network evaluations a step (Karras et al. 2022, Algorithm 1, without its noise)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from undiffuse.diffusion.numbers import added, combined
 from undiffuse.diffusion.process import Process
-from undiffuse.diffusion.sampler.base import Denoise, Sampler
-from undiffuse.key import Keys
+from undiffuse.diffusion.sampler.base import Sampler, Turn
 
 NOISE = 1000  # sigma/alpha from which no data is left in x_t
 
@@ -34,7 +33,7 @@ class Heun(Sampler):
     rule would weigh a rounding of ε̂ with it.
     """
 
-    order: ClassVar[int] = 2
+    order = 2
 
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(t), process.alpha_sigma(s)
@@ -43,21 +42,11 @@ class Heun(Sampler):
             -alpha_t, sigma_t, alpha_s, -alpha_s, sigma_s, length / 2, (s > 0) & (sigma_t <= NOISE * alpha_t)
         )
 
-    def step(
-        self,
-        denoise: Denoise,
-        process: Process,
-        c: Coefficients,
-        x: Float[Tensor, "b *x"],
-        t: Float[Tensor, "b"],
-        s: Float[Tensor, "b"],
-        state: Any,
-        keys: Keys,
-    ) -> tuple[Float[Tensor, "b *x"], Any]:
-        x_0 = denoise(x, t).x_0
+    def step(self, x: Float[Tensor, "b *x"], at: Turn) -> tuple[Float[Tensor, "b *x"], Any]:
+        c, x_0 = at.c, at.denoise(x, at.t).x_0
         eps = added(x, c.less_t, x_0) / c.sigma_t
         euler = combined(c.alpha_s, x_0, c.sigma_s, eps)
         if not c.corrects.all():
-            return euler, state
-        eps_s = added(euler, c.less_s, denoise(euler, s).x_0) / c.sigma_s
-        return added(euler, c.half, eps_s - eps), state
+            return euler, None
+        eps_s = added(euler, c.less_s, at.denoise(euler, at.s).x_0) / c.sigma_s
+        return added(euler, c.half, eps_s - eps), None
