@@ -13,14 +13,14 @@ from undiffuse.network.base import NETWORKS
 from undiffuse.quality.feature.base import FEATURES
 
 NAMES = {
-    GRIDS: "even karras",
+    GRIDS: "even karras log-snr quadratic",
     DENSITIES: "uniform log-normal logit-normal importance alpha-squared",
     PROCESSES: "linear quad const warmup10 warmup50 jsd cosine continuous-cosine sigmoid edm straight vdm",
     PARAMETERISATIONS: "eps x0 v mu edm lattice",
     VARIANCES: "fixed-small fixed-large learned learned-range",
     NETWORKS: "unet",
     OBJECTIVES: "simple vlb hybrid min-snr p2 sigmoid continuous-vlb",
-    SAMPLERS: "ancestral ddim heun",
+    SAMPLERS: "ancestral ddim deis dpmpp dpmpp-sde heun ipndm unipc",
     FEATURES: "inception dinov2 efflite0 classifier-28 classifier-emoji",
 }
 MEMBERS = [pytest.param(table, name, id=f"{table.kind}-{name}") for table in NAMES for name in NAMES[table].split()]

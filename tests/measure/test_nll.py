@@ -233,7 +233,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(toy, source, tmp_path):
         ({}, range(1, 13)),
         ({"steps": 5}, [1, 2, 5, 7, 10, 12]),  # the decoder stands at 1/T, whether the grid goes there or not
         ({"steps": 5, "grid": "even"}, [1, 2, 5, 7, 10, 12]),
-        ({"steps": 5, "grid": "karras"}, [1, 2, 5, 9, 12]),  # the formula: 1, 1.66, 4.69, 8.94, 12
+        ({"steps": 5, "grid": "karras"}, [1, 1.662996, 4.693464, 8.936784, 12]),  # by the formula, between the points
     ],
 )
 def test_the_terms_stand_at_the_times_that_were_measured(toy, source, tmp_path, fields, expected):

@@ -45,7 +45,10 @@ TimesOpt = Annotated[
 ]
 GridOpt = Annotated[
     str | None,
-    typer.Option("--grid", help="How --steps are spread: even (in t) or karras; unless given, what suits the process"),
+    typer.Option(
+        "--grid",
+        help="How --steps are spread: even (in t), quadratic, log-snr or karras; unless given, what suits the process",
+    ),
 ]
 SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 is unipc of order 2"
 SolverOpt = Annotated[str, typer.Option("--solver", help=f"Sampler: ancestral (the paper's), {SOLVERS}")]

@@ -23,26 +23,15 @@ class Grid(ABC):
 
     @abstractmethod
     def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
-        """The times before the last one, 0: not rising, from 1 on, in float64. They need not be points of a table."""
+        """The times before the last one, 0: falling, from 1 on, in float64. They need not be points of a table."""
 
     def times(self, process: Process, steps: int | None = None) -> Float[Tensor, "times"]:
-        """`steps` falling times and 0; all of a table unless said. On a table each is a point n/T of it."""
+        """`steps` falling times and 0; as many as a table has unless said."""
         total = process.steps or steps or FEW
         if steps is not None and not 1 <= steps <= total:
             most = f"1 to {process.steps}" if process.steps else "1 or more"
             raise UsageError(f"steps = {steps} is not possible; this model takes {most}")
-        count = steps or total
-        found = self.spread(process, count)
-        if process.steps:
-            found = _apart((found * process.steps).round(), process.steps) / process.steps
-        return torch.cat([found, torch.zeros(1, dtype=F64, device="cpu")])
-
-
-def _apart(n: Float[Tensor, "steps"], last: int) -> Float[Tensor, "steps"]:
-    """Falling whole numbers within 1 … last: those that rounding made equal are moved to the nearest free ones."""
-    place = torch.arange(len(n) - 1, -1, -1, dtype=F64, device="cpu")  # how many are to come
-    lifted = (n - place).clamp(min=1).flip(0).cummax(0).values.flip(0) + place
-    return torch.minimum(lifted, last - place.flip(0))
+        return torch.cat([self.spread(process, steps or total), torch.zeros(1, dtype=F64, device="cpu")])
 
 
 @dataclass(frozen=True)
@@ -55,25 +44,54 @@ class Even(Grid):
 
 
 @dataclass(frozen=True)
-class Karras(Grid):
-    """Even in (σ/alpha)^(1/rho), from the noise end, or `sigma_max`, to `sigma_min` (Karras et al. 2022, Eq. 5).
+class Quadratic(Grid):
+    """Even in √t, from 1 to t_min: more steps near the data (Song, Meng & Ermon 2021, App. D.2)."""
 
-    Where alpha(1) = 0 the first time stands for `sigma_max` and is 1 all the same: both are noise.
+    def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
+        root = torch.linspace(1, process.t_min**0.5, steps, dtype=F64, device="cpu")
+        return root.square().clamp(min=process.t_min)
+
+
+@dataclass(frozen=True)
+class InSigma(Grid):
+    """Rules for σ/alpha, from that of t = 1 or `sigma_max` to that of t_min or `sigma_min`.
+
+    Where alpha(1) is 0 or nearly, the first time stands for `sigma_max` and is 1 all the same: both are noise.
     """
 
-    rho: Positive = 7.0
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
+
+    @abstractmethod
+    def between(self, high: float, low: float, share: Float[Tensor, "steps"]) -> Float[Tensor, "steps"]:
+        """σ/alpha, from high where the share is 0 to low where it is 1."""
 
     def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
         ends = torch.tensor([1.0, process.t_min], dtype=F64, device="cpu")
         high, low = torch.exp(-process.logsnr(ends) / 2).tolist()
-        high, low = min(high, self.sigma_max), max(low, self.sigma_min)
         share = torch.linspace(0, 1, steps, dtype=F64, device="cpu")
-        sigma = (high ** (1 / self.rho) + share * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
+        sigma = self.between(min(high, self.sigma_max), max(low, self.sigma_min), share)
         times = process.time(-2 * sigma.log()).clamp(process.t_min, 1)
         times[0] = 1
         return times
+
+
+@dataclass(frozen=True)
+class LogSnr(InSigma):
+    """Even in log-SNR (Lu et al. 2022)."""
+
+    def between(self, high: float, low: float, share: Float[Tensor, "steps"]) -> Float[Tensor, "steps"]:
+        return high * (low / high) ** share
+
+
+@dataclass(frozen=True)
+class Karras(InSigma):
+    """Even in (σ/alpha)^(1/rho) (Karras et al. 2022, Eq. 5)."""
+
+    rho: Positive = 7.0
+
+    def between(self, high: float, low: float, share: Float[Tensor, "steps"]) -> Float[Tensor, "steps"]:
+        return (high ** (1 / self.rho) + share * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
 
 
 GRIDS: Table[Grid] = Table("grid", Grid, "undiffuse.diffusion.grid")

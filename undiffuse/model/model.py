@@ -230,8 +230,7 @@ class Model:
     def times(self, steps: Steps = None, grid: str | Grid | None = None) -> Float[Tensor, "times"]:
         """The times that sampling walks: all of the table, that many steps of a grid, or these times and 0.
 
-        `grid` is what suits the process unless it is named. Times fall strictly; on a table each is moved to the
-        nearest n/T.
+        `grid` is what suits the process unless it is named. Times fall strictly, and need not be points of a table.
         """
         if steps is None or not (isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0):
             chosen = suited(self.process) if grid is None else GRIDS.build(grid, trusted=True)
@@ -248,13 +247,9 @@ class Model:
                 f"times {', '.join(f'{t:g}' for t in steps) or 'none'} are not possible; give one or more from 1, "
                 f"which is noise, down to {self.process.t_min:g}"
             )
-        times = [self.process.on_grid(t) for t in given]
-        if any(s >= t for t, s in zip(times, times[1:], strict=False)):
-            grid = f" on the grid of 1/{self.process.steps}" if self.process.steps else ""
-            raise UsageError(
-                f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly{grid}; sort or thin them"
-            )
-        return torch.tensor([*times, 0.0], dtype=F64, device="cpu")
+        if any(s >= t for t, s in zip(given, given[1:], strict=False)):
+            raise UsageError(f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly; sort or thin them")
+        return torch.tensor([*given, 0.0], dtype=F64, device="cpu")
 
     def chain(
         self,
