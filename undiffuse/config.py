@@ -95,15 +95,21 @@ class Table(Generic[T]):
         return kebab(cls.__name__) if built_in else f"{cls.__module__}:{cls.__qualname__}"
 
     def build(self, spec: Any, trusted: bool = False) -> T:
-        """An implementation from `"name"`, `{name = "…", field = …}` or an instance."""
+        """An implementation from `"name"`, `"name,field=value"`, `{name = "…", field = …}` or an instance."""
         if isinstance(spec, self.base):
             return spec
-        fields = {"name": spec} if isinstance(spec, str) else spec
+        fields = self._fields(spec) if isinstance(spec, str) else spec
         if not isinstance(fields, Mapping) or not isinstance(fields.get("name"), str):
             raise UsageError(f'{self.kind} needs a name, for example name = "{next(iter(self.classes))}"; got {spec!r}')
         cls = self.find(fields["name"], trusted)
         rest = {key: value for key, value in fields.items() if key != "name"}
         return parse(cls, rest, f"{self.kind} {fields['name']}", trusted)
+
+    def _fields(self, text: str) -> dict[str, Any]:
+        name, *settings = text.split(",")
+        if wrong := [setting for setting in settings if not setting.partition("=")[1]]:
+            raise UsageError(f'{self.kind} "{text}": "{wrong[0]}" is not of the form field=value, as in {name},a=1')
+        return {"name": name} | override({}, settings)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         def validate(spec: Any, info: Any) -> T:

@@ -31,6 +31,7 @@ CASES = {
     "ddim eta=0.5": DDIM(eta=0.5),
     "ddim eta=1": DDIM(eta=1.0),
     "heun": Heun(),
+    "heun churn": Heun(churn=10.0, churn_max=8.0),
     "dpmpp 2": Dpmpp(),
     "dpmpp 3": Dpmpp(3),
     "dpmpp-sde": DpmppSde(),
@@ -87,7 +88,7 @@ def linear_steps(sampler: Sampler, process: Process, t: torch.Tensor, s: torch.T
     def step(x: float, keys: Keys) -> torch.Tensor:
         start = torch.full((len(t), 1), x, dtype=F64)
         c = ready(start, sampler.coefficients(process, t, s))
-        return sampler.step(start, Turn(exact(process), process, c, t, s, None, keys))[0][:, 0]
+        return sampler.step(start, Turn(exact(process), process, c, t, s, None, keys, len(t)))[0][:, 0]
 
     z = [key.normal(1)[:, 0].double() for key in keys]
     at_0 = [step(0.0, key) for key in keys]

@@ -140,10 +140,13 @@ def test_a_variance_that_the_network_does_not_say_is_refused():
 
 def test_a_solver_may_be_named_with_its_order():
     assert model(half).sampler("unipc-2") == Unipc(2) and model(half).sampler("dpmpp-sde") == DpmppSde()
+    assert model(half).sampler("heun,churn=40,churn_noise=1.003") == Heun(40, 1.003)
     for name, message in {
         "unipc-4": 'sampler unipc: "order" input should be 1, 2 or 3, given 4',
         "ddim-2": 'sampler ddim has no field "order". Known: eta',
         "unipcc-2": 'sampler "unipcc" is not known. Did you mean "unipc"',
+        "heun,churn": 'sampler "heun,churn": "churn" is not of the form field=value, as in heun,a=1',
+        "heun,churns=4": 'sampler heun has no field "churns". Did you mean "churn"',
         "dpmp": 'sampler "dpmp" is not known. Did you mean "dpmpp"',
     }.items():
         with pytest.raises(UsageError, match=message):

@@ -176,7 +176,10 @@ class Model:
         return torch.from_numpy(picture.fit(found.pixels, (h, w), c).copy()).permute(2, 0, 1), tally(notes)
 
     def sampler(self, solver: str | Sampler = "ancestral", eta: float | int | None = None) -> Sampler:
-        """A solver by name, `unipc-2` with its order; the ancestral one takes the model's variance; `eta` is DDIM's."""
+        """A solver by name, with its order, `unipc-2`, or its fields, `heun,churn=40`.
+
+        The ancestral one takes the model's variance; `eta` is DDIM's.
+        """
         if isinstance(solver, Sampler):
             return solver
         if eta is not None and solver != "ddim":
@@ -188,7 +191,7 @@ class Model:
         name, _, order = solver.rpartition("-")
         if order.isdecimal():
             return SAMPLERS.build({"name": name, "order": int(order)})
-        return SAMPLERS.build({"name": solver} | ({} if eta is None else {"eta": eta}), trusted=True)
+        return SAMPLERS.build(solver if eta is None else {"name": solver, "eta": eta}, trusted=True)
 
     def sample(
         self,

@@ -29,7 +29,7 @@ class Turn(NamedTuple):
     """A step of a chain, from t to s < t: what is known of the model, of the times, and of the steps before.
 
     `c` are the coefficients of the step, `ready` to multiply x. `state` is what the step before gave back; None at the
-    first, and where the chain has been noised again. `keys` are those of the noise of this step.
+    first, and where the chain has been noised again. `keys` are those of the noise of this step, of `steps` in all.
     """
 
     denoise: Denoise
@@ -39,6 +39,7 @@ class Turn(NamedTuple):
     s: Float[Tensor, "b"]
     state: Any
     keys: Keys
+    steps: int
 
 
 class Sampler(ABC):
@@ -123,5 +124,5 @@ def sample(
         if times[i + 1] > times[i]:
             x, state = renoise(process, x, t, s, step_keys), None
         else:
-            x, state = sampler.step(x, Turn(denoise, process, row(taken, i), t, s, state, step_keys))
+            x, state = sampler.step(x, Turn(denoise, process, row(taken, i), t, s, state, step_keys, len(times) - 1))
     return x

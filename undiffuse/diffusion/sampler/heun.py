@@ -1,27 +1,36 @@
-"""Heun's second-order method, two network evaluations a step (Karras et al. 2022, Algorithm 1, without its noise)."""
+"""Heun's second-order method, two evaluations a step, with or without noise (Karras et al. 2022, Algorithm 2)."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from undiffuse.config import NonNegative, Positive
 from undiffuse.diffusion.numbers import added, combined
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler, Turn
 
 NOISE = 1000  # sigma/alpha from which no data is left in x_t
+MOST = 2**0.5 - 1  # sigma/alpha is raised by this share at most, so that noise is not more than doubled
 
 
 class Coefficients(NamedTuple):
-    """−alpha and sigma at t, ±alpha and sigma at s, half the length of the step, and whether the rule is used."""
+    """x_t rises to x_r = rise x + std z; −alpha and sigma at r, ±alpha and sigma at s, and half the length of the step.
 
-    less_t: Float[Tensor, "*n"]
-    sigma_t: Float[Tensor, "*n"]
+    `churns` says where there is a rise, else r = t; `corrects` where the rule is used.
+    """
+
+    rise: Float[Tensor, "*n"]
+    std: Float[Tensor, "*n"]
+    less_r: Float[Tensor, "*n"]
+    sigma_r: Float[Tensor, "*n"]
     alpha_s: Float[Tensor, "*n"]
     less_s: Float[Tensor, "*n"]
     sigma_s: Float[Tensor, "*n"]
     half: Float[Tensor, "*n"]
+    churns: Bool[Tensor, "*n"]
     corrects: Bool[Tensor, "*n"]
 
 
@@ -31,20 +40,39 @@ class Heun(Sampler):
 
     The step to s = 0 is DDIM's, and so is one from pure noise, where sigma/alpha is infinite or as good as that: the
     rule would weigh a rounding of ε̂ with it.
+
+    With `churn`, S_churn of the paper, each step of the n first adds noise that makes sigma/alpha larger by the share
+    churn/n, if it lies within `churn_min` and `churn_max`; `churn_noise` is the standard deviation of that noise.
     """
 
+    churn: NonNegative = 0.0
+    churn_noise: Positive = 1.0
+    churn_min: NonNegative = 0.05
+    churn_max: Positive = 50.0
     order = 2
 
+    def raised(self, process: Process, t: Float[Tensor, "*n"], steps: int) -> Float[Tensor, "*n"]:
+        """r: t, or where noise has been added to."""
+        log_ratio = -process.logsnr(t) / 2
+        inside = (log_ratio.exp() >= self.churn_min) & (log_ratio.exp() <= self.churn_max)
+        share = torch.where(inside, min(self.churn / steps, MOST), 0.0)
+        return torch.where(share > 0, process.time(-2 * (log_ratio + torch.log1p(share))).clamp(max=1), t)
+
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(t), process.alpha_sigma(s)
-        length = sigma_s - alpha_s * sigma_t / alpha_t
-        return Coefficients(
-            -alpha_t, sigma_t, alpha_s, -alpha_s, sigma_s, length / 2, (s > 0) & (sigma_t <= NOISE * alpha_t)
-        )
+        r = self.raised(process, t, len(t)) if self.churn else t
+        (alpha_r, sigma_r), (alpha_s, sigma_s) = process.alpha_sigma(r), process.alpha_sigma(s)
+        rise = alpha_r / process.alpha(t) if self.churn else torch.ones_like(alpha_r)
+        std = self.churn_noise * sigma_r * (-torch.expm1(process.logsnr(r) - process.logsnr(t))).sqrt()
+        length = sigma_s - alpha_s * sigma_r / alpha_r
+        corrects = (s > 0) & (sigma_r <= NOISE * alpha_r)
+        return Coefficients(rise, std, -alpha_r, sigma_r, alpha_s, -alpha_s, sigma_s, length / 2, r > t, corrects)
 
     def step(self, x: Float[Tensor, "b *x"], at: Turn) -> tuple[Float[Tensor, "b *x"], Any]:
-        c, x_0 = at.c, at.denoise(x, at.t).x_0
-        eps = added(x, c.less_t, x_0) / c.sigma_t
+        c, t = at.c, at.t
+        if c.churns.all():
+            x, t = combined(c.rise, x, c.std, at.keys.normal(*x.shape[1:])), self.raised(at.process, t, at.steps)
+        x_0 = at.denoise(x, t).x_0
+        eps = added(x, c.less_r, x_0) / c.sigma_r
         euler = combined(c.alpha_s, x_0, c.sigma_s, eps)
         if not c.corrects.all():
             return euler, None
