@@ -140,7 +140,7 @@ def test_a_variance_that_the_network_does_not_say_is_refused():
 
 def test_a_solver_may_be_named_with_its_order():
     assert model(half).sampler("unipc-2") == Unipc(2) and model(half).sampler("dpmpp-sde") == DpmppSde()
-    assert model(half).sampler("heun,churn=40,churn_noise=1.003") == Heun(40, 1.003)
+    assert model(half).sampler("heun,churn=40,churn_noise=1.003") == Heun(40.0, 1.003)
     for name, message in {
         "unipc-4": 'sampler unipc: "order" input should be 1, 2 or 3, given 4',
         "ddim-2": 'sampler ddim has no field "order". Known: eta',
