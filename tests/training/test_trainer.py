@@ -234,10 +234,10 @@ def test_another_environment_is_marked(tmp_path, data, capsys, monkeypatch):
 
 
 OTHER = {
-    "batch": 4, "lr": 2e-2, "warmup": 1, "decay": "cosine", "betas": [0.8, 0.9], "clip_norm": 2.0, "ema": 0.8, "optimizer": "muon",
+    "batch": 4, "lr": 2e-2, "warmup": 1, "decay": "cosine", "betas": [0.8, 0.9], "clip_norm": 2.0, "ema": 0.8,
     "ema_ramp": True, "precision": "bf16", "drop_label": 0.2, "seed": 3, "micro_batch": 4, "exact_shards": 2,
     "recompute": True, "channels_last": True, "compile": True, "deterministic": True, "ema_profiles": [0.1],
-    "ema_snapshot_every": 7,
+    "ema_snapshot_every": 7, "optimizer": "muon",
 }  # fmt: skip
 
 
