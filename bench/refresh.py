@@ -36,7 +36,7 @@ def changed(found: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="results to make anew, whatever has changed: scores, flow, …")
+    parser.add_argument("names", nargs="*", help="results to make anew, whatever has changed: progressive, flow, …")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     given, every = parser.parse_args(), dict(results())
     strange = [name for name in given.names if name not in every]

@@ -82,7 +82,7 @@ def main() -> None:
     result = json.loads(out.read_text()) if out.exists() else {}
     if not options.table:
         model = load(options.name, options.device)
-        features = FEATURES[model.image[0]]
+        features = FEATURES[model.image_shape[0]]
         asked = {"n": options.n, "seeds": options.seeds, "made_of": made_of(options.name, *features)}
         if {key: result.get(key) for key in asked} != asked:
             result = {"chains": {}}

@@ -34,7 +34,7 @@ def measure(loaded: model.Model, name: str, data: str, whole: int, draws: int, c
     """bits/dim on both splits: the whole chain on the first `whole` images, stratified t on all of them."""
     result: dict[str, object] = {}
     for split in ("test", "train"):
-        source = open_source(data, channels=loaded.image[0], split=split)
+        source = open_source(data, channels=loaded.image_shape[0], split=split)
         for how, query in {
             "whole_chain": nll.Nll(images=whole, batch=100),
             "stratified": nll.Nll(draws=draws, batch=1000),
@@ -54,15 +54,17 @@ def measure(loaded: model.Model, name: str, data: str, whole: int, draws: int, c
 
 def pictures(loaded: model.Model, name: str) -> dict[str, object]:
     """The sample grid (all steps; with classes, as many of each), and progressive generation."""
-    told = None if loaded.classes is None else "all"
+    told = None
+    if loaded.classes is not None:
+        told = [number for number in loaded.classes.trained for _ in range(64 // len(loaded.classes.trained))]
     started = time.monotonic()
     with log.progress(len(loaded.times()) - 1, "samples", True) as bar:
-        samples = loaded.sample(64, seed=0, label=told, progress=bar.advance)
+        samples = loaded.sample(64 if told is None else len(told), seed=0, label=told, progress=bar.advance)
     seconds = round(time.monotonic() - started, 1)
     disk.write_atomic(IMAGES / f"{name}-samples.png", png(grid(samples, columns=16, scale=2)))
     steps, _ = explore.progressive(loaded, 6, slots=16)
     explore.write_grid(steps, IMAGES / f"{name}-progressive.png")
-    return {"images": 64, "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
+    return {"images": len(samples), "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
 
 
 def keep_log(run: Path, name: str) -> dict[str, object]:

@@ -109,7 +109,10 @@ class Table(Generic[T]):
         name, *settings = text.split(",")
         if wrong := [setting for setting in settings if not setting.partition("=")[1]]:
             raise UsageError(f'{self.kind} "{text}": "{wrong[0]}" is not of the form field=value, as in {name},a=1')
-        return {"name": name} | override({}, settings)
+        fields = override({}, settings)
+        if "name" in fields:
+            raise UsageError(f'{self.kind} "{text}": the name comes first, and once')
+        return {"name": name} | fields
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         def validate(spec: Any, info: Any) -> T:

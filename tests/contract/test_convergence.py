@@ -41,11 +41,14 @@ def law_of_chain(
 
 
 def grid_of(count: int, even: bool) -> torch.Tensor:
-    """Log-SNRs from −4 to 4 in equal or in short and long steps, after two so short that their order does not count."""
+    """Log-SNRs from −4 to 4 in equal or in short and long steps, after two so short that their order does not count.
+
+    The second is 40 times the first, so that none is so short beside the next that it is not used.
+    """
     lengths = torch.ones(count, dtype=F64) if even else torch.tensor([0.5, 1.5], dtype=F64).repeat(count // 2)
     grid = -4 + 8 * torch.cat([torch.zeros(1, dtype=F64), lengths.cumsum(0)]) / lengths.sum()
     short = (8 / count) ** 3
-    return torch.cat([grid[:1] - 2 * short, grid[:1] - short, grid])
+    return torch.cat([grid[:1] - 41 * short, grid[:1] - 40 * short, grid])
 
 
 @pytest.mark.parametrize("even", [True, False], ids=["smooth", "uneven"])

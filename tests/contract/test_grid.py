@@ -50,6 +50,22 @@ def test_the_other_grids_are_even_in_what_they_say():
     assert root.tolist() == pytest.approx([1 - i / 3 * (1 - 0.001**0.5) for i in range(4)], rel=1e-12)
 
 
+@every_process
+@every_grid
+@pytest.mark.parametrize("steps", [2, 5, 6, 20])
+def test_the_chain_of_the_bound_has_no_step_that_is_none(process, name, steps):
+    """t_min once, however its σ/α was rounded on the way to it."""
+    process = build(process)
+    times = chain(process, steps, GRIDS.build(name))
+    assert times[1] == process.t_min and float(times.diff().min()) > 1e-7
+
+
+@pytest.mark.parametrize("text", ["karras,sigma_max=0.001", "log-snr,sigma_min=100"])
+def test_a_grid_that_does_not_fall_is_refused(text):
+    with pytest.raises(UsageError, match="does not fall; give sigma_min and sigma_max between 0.01 and 157"):
+        GRIDS.build(text).times(Linear(), 4)
+
+
 def test_even_is_the_chain_of_ddpm_and_parts_of_it():
     assert Even().times(Linear(), 4).tolist() == [1, 0.75, 0.5, 0.25, 0]
     assert (Even().times(Linear(10), 4) * 10).tolist() == [10, 8, 5, 2, 0]  # 7.5 and 2.5 are rounded to even

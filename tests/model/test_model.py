@@ -141,12 +141,17 @@ def test_a_variance_that_the_network_does_not_say_is_refused():
 def test_a_solver_may_be_named_with_its_order():
     assert model(half).sampler("unipc-2") == Unipc(2) and model(half).sampler("dpmpp-sde") == DpmppSde()
     assert model(half).sampler("heun,churn=40,churn_noise=1.003") == Heun(40.0, 1.003)
+    assert model(half).sampler("heun,churn_min=1e-3") == Heun(churn_min=1e-3)
+    assert model(half).sampler("unipc-2,variant=bh1") == Unipc(2, "bh1")
     for name, message in {
         "unipc-4": 'sampler unipc: "order" input should be 1, 2 or 3, given 4',
         "ddim-2": 'sampler ddim has no field "order". Known: eta',
         "unipcc-2": 'sampler "unipcc" is not known. Did you mean "unipc"',
         "heun,churn": 'sampler "heun,churn": "churn" is not of the form field=value, as in heun,a=1',
         "heun,churns=4": 'sampler heun has no field "churns". Did you mean "churn"',
+        "heun,churn=-1": 'sampler heun: "churn" input should be greater than or equal to 0',
+        "unipc,name=ddim": 'sampler "unipc,name=ddim": the name comes first, and once',
+        "-2": 'sampler "-2" is not known',
         "dpmp": 'sampler "dpmp" is not known. Did you mean "dpmpp"',
     }.items():
         with pytest.raises(UsageError, match=message):
@@ -158,6 +163,8 @@ def test_eta_is_ddims():
     for solver in ("ancestral", "heun"):
         with pytest.raises(UsageError, match=f"eta = 0.5 belongs to the sampler ddim, not to {solver}"):
             model(half).sampler(solver, eta=0.5)
+    with pytest.raises(UsageError, match="eta = 0.2 is given beside the fields of ddim,eta=0.5; say it there"):
+        model(half).sampler("ddim,eta=0.5", eta=0.2)
     with pytest.raises(UsageError, match='sampler ddim: "eta" input should be less than or equal to 1, given 2'):
         model(half).sampler("ddim", eta=2)
 

@@ -50,7 +50,7 @@ GridOpt = Annotated[
         help="How --steps are spread: even (in t), quadratic, log-snr or karras; unless given, what suits the process",
     ),
 ]
-SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 has order 2, heun,churn=40 a field of its own"
+SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 has order 2, heun,churn=40 sets its churn"
 SolverOpt = Annotated[str, typer.Option("--solver", help=f"Sampler: ancestral (the paper's), {SOLVERS}")]
 EtaOpt = Annotated[
     float | None, typer.Option("--eta", help="Noise that --solver ddim adds: 0 (none) to 1 (as ancestral)")

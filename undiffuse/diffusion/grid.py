@@ -69,9 +69,16 @@ class InSigma(Grid):
     def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
         ends = torch.tensor([1.0, process.t_min], dtype=F64, device="cpu")
         high, low = torch.exp(-process.logsnr(ends) / 2).tolist()
+        first, last = min(high, self.sigma_max), max(low, self.sigma_min)
+        if last >= first:
+            raise UsageError(
+                f"grid {GRIDS.name_of(self)}: sigma/alpha from {first:g} to {last:g} does not fall; give sigma_min and "
+                f"sigma_max between {low:.3g} and {high:.3g}, where this process is"
+            )
         share = torch.linspace(0, 1, steps, dtype=F64, device="cpu")
-        sigma = self.between(min(high, self.sigma_max), max(low, self.sigma_min), share)
-        times = process.time(-2 * sigma.log()).clamp(process.t_min, 1)
+        times = process.time(-2 * self.between(first, last, share).log()).clamp(process.t_min, 1)
+        if last == low:
+            times[-1] = process.t_min  # and not the next number to it, with which a step would begin and end at once
         times[0] = 1
         return times
 

@@ -71,10 +71,15 @@ class Terms:
         ]
 
 
+NEAR = 1e-9  # of t_min: nearer than this, a grid that was computed has hit it
+
+
 def chain(process: Process, steps: int | None = None, grid: Grid | None = None) -> Float[Tensor, "times"]:
     """The times of the bound, ascending from 0; 1/T is always one of them, because the decoder stands there."""
     times = (grid or suited(process)).times(process, steps).flip(0)
-    if times[1] > process.t_min:
+    if times[1] <= process.t_min * (1 + NEAR):
+        times[1] = process.t_min
+    else:
         times = torch.cat([times[:1], torch.tensor([process.t_min], dtype=F64, device="cpu"), times[1:]])
     return times
 

@@ -151,6 +151,8 @@ def _question(model: Model, query: Nll, labels: Told) -> dict[str, Any]:
         "variance": VARIANCES.name_of(model.denoiser.variance),
         "precision": model.precision,
     }
+    if query.grid not in (None, "even"):  # a name does not say where its times are
+        question["grid"] = [query.grid, *query.times(model.process).tolist()]
     return question | ({} if model.classes is None else {"labels": labels.words})
 
 

@@ -84,7 +84,8 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
 
 def _walk(model: Model, times: Tensor) -> dict[str, Any]:
     """The grid that gives these times, by name; else the times themselves."""
-    for name in GRIDS.classes:
+    most = model.process.steps or len(times)
+    for name in GRIDS.classes if len(times) - 1 <= most else ():
         found = model.times(len(times) - 1, name)
         if len(found) == len(times) and bool((found == times).all()):
             return {"grid": name}

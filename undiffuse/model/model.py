@@ -182,15 +182,18 @@ class Model:
         """
         if isinstance(solver, Sampler):
             return solver
-        if eta is not None and solver != "ddim":
+        head, comma, fields = solver.partition(",")
+        if eta is not None and head != "ddim":
             raise UsageError(
                 f"eta = {eta:g} belongs to the sampler ddim, not to {solver}; choose ddim, or leave it out"
             )
+        if eta is not None and fields:
+            raise UsageError(f"eta = {eta:g} is given beside the fields of {solver}; say it there, or leave them out")
         if solver == "ancestral":
             return Ancestral(self.config.variance)
-        name, _, order = solver.rpartition("-")
-        if order.isdecimal():
-            return SAMPLERS.build({"name": name, "order": int(order)})
+        name, _, order = head.rpartition("-")
+        if name and ":" not in head and order.isdecimal():
+            solver = f"{name},order={order}{comma}{fields}"
         return SAMPLERS.build(solver if eta is None else {"name": solver, "eta": eta}, trusted=True)
 
     def sample(

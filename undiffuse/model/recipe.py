@@ -105,7 +105,7 @@ class DataConfig:
     size: Count | tuple[Count, Count] | None = None
     channels: Count | None = None
     flip: bool = False
-    labels: bool | Literal["auto"] = False
+    labels: Literal[True, False, "auto"] = False
     background: str = "white"
     picture: str = ""
     hold_out: Half = 0.0

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-NARROW = 16  # a matrix with fewer rows or columns is that of the image's channels, or of a table of classes
+NARROW = 16  # a matrix with fewer rows or columns is that of the image's channels, or of few classes
 MOMENTUM, ROUNDS = 0.95, 5
-QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0, and within 0.3 of 1 between the singular values 0.7 and 1.2
+QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0, and about 1 between the singular values 0.7 and 1.2
 
 
 class Adam(torch.optim.Adam):

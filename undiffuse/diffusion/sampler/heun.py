@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from undiffuse.config import NonNegative, Positive
-from undiffuse.diffusion.numbers import added, combined
+from undiffuse.diffusion.numbers import F64, added, combined
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler, Turn
 
@@ -55,7 +55,7 @@ class Heun(Sampler):
         """r: t, or where noise has been added to."""
         log_ratio = -process.logsnr(t) / 2
         inside = (log_ratio.exp() >= self.churn_min) & (log_ratio.exp() <= self.churn_max)
-        share = torch.where(inside, min(self.churn / steps, MOST), 0.0)
+        share = inside.to(F64) * min(self.churn / steps, MOST)
         return torch.where(share > 0, process.time(-2 * (log_ratio + torch.log1p(share))).clamp(max=1), t)
 
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:

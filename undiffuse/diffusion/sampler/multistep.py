@@ -20,6 +20,7 @@ from undiffuse.diffusion.numbers import F64, added
 from undiffuse.diffusion.process import Process
 
 NOISE = 1000  # σ/α from which no data is left in x_t, and an answer tells no slope
+SHORT = 50  # a step so many times shorter than the next tells no slope either: only what two answers are rounded to
 NODES, SHARES = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(24))
 
 
@@ -42,7 +43,8 @@ class Chain(NamedTuple):
         lambda_t, lambda_s = process.logsnr(t) / 2, process.logsnr(s) / 2
         known = torch.ones(len(t), dtype=torch.int64, device="cpu")
         for i in range(1, len(t)):
-            if s[i - 1] < t[i - 1] and sigma_t[i - 1] <= NOISE * alpha_t[i - 1]:
+            tells = SHORT * (lambda_t[i] - lambda_t[i - 1]) >= lambda_s[i] - lambda_t[i] or s[i] == 0
+            if s[i - 1] < t[i - 1] and sigma_t[i - 1] <= NOISE * alpha_t[i - 1] and tells:
                 known[i] = known[i - 1] + 1
         to_come = torch.arange(len(t), 0, -1, dtype=torch.int64, device="cpu") + (len(t) if s[-1] > 0 else 0)
         return cls(alpha_t, sigma_t, alpha_s, sigma_s, lambda_t, lambda_s, known, to_come)
