@@ -42,27 +42,29 @@ class Heun(Sampler):
     rule would weigh a rounding of ε̂ with it.
 
     With `churn`, S_churn of the paper, each step of the n first adds noise that makes sigma/alpha larger by the share
-    churn/n, if it lies within `churn_min` and `churn_max`; `churn_noise` is the standard deviation of that noise.
+    churn/n, if it lies within `churn_min` and `churn_max`, 0.05 and 50 unless given. `churn_noise` is the standard
+    deviation of that noise, 1 unless given.
     """
 
-    churn: NonNegative = 0.0
-    churn_noise: Positive = 1.0
-    churn_min: NonNegative = 0.05
-    churn_max: Positive = 50.0
+    churn: NonNegative | None = None
+    churn_noise: Positive | None = None
+    churn_min: NonNegative | None = None
+    churn_max: Positive | None = None
     order = 2
 
     def raised(self, process: Process, t: Float[Tensor, "*n"], steps: int) -> Float[Tensor, "*n"]:
         """r: t, or where noise has been added to."""
         log_ratio = -process.logsnr(t) / 2
-        inside = (log_ratio.exp() >= self.churn_min) & (log_ratio.exp() <= self.churn_max)
-        share = inside.to(F64) * min(self.churn / steps, MOST)
+        low = 0.05 if self.churn_min is None else self.churn_min
+        inside = (log_ratio.exp() >= low) & (log_ratio.exp() <= (self.churn_max or 50.0))
+        share = inside.to(F64) * min((self.churn or 0.0) / steps, MOST)
         return torch.where(share > 0, process.time(-2 * (log_ratio + torch.log1p(share))).clamp(max=1), t)
 
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
         r = self.raised(process, t, len(t)) if self.churn else t
         (alpha_r, sigma_r), (alpha_s, sigma_s) = process.alpha_sigma(r), process.alpha_sigma(s)
         rise = alpha_r / process.alpha(t) if self.churn else torch.ones_like(alpha_r)
-        std = self.churn_noise * sigma_r * (-torch.expm1(process.logsnr(r) - process.logsnr(t))).sqrt()
+        std = (self.churn_noise or 1.0) * sigma_r * (-torch.expm1(process.logsnr(r) - process.logsnr(t))).sqrt()
         length = sigma_s - alpha_s * sigma_r / alpha_r
         corrects = (s > 0) & (sigma_r <= NOISE * alpha_r)
         return Coefficients(rise, std, -alpha_r, sigma_r, alpha_s, -alpha_s, sigma_s, length / 2, r > t, corrects)
