@@ -3,7 +3,6 @@
 A tensor of `meta` has a type and a shape and no values, so whoever reads one here is told ones.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.test_defaults import CONFIG, HalfOf, digits, forget, model
+from tests.test_defaults import CONFIG, HalfOf, digits, forget, model, without_kernels
 from tests.training.test_loop import recipe
 from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Step, bound_term
 from undiffuse.diffusion.density import DENSITIES
@@ -58,11 +57,7 @@ def refuse(func, values) -> None:
 
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
-    """The mode; and what of torch knows no such device: the fused kernel of Adam, and autocast, which is off here."""
-    made = torch.optim.Adam.__init__
-    slow = lambda *given, **fields: made(*given, **{**fields, "fused": False})  # noqa: E731
-    monkeypatch.setattr(torch.optim.Adam, "__init__", slow)
-    monkeypatch.setattr(torch, "autocast", lambda *given, **fields: nullcontext())
+    without_kernels(monkeypatch)
     forget()
     with WithoutFloat64():
         yield

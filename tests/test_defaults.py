@@ -5,7 +5,7 @@ another device: a tensor that is made there by mistake has no values, and so the
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -54,6 +54,17 @@ from undiffuse.view.demo import classifier
 NETWORK = UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(1,), dropout=0.1)
 CONFIG = ModelConfig((1, 8, 8), Linear(8, 1e-2, 0.5), Eps(), LearnedRange(), NETWORK, classes=3)
 DEFAULTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64, "meta": "meta"}
+
+
+def without_kernels(monkeypatch) -> None:
+    """What of torch knows no device `meta`: the fused kernel of Adam, and autocast, which is off here."""
+    begin = torch.optim.Adam.__init__
+
+    def slow(self, *given, **fields):
+        begin(self, *given, **{**fields, "fused": False})
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", slow)
+    monkeypatch.setattr(torch, "autocast", lambda *given, **fields: nullcontext())
 
 
 def forget() -> None:

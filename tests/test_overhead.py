@@ -4,7 +4,6 @@ A card works through a queue. Each copy and each kernel beside the network costs
 makes it wait until the queue is empty.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.test_defaults import digits, model
+from tests.test_defaults import digits, model, without_kernels
 from tests.training.test_loop import recipe
 from undiffuse.diffusion.denoiser import Denoiser, FixedSmall
 from undiffuse.diffusion.likelihood import bound
@@ -126,11 +125,7 @@ def of_update(trainer: Trainer) -> Counted:
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """On a device that has neither the fused kernel of Adam nor autocast, which is off here."""
-    begin = torch.optim.Adam.__init__
-    monkeypatch.setattr(torch, "autocast", lambda *given, **fields: nullcontext())
-    slow = lambda *given, **fields: begin(*given, **{**fields, "fused": False})  # noqa: E731
-    monkeypatch.setattr(torch.optim.Adam, "__init__", slow)
+    without_kernels(monkeypatch)
 
     def made(**fields: Any) -> Trainer:
         chosen = recipe(train={"precision": "float32", "ema_profiles": [], **fields})

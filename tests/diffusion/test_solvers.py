@@ -7,7 +7,7 @@ import torch
 from undiffuse.diffusion.denoiser import Denoiser, Eps, FixedLarge
 from undiffuse.diffusion.process import Linear
 from undiffuse.diffusion.sampler.base import Sampler, sample
-from undiffuse.diffusion.sampler.deis import Deis, Ipndm
+from undiffuse.diffusion.sampler.deis import BASHFORTH, Deis, Ipndm
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp, DpmppSde
 from undiffuse.diffusion.sampler.multistep import integrals, lagrange
 from undiffuse.diffusion.sampler.unipc import Unipc
@@ -117,8 +117,6 @@ def test_integrals_are_those_of_polynomials(h, rate):
 
 def test_adams_bashforth_is_exact_for_polynomials_on_even_steps():
     """What iPNDM takes for ε̂: of order k it integrates a polynomial of degree k − 1 over the next step."""
-    from undiffuse.diffusion.sampler.deis import BASHFORTH
-
     for weights in BASHFORTH:
         at = -torch.arange(len(weights), dtype=F64)
         for degree in range(len(weights)):

@@ -107,8 +107,13 @@ def choose(
     length = TrainConfig(steps=-(-_length(facts) // batch), batch=batch)
     last = budget.last_step(length)
     chosen: dict[str, Any] = {
-        "data": {"size": size, "channels": _channels(facts, init), "flip": False, "labels": False}
-        | {"hold_out": hold_out},
+        "data": {
+            "size": size,
+            "channels": _channels(facts, init),
+            "flip": False,
+            "labels": False,
+            "hold_out": hold_out,
+        },
         "train": {
             "batch": batch,
             "steps": last,

@@ -29,9 +29,6 @@ class Adam(torch.optim.Adam):
         for moment in self.moments(weight):
             state.setdefault(moment, torch.zeros_like(weight))
 
-    def each(self) -> list[nn.Parameter]:
-        return [weight for group in self.param_groups for weight in group["params"]]
-
 
 class Muon(Adam):
     """Steps along the nearest orthogonal matrix to the momentum, for matrices; Adam for the rest (Jordan et al. 2024).
@@ -48,7 +45,7 @@ class Muon(Adam):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         (group,) = self.param_groups
-        for weight in filter(is_matrix, self.each()):
+        for weight in filter(is_matrix, group["params"]):
             gradient, weight.grad = weight.grad, None  # so that Adam passes it by
             if gradient is None:
                 continue

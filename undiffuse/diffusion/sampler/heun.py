@@ -11,8 +11,8 @@ from undiffuse.config import NonNegative, Positive
 from undiffuse.diffusion.numbers import F64, added, combined
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler, Turn
+from undiffuse.diffusion.sampler.multistep import NOISE
 
-NOISE = 1000  # sigma/alpha from which no data is left in x_t
 MOST = 2**0.5 - 1  # sigma/alpha is raised by this share at most, so that noise is not more than doubled
 
 
