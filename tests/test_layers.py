@@ -42,8 +42,8 @@ ROWS = tuple(
             "plan optimizer need tune scale trainer memory look health auto resume profile proxy track loop start",
         ),
         ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
-        ("view", "report explore pieces results ranking subject report_run compare_runs demo"),
-        ("cli", "options tools train sample measure evaluate report data main"),
+        ("view", "report explore draw pieces results ranking subject report_run compare_runs demo"),
+        ("cli", "options tools train sample figures measure evaluate report data main"),
     )
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.

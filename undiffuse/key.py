@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from undiffuse.errors import is_out_of_memory
+from undiffuse.errors import UsageError, is_out_of_memory
 from undiffuse.strict import whole
 from undiffuse.timing import stage
 
@@ -30,6 +30,7 @@ MASK = 0xFFFFFFFF
 NORMAL_TABLE_CRC32 = 0x546C8CB1
 SQRT_HALF = 0.7071067690849304  # float32(1/√2), exactly
 
+Seed = SupportsIndex | Sequence[SupportsIndex]  # of all images of a batch, or one of each
 Rows = range | Tensor  # those of a range are known without being moved
 Draw = Callable[[tuple[int, int], Rows, int, Tensor, float], Tensor]
 
@@ -183,6 +184,17 @@ class Key:
         rows = rows.to(device="cpu", dtype=torch.int64)
         return Keys(self, rows, torch.device(device), range_of(rows))
 
+    @staticmethod
+    def each(seed: "Seed", n: int) -> "Keys":
+        """The keys of n images: rows 0 … n − 1 of one seed, or row 0 of each of n seeds."""
+        if not isinstance(seed, Sequence):
+            return Key(seed).rows(n)
+        seeds = tuple(whole("seed", each) for each in seed)
+        if len(seeds) != n:
+            raise UsageError(f"{len(seeds)} seeds were given for {n} images; give one for each, or a single one")
+        rows = torch.zeros(n, dtype=torch.int64, device="cpu")
+        return Keys(Key(), rows, torch.device("cpu"), seeds=seeds)
+
     def normal(self, *shape: int) -> Float[Tensor, "*shape"]:
         return self.rows(1).normal(*shape)[0]
 
@@ -196,30 +208,50 @@ class Key:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """One key over a batch: row r draws what it would draw alone. `rows` stay on the CPU until bits are drawn."""
+    """One key over a batch: row r draws what it would draw alone. `rows` stay on the CPU until bits are drawn.
+
+    With `seeds` each row has the key of its own seed, of the same names.
+    """
 
     key: Key
     rows: Int[Tensor, "b"]
     device: torch.device
     known: range | None = None  # the rows as a range, where they are one
+    seeds: tuple[SupportsIndex, ...] | None = None
 
     def fold(self, *names: str | int) -> "Keys":
         """The keys of a sub-purpose: `key.rows(n).fold(x)` draws what `key.fold(x).rows(n)` does."""
         return replace(self, key=self.key.fold(*names))
 
     def __getitem__(self, part: slice) -> "Keys":
-        return replace(self, rows=self.rows[part], known=None if self.known is None else self.known[part])
+        known, seeds = (None if each is None else each[part] for each in (self.known, self.seeds))
+        return replace(self, rows=self.rows[part], known=known, seeds=seeds)
+
+    def at(self, rows: Int[Tensor, "n"]) -> "Keys":
+        """Those of some images of the batch, by their places in it."""
+        seeds, found = None if self.seeds is None else tuple(self.seeds[i] for i in rows.tolist()), self.rows[rows]
+        return replace(self, rows=found, known=None if seeds else range_of(found), seeds=seeds)
+
+    def _alone(self) -> "list[Keys]":
+        """Of each seed its own."""
+        ones = self.rows.split(1)
+        keys = [replace(self.key, seed=seed) for seed in self.seeds or ()]
+        return [replace(self, key=key, rows=row, seeds=None) for key, row in zip(keys, ones, strict=True)]
 
     def to(self, device: torch.device | str) -> "Keys":
         return replace(self, device=torch.device(device))
 
     def bits(self, count: int) -> Int[Tensor, "b n"]:
         """At least `count` random 32-bit words a row, a multiple of four."""
+        if self.seeds:
+            return torch.cat([one.bits(count) for one in self._alone()])
         return draw_bits(self.key.words, _index(self.rows if self.known is None else self.known, self.device), count)
 
     def normal(self, *shape: int) -> Float[Tensor, "b *shape"]:
         """Standard normal float32, bit-equal on every device: the sum of two table values over the root of two."""
         count = int(torch.Size(shape).numel())
+        if self.seeds:
+            return torch.cat([one.normal(*shape) for one in self._alone()])
         with stage("noise"):
             launch, _ = drawn_by(self.device)
             rows = moved(self.rows, self.device) if self.known is None else self.known

@@ -115,9 +115,10 @@ def test_a_full_disk_says_how_many_pictures_are_written(call, folder, tmp_path, 
     code, _, err = call("sample", folder / "MODEL", "-n", 4, "--out", tmp_path / "out", "--json")
     assert code == 4
     assert "0002.png cannot be written: No space left on device" in err and "2 of 4 pictures are written" in err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png"]  # whole; none beside
-    for path in (tmp_path / "out").iterdir():
-        with Image.open(path) as picture:
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [".undiffuse", "0000.png", "0001.png"]  # whole; none beside
+    for name in names[1:]:
+        with Image.open(tmp_path / "out" / name) as picture:
             picture.load()
 
 
@@ -126,14 +127,31 @@ def test_samples_beside_others_are_refused_before_any_is_drawn(call, folder, tmp
     assert call(*command)[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     code, _, err = call(*command, "--seed", 1)
-    assert code == 2 and "out holds samples already (0000.png); give a new folder, or remove it" in err
+    assert code == 2 and "out holds samples of another command (other seed); give the same settings or another" in err
     assert "sampling" not in err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    code, out, _ = call(*command, "--json")  # the same once more has nothing to do
+    assert code == 0 and json.loads(out)["images"] == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_seeds_name_images(call, folder, tmp_path):
+    code, out, err = call("sample", folder / "MODEL", "--seeds", "7,3-5", "--out", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(out)["seed"] == [7, 3, 4, 5], err
+    loaded = load.load(folder / "MODEL")
+    for seed in (3, 4, 5, 7):
+        with Image.open(tmp_path / "out" / f"{seed:04}.png") as picture:
+            assert torch.equal(torch.from_numpy(np.array(picture)), loaded.sample(1, seed=seed)[0, 0])
 
 
 BAD = [
     ("sample MODEL -n 2 --batch 0 --out x", 2, "batch = 0 is not possible; give 1 or more"),
     ("sample MODEL -n 2 --batch -1 --out x", 2, "batch = -1 is not possible; give 1 or more"),
+    ("sample MODEL --seeds 1,2 -n 3 --out x", 2, "--seeds 1,2 says how many images, and -n 3 too; give one of them"),
+    ("sample MODEL --seeds 1,2 --seed 3 --out x", 2, "--seeds 1,2 and --seed 3 say the same twice; give one of them"),
+    ("sample MODEL --seeds 9-5 --out x", 2, '--seeds "9-5" is not a list of seeds; give numbers and ranges, such as'),
+    ("sample MODEL --seeds 1,,2 --out x", 2, '--seeds "1,,2" is not a list of seeds; give numbers and ranges, such as'),
+    ("sample MODEL --seeds 4,1-5 --out x", 2, "--seeds 4,1-5 has 4 twice, which is the same image; give it once"),
     ("sample MODEL --out FILE", 2, "FILE is a file; give the name of a folder"),
     ("sample MODEL --npz BAD", 2, "BAD is a folder; give the name of a file"),
     ("sample MODEL --out x --times 1,0.5,0.5", 2, "times 1, 0.5, 0.5 do not fall strictly"),

@@ -10,9 +10,10 @@ from torch import nn
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.pack import pack
 from undiffuse.diffusion.denoiser import X0, Denoiser, Eps, FixedLarge, FixedSmall
+from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.numbers import F64
-from undiffuse.diffusion.process import ContinuousCosine, Linear, Process
+from undiffuse.diffusion.process import ContinuousCosine, Cosine, Linear, Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.dpmpp import DpmppSde
@@ -23,6 +24,7 @@ from undiffuse.key import Key
 from undiffuse.model.load import from_weights, load, save
 from undiffuse.model.model import Model, to_float, to_uint8
 from undiffuse.model.recipe import ModelConfig
+from undiffuse.network.base import Conditioning
 from undiffuse.network.unet import UNet
 
 
@@ -237,6 +239,56 @@ def test_a_sample_is_what_its_own_noise_becomes(seed, batch):
     found = model(half).sample(5, steps=1, solver=DDIM(), seed=seed, batch=batch)
     assert torch.equal(found, to_uint8((noise / 2).clamp(-1, 1)))
     assert torch.equal(model(half).sample(5, steps=1, solver=Heun(), seed=seed, batch=batch), found)
+
+
+class Bright(nn.Module):
+    """E[x_0 | x_t] of data N(label + 1, 0.2²), with the label 0 for none; it counts the images that it is asked for."""
+
+    def __init__(self, process: Process):
+        super().__init__()
+        self.process, self.asked = process, []
+
+    def forward(self, x, time, cond):
+        self.asked.append(len(x))
+        t = time.double() if self.process.steps is None else (time.double() + 1) / self.process.steps
+        alpha, sigma = (each.reshape(-1, 1, 1, 1) for each in self.process.alpha_sigma(t))
+        mean = (1 if cond.label is None else cond.label.reshape(-1, 1, 1, 1) + 1) / 4
+        gain = 0.04 * alpha / (0.04 * alpha**2 + sigma**2)
+        return (mean + gain * (x - alpha * mean)).to(x.dtype)
+
+
+def bright(classes: int | None = None) -> Model:
+    process = Cosine()
+    config = ModelConfig((1, 4, 6), process, X0(), FixedSmall(), UNet(), classes)
+    return Model(config, Denoiser(Bright(process), process, X0(), FixedSmall()), {})
+
+
+def test_a_chain_that_begins_below_1_begins_at_the_mean_of_the_data():
+    """Noise alone would leave what an exact solver carries to the end: −mean · 0.2/√(0.2² + u²) for u = σ/α."""
+    toy, n = bright(), 2000
+    times = LogSnr(sigma_max=5.0).times(toy.process, 60)
+    keys = Key(0).fold("sample").rows(n)
+    ends = toy.chain(keys, times, toy.sampler("dpmpp-3"))
+    sure = 4 * 0.2 / (n * 24) ** 0.5
+    assert float(ends.mean()) == pytest.approx(0.25, abs=sure) and float(ends.std()) == pytest.approx(0.2, rel=0.03)
+    alone = toy.process.sigma(times[:1]).float() * keys.fold("x_T").normal(1, 4, 6)
+    dark = toy.chain(keys, times, toy.sampler("dpmpp-3"), start=alone)
+    assert float(ends.mean() - dark.mean()) == pytest.approx(0.25 * 0.2 / (0.04 + 25) ** 0.5, rel=0.02)
+
+
+def test_the_mean_is_of_each_class_and_asked_for_once():
+    toy = bright(classes=3)
+    cond = Conditioning(torch.tensor([2, 0, 2]))
+    seen = []
+    times = torch.tensor([0.9, 0.0], dtype=F64)
+    for _ in range(2):
+        toy.chain(Key(1).rows(3), times, toy.sampler("ddim"), cond, callback=lambda r, x, t: seen.append(x))
+    alpha, sigma = (float(each) for each in toy.process.alpha_sigma(times[:1]))
+    eps = Key(1).rows(3).fold("x_T").normal(1, 4, 6)
+    means = torch.tensor([0.75, 0.25, 0.75]).reshape(-1, 1, 1, 1)
+    assert torch.equal(seen[0], seen[1]) and torch.allclose(seen[0], alpha * means + sigma * eps, atol=1e-4)
+    assert sorted(toy.denoiser.network.asked) == [3, 3, 8, 8]
+    assert toy.mean(1).shape == (1, 4, 6) and float(toy.mean(1).mean()) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_progress_counts_each_step_of_each_batch_once():

@@ -88,6 +88,37 @@ def test_25_kills_end_where_no_kill_would_have(tmp_path):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))  # none twice, none missing
 
 
+@pytest.mark.slow
+def test_sampling_killed_10_times_ends_as_if_it_had_not_been(tmp_path):
+    """kill −9 at any moment, the same command again: only what is missing is made, and no half of a file is seen."""
+    words = ["sample", "fashion-mnist", "-n", "96", "--batch", "4", "--steps", "4", "--solver", "ddim"]
+
+    def command(name: str) -> warm.Process:
+        return warm.Process(warm.COMMAND, *words, "--out", str(tmp_path / name), "--npz", str(tmp_path / f"{name}.npz"))
+
+    _, errors = (whole := command("whole")).communicate(timeout=600)
+    assert whole.returncode == 0, errors
+    out, chance, kills = tmp_path / "killed", random.Random(1), 0
+    times = dict[str, int]()
+    while kills < 10:
+        process, before = command("killed"), len(list(out.glob("[0-9]*.png")))
+        if not wait(process, lambda before=before: len(list(out.glob("[0-9]*.png"))) > before):
+            break
+        time.sleep(chance.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        for path in sorted(out.glob("[0-9]*.png")):
+            assert times.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns  # never made again
+            assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    _, errors = (last := command("killed")).communicate(timeout=600)
+    assert kills == 10 and last.returncode == 0, errors
+    for name in os.listdir(tmp_path / "whole"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+    assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
 SLOW = """
 import time
 from pathlib import Path

@@ -270,23 +270,6 @@ def test_langevin_has_the_moments_that_its_recursion_predicts():
     assert expected == pytest.approx(float(variance_at(times[-1])), rel=0.1)  # it has nearly arrived
 
 
-def test_images_are_written_as_files_a_grid_and_an_array(tmp_path):
-    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    written = explore.write_images(images, tmp_path / "out", tmp_path / "a" / "x.npz")
-    names = [".undiffuse", *(f"{i:04d}.png" for i in range(5)), "grid.png"]  # the first says that they are no data
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
-    for i, image in enumerate(images):
-        with Image.open(tmp_path / "out" / f"{i:04d}.png") as saved:
-            np.testing.assert_array_equal(np.asarray(saved), image.permute(1, 2, 0))
-    with np.load(written["npz"], allow_pickle=False) as arrays:
-        np.testing.assert_array_equal(arrays["arr_0"], images.permute(0, 2, 3, 1))
-    assert explore.write_images(images, None, None) == {}
-    with pytest.raises(UsageError, match="out/0000.png is there already; give a new folder, or remove it$"):
-        explore.write_images(255 - images, tmp_path / "out", None)
-    with Image.open(tmp_path / "out" / "0000.png") as saved:
-        np.testing.assert_array_equal(np.asarray(saved), images[0].permute(1, 2, 0))
-
-
 def test_a_grid_of_rows_keeps_its_columns(tmp_path):
     explore.write_grid(torch.zeros(2, 5, 1, 8, 8, dtype=torch.uint8), tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as sheet:

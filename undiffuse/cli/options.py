@@ -37,6 +37,10 @@ DataArg = Annotated[
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The picture to write: .png, .jpg, .webp …")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the file (never a folder) if it is there")]
 SeedOpt = Annotated[int, typer.Option("--seed", help="Random seed: the same seed gives the same images")]
+SeedsOpt = Annotated[
+    str | None,
+    typer.Option("--seeds", help="A seed for each image instead of -n and --seed, such as 5,17,40-99"),
+]
 StepsOpt = Annotated[
     int | None, typer.Option("--steps", help="Number of sampling steps; all of the noise schedule unless given")
 ]
@@ -50,6 +54,7 @@ GridOpt = Annotated[
         help="How --steps are spread: even (in t), quadratic, log-snr or karras; unless given, what suits the process",
     ),
 ]
+MOST_SEEDS = 10**7
 SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 has order 2, heun,churn=40 sets its churn"
 SolverOpt = Annotated[str, typer.Option("--solver", help=f"Sampler: ancestral (the paper's), {SOLVERS}")]
 EtaOpt = Annotated[
@@ -232,6 +237,20 @@ def choose_steps(model: "Model", steps: int | None, times: str | None, grid: str
         return [float(part) for part in times.split(",")]
     except ValueError as error:
         raise UsageError(f'--times "{times}" is not a list of numbers; give for example 1,0.75,0.5,0.25') from error
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`5,17,40-99`: each image has its own."""
+    seeds = list[int]()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first or len(seeds) + last - first >= MOST_SEEDS:
+            raise UsageError(f'--seeds "{text}" is not a list of seeds; give numbers and ranges, such as 5,17,40-99')
+        seeds += range(first, last + 1)
+    if twice := next((seed for i, seed in enumerate(sorted(seeds)[1:]) if seed == sorted(seeds)[i]), None):
+        raise UsageError(f"--seeds {text} has {twice} twice, which is the same image; give it once")
+    return seeds
 
 
 def parse_sides(option: str, text: str) -> tuple[int, ...]:

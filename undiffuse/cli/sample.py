@@ -1,4 +1,4 @@
-"""The commands that draw: sample, and the figures of the paper that a model is looked into with."""
+"""The command that draws samples."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,55 +8,35 @@ import typer
 from undiffuse.cli.options import (
     BatchOpt,
     ClipOpt,
-    DataArg,
     DeviceOpt,
     EtaOpt,
-    FeatureWeightsOpt,
     GridOpt,
     LabelOpt,
     ModelArg,
-    OutOpt,
     OverwriteOpt,
     PrecisionOpt,
-    ReadOpt,
     SeedOpt,
-    SkipBadOpt,
+    SeedsOpt,
     SolverOpt,
     StepsOpt,
     TimesOpt,
     VarianceOpt,
     WeightsOpt,
     choose_steps,
-    open_like,
     open_model,
-    open_pair,
-    parse_sides,
+    parse_seeds,
     said,
     ticking,
     writable,
 )
 from undiffuse.cli.tools import JsonOpt, show
 from undiffuse.errors import UsageError
+from undiffuse.strict import whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from undiffuse.data.source import Source
-    from undiffuse.model.model import Model
-    from undiffuse.quality.feature.base import Extractor
-    from undiffuse.view.explore import Crop, Neighbours
-
-CropOpt = Annotated[
-    str | None,
-    typer.Option("--crop", help="Compare only a part, in pixels: the middle HEIGHTxWIDTH, or TOP,LEFT,HEIGHT,WIDTH"),
-]
-NeighbourFeaturesOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--features",
-        help="Compare in the features of an extractor of `undiffuse eval`, such as inception, not in pixels",
-    ),
-]
+    from undiffuse.key import Seed
+    from undiffuse.model.model import Model, Steps
+    from undiffuse.view.draw import Job
 
 
 def sample(
@@ -83,12 +63,15 @@ def sample(
     overwrite: OverwriteOpt = False,
     batch: BatchOpt = 64,
     seed: SeedOpt = 0,
+    seeds: SeedsOpt = None,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
     """Sample images, as PNG files and a grid or as one array.
 
-    Image i depends only on the seed, on i and on its label. A folder that already holds samples is refused.
+    Image i depends only on the seed, on i and on its label; with --seeds each depends on its own seed, and its PNG is
+    named after it. The same command goes on where it was ended and makes only the files that are missing; a folder
+    with samples of another command is refused.
 
     Examples:
 
@@ -97,296 +80,78 @@ def sample(
     - `undiffuse sample runs/photos -n 64 --steps 50 --solver ddim --out samples`
     - `undiffuse sample runs/pets --label all -n 8 --out pets` (a row for each class)
     - `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
+    - `undiffuse sample fashion-mnist --seeds 5,17,40-99 --out chosen`
     """
     from undiffuse.machine import dist
-    from undiffuse.view import explore
+    from undiffuse.view import draw
 
     _refuse_places(out, npz, overwrite)
     loaded = open_model(model, device, clip, variance, weights, precision)
-    chosen = choose_steps(loaded, steps, times, grid)
-    rows = loaded.count(1, label) > 1
-    n = (8 if rows else 64) if n is None else n
-    total = loaded.count(n, label)
-    with dist.joined(dist.LONG), ticking(loaded.sampling_steps(total, chosen, batch), "sampling", as_json) as tick:
-        images = loaded.sample(n, chosen, loaded.sampler(solver, eta), seed, batch, label, tick)
+    walk, numbers = choose_steps(loaded, steps, times, grid), _seed(seed, seeds, n)
+    job, rows = _job(loaded, n, numbers, label, batch, walk, solver, eta)
+    wait = loaded.sampling_steps(job.n, job.times, job.batch)
+    with dist.joined(dist.LONG), ticking(wait, "sampling", as_json) as tick:
+        written = draw.draw(job, draw.Places(out, npz), rows, tick)
     if not dist.is_first():
         return
-    written = explore.write_images(images, out, npz, columns=n if rows else None)
-    taken: dict[str, Any] = {"steps": len(loaded.times(chosen)) - 1, "solver": solver, "seed": seed}
+    taken: dict[str, Any] = {"steps": len(job.times) - 1, "solver": solver, "seed": job.seed}
     taken |= {} if precision is None else {"precision": loaded.precision}
-    taken |= said(loaded.told(label, total, seed), loaded)
-    show({"images": total, **taken, **written, **(_channels(images.shape[1]) if out is not None else {})}, as_json)
+    taken |= said(job.told, loaded)
+    show({"images": job.n, **taken, **written, **_channels(out, loaded.image_shape[0])}, as_json)
+
+
+def _seed(seed: int, seeds: str | None, n: int | None) -> "Seed":
+    """The seed of all, or of each. Raises UsageError where two options say the same."""
+    if seeds is None:
+        return seed
+    if n is not None:
+        raise UsageError(f"--seeds {seeds} says how many images, and -n {n} too; give one of them")
+    if seed:
+        raise UsageError(f"--seeds {seeds} and --seed {seed} say the same twice; give one of them")
+    return parse_seeds(seeds)
+
+
+def _job(
+    model: "Model",
+    n: int | None,
+    seed: "Seed",
+    label: str | None,
+    batch: int,
+    steps: "Steps",
+    solver: str,
+    eta: float | None,
+) -> "tuple[Job, int | None]":
+    """What is drawn, and the columns of the grid where each class has a row."""
+    from undiffuse.view.draw import Job
+
+    rows = model.count(1, label) > 1
+    if isinstance(seed, list):
+        if rows:
+            raise UsageError(f"--seeds names single images, and --label {label} rows of them; give one class")
+        n = len(seed)
+    n = whole("n", (8 if rows else 64) if n is None else n, 1)
+    total, columns = model.count(n, label), n if rows else None
+    told, sampler = model.told(label, total, seed), model.sampler(solver, eta)
+    return Job(model, total, model.times(steps), sampler, told, seed, whole("batch", batch, 1)), columns
 
 
 def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
     """Raises UsageError unless there is a place to write to, and all are free."""
-    from undiffuse.view import explore
+    from undiffuse.view import draw
 
     if out is None and npz is None:
         raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
     if out is not None:
-        explore.refuse_drawn(out)
+        draw.refuse(out)
     writable(npz, overwrite, picture=False)
 
 
-def _channels(count: int) -> dict[str, str]:
+def _channels(out: Path | None, count: int) -> dict[str, str]:
     """How the PNGs hold the channels, where that has to be said."""
     from undiffuse.figure import written
 
-    return {"channels": written(count)} if written(count) else {}
-
-
-def progressive(
-    model: ModelArg,
-    out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="Number of images")] = 8,
-    slots: Annotated[int | None, typer.Option("--slots", help="Number of columns; 20 unless given")] = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = "ancestral",
-    eta: EtaOpt = None,
-    clip: ClipOpt = True,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    label: LabelOpt = None,
-    overwrite: OverwriteOpt = False,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "auto",
-    as_json: JsonOpt = False,
-) -> None:
-    """Draw the predicted x_0 at stages of sampling.
-
-    Each row is one image, from noise to the sample (Fig. 6 of the paper). Large features appear first.
-
-    Example:
-
-    \b
-    - `undiffuse progressive fashion-mnist --steps 100 --out progressive.png`
-    """
-    from undiffuse.view import explore
-
-    writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights)
-    chosen = choose_steps(loaded, steps, times, grid)
-    total = len(loaded.times(chosen)) - 1
-    slots = min(20, total) if slots is None else slots
-    with ticking(total, "progressive", as_json) as tick:
-        images, at = explore.progressive(loaded, n, seed, chosen, slots, tick, loaded.sampler(solver, eta), label)
-    explore.write_grid(images, out)
-    show({"picture": out, "t": [float(t) for t in at], **said(loaded.told(label, len(images), seed), loaded)}, as_json)
-
-
-def shared(
-    model: ModelArg,
-    out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="Number of images that share each latent")] = 8,
-    at: Annotated[
-        list[float] | None, typer.Option("--at", help="Time t of a shared latent, 0 to 1; may be repeated")
-    ] = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = "ancestral",
-    eta: EtaOpt = None,
-    clip: ClipOpt = True,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    label: LabelOpt = None,
-    overwrite: OverwriteOpt = False,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "auto",
-    as_json: JsonOpt = False,
-) -> None:
-    """Draw samples that share one latent x_t.
-
-    Each row is one time t (Fig. 7 of the paper). Its samples share the chain from noise down to x_t and differ after
-    it.
-
-    Example:
-
-    \b
-    - `undiffuse shared fashion-mnist --at 1 --at 0.75 --at 0.5 --at 0.25 --out shared.png`
-    """
-    from undiffuse.view import explore
-
-    writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights)
-    chosen = choose_steps(loaded, steps, times, grid)
-    at = at or [1.0, 0.75, 0.5, 0.25]
-    with ticking(explore.shared_steps(loaded, at, chosen), "shared latents", as_json) as tick:
-        images, branches = explore.shared(loaded, n, seed, at, chosen, tick, loaded.sampler(solver, eta), label)
-    explore.write_grid(images, out)
-    show({"picture": out, "t": [float(t) for t in branches], **said(loaded.told(label, 1, seed), loaded)}, as_json)
-
-
-def interpolate(
-    model: ModelArg,
-    first: Annotated[
-        Path, typer.Argument(metavar="A.png", help="The first picture, of any size and format that Pillow reads")
-    ],
-    second: Annotated[Path, typer.Argument(metavar="B.png", help="The second picture")],
-    out: OutOpt,
-    t: Annotated[
-        list[float] | None, typer.Option("--t", help="Time t to add noise up to, 0 to 1; may be repeated, a row each")
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option("--count", help="Number of mixtures from A to B; 11 unless given")
-    ] = None,
-    mix: Annotated[
-        list[float] | None,
-        typer.Option("--lambda", help="Share of B, 0 to 1 or beyond, instead of --count; may be repeated"),
-    ] = None,
-    settings: ReadOpt = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = "ancestral",
-    eta: EtaOpt = None,
-    clip: ClipOpt = True,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    label: LabelOpt = None,
-    overwrite: OverwriteOpt = False,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "auto",
-    as_json: JsonOpt = False,
-) -> None:
-    """Interpolate between two pictures.
-
-    Noise is added to both up to time t, the noisy pictures are mixed, and the mixtures are denoised (Figs. 8 and 9 of
-    the paper).
-
-    Examples:
-
-    \b
-    - `undiffuse interpolate fashion-mnist a.png b.png --t 0.25 --t 0.5 --t 0.75 --out mix.png`
-    - `undiffuse interpolate fashion-mnist a.png b.png --lambda 0.1 --lambda 0.9 --out mix.png`
-    """
-    from undiffuse.view import explore
-
-    writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights)
-    chosen = choose_steps(loaded, steps, times, grid)
-    pictures = open_pair(loaded, first, second, settings)
-    if mix and count is not None:
-        raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
-    if count is not None and count < 2:
-        raise UsageError(f"--count {count} is not possible; give 2 or more, the pictures themselves included")
-    count, at = 11 if count is None else count, t or [0.5]
-    lambdas = mix or [i / (count - 1) for i in range(count)]
-    sampler = loaded.sampler(solver, eta)
-    with ticking(explore.interpolation_steps(loaded, at, chosen), "interpolation", as_json) as tick:
-        images = explore.interpolate(loaded, *pictures, at, lambdas, seed, chosen, tick, sampler, label)
-    explore.write_grid(images, out)
-    show({"picture": out, "t": at, "lambda": lambdas, **said(loaded.told(label, 1, seed), loaded)}, as_json)
-
-
-def neighbours(
-    model: ModelArg,
-    data: DataArg,
-    out: OutOpt,
-    n: Annotated[int, typer.Option("-n", help="Number of samples")] = 8,
-    k: Annotated[int, typer.Option("-k", help="Number of neighbours of each sample")] = 8,
-    crop: CropOpt = None,
-    features: NeighbourFeaturesOpt = None,
-    feature_weights: FeatureWeightsOpt = None,
-    settings: ReadOpt = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = "ancestral",
-    eta: EtaOpt = None,
-    clip: ClipOpt = True,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    skip_bad: SkipBadOpt = False,
-    label: LabelOpt = None,
-    overwrite: OverwriteOpt = False,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "auto",
-    as_json: JsonOpt = False,
-) -> None:
-    """Find the training images nearest to samples.
-
-    This shows whether the model has copied its training data (Figs. 12 and 15 of the paper). Each row is one sample
-    and its nearest training images, compared pixel by pixel or in features. `undiffuse eval` tells how many are copies.
-
-    Examples:
-
-    \b
-    - `undiffuse neighbours fashion-mnist fashion-mnist --steps 100 --out neighbours.png`
-    - `undiffuse neighbours runs/faces faces/ --crop 100x100 --out neighbours.png`
-    - `undiffuse neighbours fashion-mnist fashion-mnist --features classifier-28 --steps 100 --out neighbours.png`
-    """
-    import torch
-
-    from undiffuse.data.format.several import join
-    from undiffuse.data.listing import refuse_inside
-    from undiffuse.model.classes import drawn
-    from undiffuse.view import explore
-
-    writable(out, overwrite)
-    refuse_inside(out, join(data), "--out")
-    _refuse_both(crop, features, feature_weights)
-    loaded = open_model(model, device, clip, variance, weights)
-    chosen = choose_steps(loaded, steps, times, grid)
-    source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
-    explore.comparable(loaded.image_shape, source, k, box)
-    extractor = None if features is None else _extractor(features, feature_weights, loaded)
-    total = loaded.count(n, label)
-    told = drawn(loaded.classes, n, seed) if label is None else loaded.told(label, total, seed)
-    with ticking(loaded.sampling_steps(total, chosen), "sampling", as_json) as tick:
-        samples = loaded.sample(total, chosen, loaded.sampler(solver, eta), seed, label=told.label, progress=tick)
-    near, seen = _nearest(extractor, samples, source, k, box, as_json)
-    rows = torch.stack([torch.cat([s[None], source.gather(i)[0]]) for s, i in zip(samples, near.indices, strict=True)])
-    explore.write_grid(rows, out)
-    show({"picture": out, **said(told, loaded), **seen, "index": near.indices.tolist()}, as_json)
-
-
-def _refuse_both(crop: str | None, features: str | None, weights: Path | None) -> None:
-    """UsageError for a part of features, and for weights of none."""
-    if features is not None and crop is not None:
-        raise UsageError(f"--crop {crop} is for pixels, and --features {features} see whole images; give one of them")
-    if weights is not None and features is None:
-        raise UsageError("--feature-weights is for --features, which is not given; give it too, or leave both out")
-
-
-def _nearest(
-    extractor: "Extractor | None", samples: "Tensor", source: "Source", k: int, crop: "Crop | None", as_json: bool
-) -> "tuple[Neighbours, dict[str, Any]]":
-    """Also what is shown of them."""
-    from undiffuse.view import explore
-
-    if extractor is None:
-        near = explore.neighbours(samples, source, k, crop)
-        return near, {"rmse_of_nearest": near.distance[:, 0].tolist()}
-    near = explore.neighbours_in(extractor, samples, source, k, lambda what, total: ticking(total, what, as_json))
-    return near, {"features": extractor.name, "distance_of_nearest": near.distance[:, 0].tolist()}
-
-
-def _extractor(name: str, weights: Path | None, model: "Model") -> "Extractor":
-    """With its weights, before anything is drawn. Raises UsageError for images that it cannot see."""
-    from undiffuse.quality.feature.base import open_features
-
-    found = open_features(name, model.device, weights, shape=model.image_shape)
-    found.check(model.image_shape)
-    return found
-
-
-def parse_crop(text: str) -> "Crop":
-    """(height, width) of `100x100` or `100`, (top, left, height, width) of four numbers with commas."""
-    parts = text.split(",")
-    if len(parts) == 4 and all(part.isdecimal() for part in parts):
-        top, left, height, width = map(int, parts)
-        return top, left, height, width
-    if "," in text:
-        raise UsageError(f'--crop "{text}" is not TOP,LEFT,HEIGHT,WIDTH; give four numbers, or 100x100 for the middle')
-    sides = parse_sides("--crop", text)
-    return sides[0], sides[-1]
+    return {"channels": written(count)} if out is not None and written(count) else {}
 
 
 def register(app: typer.Typer) -> None:
-    """Adds these commands to the application."""
-    for command in (sample, progressive, shared, interpolate, neighbours):
-        app.command()(command)
+    app.command("sample")(sample)

@@ -36,7 +36,7 @@ SYSTEM = frozenset(
 OF_TAR = re.compile(r"(?:paxheaders?|gnusparsefile)(?:\.\d+)?|@longlink", re.IGNORECASE)
 
 GRID = "grid.png"  # beside samples, all of them in one picture
-MARK = ".undiffuse"  # an empty file in a folder of samples, so that they are not taken for data
+MARK = ".undiffuse"  # in a folder of samples, so that they are not taken for data; it says what was asked, or nothing
 CONFIG = "config.toml"  # what a run folder has, with a checkpoint or its data beside it
 RUN = re.compile(r"step-\d{9}|data\.json|log\.jsonl")
 

@@ -1,4 +1,5 @@
-"""Where a chain looks: n steps from t = 1 down to 0. What is even in t suits tables; what suits σ/alpha is other.
+"""Where a chain looks: n steps down to t = 0, from 1 or a little below it. What is even in t suits tables; what suits
+σ/alpha is other.
 
 A process names the grid that suits it (`Process.suits`); a user may name another.
 """
@@ -23,7 +24,7 @@ class Grid(ABC):
 
     @abstractmethod
     def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
-        """The times before the last one, 0: falling, from 1 on, in float64. They need not be points of a table."""
+        """The times before the last one, 0: falling, at most 1, in float64. They need not be points of a table."""
 
     def times(self, process: Process, steps: int | None = None) -> Float[Tensor, "times"]:
         """`steps` falling times and 0; as many as a table has unless said."""
@@ -56,7 +57,8 @@ class Quadratic(Grid):
 class InSigma(Grid):
     """Rules for σ/alpha, from that of t = 1 or `sigma_max` to that of t_min or `sigma_min`.
 
-    Where alpha(1) is 0 or nearly, the first time stands for `sigma_max` and is 1 all the same: both are noise.
+    Between σ/alpha = 80 and infinity, where many tables end, there is nothing to see but the mean of the data: a chain
+    begins below t = 1 and at that mean (`Model.chain`).
     """
 
     sigma_min: Positive = 0.002
@@ -77,9 +79,11 @@ class InSigma(Grid):
             )
         share = torch.linspace(0, 1, steps, dtype=F64, device="cpu")
         times = process.time(-2 * self.between(first, last, share).log()).clamp(process.t_min, 1)
-        if last == low:
-            times[-1] = process.t_min  # and not the next number to it, with which a step would begin and end at once
-        times[0] = 1
+        # The ends as they are, and not the next number to them, with which a step would begin and end at once.
+        if last == low and steps > 1:
+            times[-1] = process.t_min
+        if first == high:
+            times[0] = 1
         return times
 
 

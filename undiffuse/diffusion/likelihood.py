@@ -75,8 +75,9 @@ NEAR = 1e-9  # of t_min: nearer than this, a grid that was computed has hit it
 
 
 def chain(process: Process, steps: int | None = None, grid: Grid | None = None) -> Float[Tensor, "times"]:
-    """The times of the bound, ascending from 0; 1/T is always one of them, because the decoder stands there."""
+    """The times of the bound, ascending from 0 to 1; 1/T is always one of them, because the decoder stands there."""
     times = (grid or suited(process)).times(process, steps).flip(0)
+    times[-1] = 1  # where the prior is, wherever the grid would let samples begin
     if times[1] <= process.t_min * (1 + NEAR):
         times[1] = process.t_min
     else:

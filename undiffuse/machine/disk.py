@@ -5,15 +5,16 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any
 
 from undiffuse import strict
 from undiffuse.errors import Corrupt, StorageError, UsageError
 
+Data = bytes | bytearray | Iterable[bytes]  # whole, or in pieces
 CHUNK = 2**24  # bytes in one write
 CACHE = "UNDIFFUSE_CACHE"
 SMALL = 2**20  # bytes of JSON that are read; a longer text could take seconds, and much memory, to refuse
@@ -22,8 +23,8 @@ SMALL = 2**20  # bytes of JSON that are read; a longer text could take seconds, 
 def hook(change: str, path: Path, detail: Path | memoryview | None = None) -> None:
     """Called before each change to the disk; `detail` is the target of a rename or the bytes of a write.
 
-    Does nothing: this is where a test puts its fault. All changes are made by the next six functions, but for the
-    two of the lock file.
+    Does nothing: this is where a test puts its fault. All changes are made by the next functions, but for the two of
+    the lock file.
     """
 
 
@@ -36,16 +37,30 @@ def make_folder(path: Path) -> None:
         sync_folder(path.parent)
 
 
-def create(path: Path, data: bytes | bytearray) -> None:
+def create(path: Path, data: Data) -> None:
     """A new file, durable but for its name; FileExistsError if there is one."""
     hook("create", path)
     with open(path, "xb", buffering=0) as file:
-        rest = memoryview(data)
+        _write(path, file, data)
+
+
+def append(path: Path, at: int, data: bytes) -> None:
+    """Bytes at that place of a file, behind which it ends; durable. Raises StorageError."""
+    with writing(path, len(data)), open(path, "r+b", buffering=0) as file:
+        hook("truncate", path)
+        file.truncate(at)
+        file.seek(at)
+        _write(path, file, data)
+
+
+def _write(path: Path, file: RawIOBase, data: Data) -> None:
+    for piece in (data,) if isinstance(data, (bytes, bytearray)) else data:
+        rest = memoryview(piece)
         while rest:
             hook("write", path, rest[:CHUNK])
-            rest = rest[file.write(rest[:CHUNK]) :]
-        hook("sync", path)
-        os.fsync(file.fileno())
+            rest = rest[file.write(rest[:CHUNK]) or 0 :]
+    hook("sync", path)
+    os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
@@ -125,10 +140,10 @@ def reading(path: Path) -> Iterator[BufferedReader]:
         raise Corrupt(f"{path} cannot be read: {error.strerror}; restore it from a copy") from error
 
 
-def write_atomic(path: Path, data: bytes | bytearray) -> None:
+def write_atomic(path: Path, data: Data) -> None:
     """Makes or replaces a file, and its folder if there is none. Raises StorageError."""
     temporary = beside(path, "tmp")
-    with writing(path, len(data), temporary):
+    with writing(path, len(data) if isinstance(data, (bytes, bytearray)) else 0, temporary):
         make_folder(path.parent)
         create(temporary, data)
         rename(temporary, path)

@@ -13,12 +13,17 @@ from undiffuse.model.model import Model
 FORMAT, QUERY = 1, "query.json"
 
 
-def check(out: Path, question: dict[str, Any]) -> dict[str, Any]:
-    """The question with its format, which `disk.write_json` puts into the folder. UsageError if another is there."""
+def check(
+    out: Path, question: dict[str, Any], name: str = QUERY, another: str = "another measurement"
+) -> dict[str, Any]:
+    """The question with its format, which `disk.write_json` puts into the folder. UsageError if another is there.
+
+    `name` is that of its file, and `another` says what the folder holds then.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give the name of a folder")
     question = {"format": FORMAT} | question
-    path = out / QUERY
+    path = out / name
     if not path.exists():
         return question
     before = disk.read_json(path)
@@ -28,17 +33,15 @@ def check(out: Path, question: dict[str, Any]) -> dict[str, Any]:
     before = {"precision": "float32"} | before  # which older ones do not name
     changed = [key for key in question if before.get(key) != question[key]]
     if changed:
-        raise UsageError(
-            f"{out} holds another measurement (other {', '.join(changed)}); give the same settings or another --out"
-        )
+        raise UsageError(f"{out} holds {another} (other {', '.join(changed)}); give the same settings or another --out")
     return question
 
 
-def take(out: Path, question: dict[str, Any]) -> None:
+def take(out: Path, question: dict[str, Any], name: str = QUERY) -> None:
     """Makes the folder that of the question. UsageError if it is another's; process 0 writes."""
-    question = check(out, question)
+    question = check(out, question, name)
     if dist.rank() == 0:
-        disk.write_json(out / QUERY, question)
+        disk.write_json(out / name, question)
 
 
 def in_other(model: Model) -> dict[str, str]:

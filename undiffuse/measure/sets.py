@@ -1,6 +1,6 @@
 """The sets of images that an evaluation looks at: samples, the reference, and real images apart from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
 from undiffuse.errors import DataError, NoSplit, UsageError
-from undiffuse.key import Key
+from undiffuse.key import Key, Seed
 from undiffuse.machine.device import name_of as device_name
 from undiffuse.measure.claim import digest, in_other
 from undiffuse.model.classes import Label, drawn
@@ -54,6 +54,25 @@ class Drawing:
     label: Label = None
 
 
+def said_of_drawing(
+    model: Model, times: Tensor, sampler: Sampler, seed: Seed, labels: str
+) -> tuple[dict[str, Any], str]:
+    """What makes samples so, in words, and a digest of it and of the weights."""
+    said: dict[str, Any] = {
+        "solver": SAMPLERS.name_of(sampler),
+        **plain(sampler),
+        "steps": len(times) - 1,
+        "evaluations": evaluations(model, times, sampler),
+        **_walk(model, times),
+        "clip": model.denoiser.clip,
+        **in_other(model),
+        "seed": [int(each) for each in seed] if isinstance(seed, Sequence) else int(seed),
+        **({} if model.classes is None else {"labels": labels}),
+    }
+    question = {"weights": digest_of(model), "config": plain(model.config), **said, "walk": times.tolist()}
+    return said, digest(question)
+
+
 def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
     """n images of a model, drawn when they are asked for: the same as `sample` draws with that seed.
 
@@ -67,19 +86,8 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
         some = keys[slice(int(index[0]), int(index[-1]) + 1)]
         return to_uint8(model.chain(some, times, sampler, told.conditioning.at(index)))
 
-    said: dict[str, Any] = {
-        "solver": SAMPLERS.name_of(sampler),
-        **plain(sampler),
-        "steps": len(times) - 1,
-        "evaluations": evaluations(model, how),
-        **_walk(model, times),
-        "clip": model.denoiser.clip,
-        **in_other(model),
-        "seed": seed,
-        **({} if model.classes is None else {"labels": told.words}),
-    }
-    question = {"weights": digest_of(model), "config": plain(model.config), **said, "walk": times.tolist()}
-    return Samples(n, model.image_shape, said, digest(question), images)
+    said, found = said_of_drawing(model, times, sampler, seed, told.words)
+    return Samples(n, model.image_shape, said, found, images)
 
 
 def _walk(model: Model, times: Tensor) -> dict[str, Any]:
@@ -100,7 +108,7 @@ def said_of(model: Model, source: Any) -> dict[str, Any]:
     return {"source": named, "sha256": digest_of(model)} | known | how | {"device": device_name(model.device)}
 
 
-def evaluations(model: Model, how: Drawing) -> int:
+def evaluations(model: Model, times: Tensor, sampler: Sampler) -> int:
     """How often the network is asked for one image: counted on a chain of one value, which asks nobody."""
     calls = 0
 
@@ -110,7 +118,6 @@ def evaluations(model: Model, how: Drawing) -> int:
         zero = torch.zeros_like(x_t)
         return Prediction(zero, zero, zero, None)
 
-    sampler, times = model.sampler(how.solver, how.eta), model.times(how.steps)
     sample(sampler, denoise, model.process, Key(0).rows(1), (1, 1, 1), times)
     return calls
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from undiffuse.config import Number
 from undiffuse.data.source import Source
 from undiffuse.errors import DataError, UsageError, nearest
-from undiffuse.key import Key
+from undiffuse.key import Key, Keys, Seed
 from undiffuse.network.base import Conditioning
 
 ALL, RANDOM, NONE = "all", "random", "none"
@@ -110,12 +110,12 @@ class Classes:
         bare = [_named(number, name) for number, name in enumerate(self.names) if not self.counts[number]]
         return ", ".join(bare[:SHOWN]) + (f" and {len(bare) - SHOWN} more" if len(bare) > SHOWN else "")
 
-    def random(self, n: int, key: Key) -> Int[Tensor, "n"]:
-        """Classes as often as they were trained on; that of image i depends on the key and on i alone."""
+    def random(self, keys: Keys) -> Int[Tensor, "n"]:
+        """Classes as often as they were trained on; that of an image depends on its key alone."""
         counts = torch.tensor(self.counts, dtype=torch.float64, device="cpu")
         share = (counts / counts.sum()).cumsum(0)
         # The first class whose sum is above; one that was never trained on has no room of its own.
-        return torch.searchsorted(share, key.fold("label").rows(n).uniform(), right=True).clamp(max=len(counts) - 1)
+        return torch.searchsorted(share, keys.fold("label").uniform(), right=True).clamp(max=len(counts) - 1)
 
     def mapped(self, labels: Int[Tensor, "n"], names: tuple[str, ...] | None, what: str) -> Int[Tensor, "n"]:
         """Labels of another data set as ours, by the names of the classes. Raises DataError for one that we lack."""
@@ -137,7 +137,7 @@ def _named(number: int, name: str) -> str:
     return name if name == str(number) else f"{number} {name}"
 
 
-def told(classes: Classes | None, label: Label, n: int, seed: SupportsIndex = 0) -> Told:
+def told(classes: Classes | None, label: Label, n: int, seed: Seed = 0) -> Told:
     """The labels of n images that are drawn. Raises UsageError for one that is not known, or is missing.
 
     With `all` the first n / classes images are of class 0, the next of class 1, and so on.
@@ -168,14 +168,14 @@ def _number_or_none(classes: Classes, label: Any) -> int:
     return classes.number(label)
 
 
-def drawn(classes: Classes | None, n: int, seed: SupportsIndex = 0) -> Told:
+def drawn(classes: Classes | None, n: int, seed: Seed = 0) -> Told:
     """The labels of n images that stand for what the model draws: each class as often as in training."""
     if classes is None:
         return Told(None, NONE)
-    return Told(classes.random(n, Key(seed)), f"{RANDOM}, as often as in training")
+    return Told(classes.random(Key.each(seed, n)), f"{RANDOM}, as often as in training")
 
 
-def _one(classes: Classes, label: str | SupportsIndex, n: int, seed: SupportsIndex) -> Told:
+def _one(classes: Classes, label: str | SupportsIndex, n: int, seed: Seed) -> Told:
     if label not in classes.names:
         if label == NONE:
             classes.none()
@@ -192,7 +192,7 @@ def _one(classes: Classes, label: str | SupportsIndex, n: int, seed: SupportsInd
 
 
 def told_of(
-    classes: Classes | None, source: Source, index: Int[Tensor, "n"], label: Label = None, seed: SupportsIndex = 0
+    classes: Classes | None, source: Source, index: Int[Tensor, "n"], label: Label = None, seed: Seed = 0
 ) -> Told:
     """The labels of images of a data set that are measured: its own, unless others are given.
 

@@ -1,6 +1,6 @@
 """The one object that users hold: a trained denoiser that knows its own shape, process and history."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -24,7 +24,7 @@ from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Along, Sampler, sample
 from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unknown
-from undiffuse.key import Key, Keys
+from undiffuse.key import Key, Keys, Seed
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
 from undiffuse.model.classes import ALL, Classes, Label, Told, told
@@ -33,6 +33,7 @@ from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.strict import whole
 
 PRECISIONS = ("auto", "float32", *machine.HALF, "tf32")
+DRAWS = 8  # of x̂_0 at t = 1, for the mean that a chain begins at
 
 Steps = SupportsIndex | Sequence[float | int] | Tensor | None  # as in `Model.times`
 
@@ -110,7 +111,7 @@ class Model:
             raise Corrupt(f"this model has {count} classes and names for {len(found.names)}; it is damaged")
         return found
 
-    def told(self, label: Label, n: int, seed: SupportsIndex = 0) -> Told:
+    def told(self, label: Label, n: int, seed: Seed = 0) -> Told:
         """The labels of n images: see `classes.py` for what `label` may be. Raises UsageError."""
         return told(self.classes, label, n, seed)
 
@@ -201,12 +202,14 @@ class Model:
         n: SupportsIndex,
         steps: Steps = None,
         solver: str | Sampler = "ancestral",
-        seed: SupportsIndex = 0,
+        seed: Seed = 0,
         batch: SupportsIndex = 64,
         label: Label = None,
         progress: Callable[[int], None] | None = None,
     ) -> UInt8[Tensor, "n c h w"]:
         """n images; image i depends on the seed and on i alone. All steps of the table unless `steps` says fewer.
+
+        Of n seeds each makes the image that it makes alone, the first of its own.
 
         `label` is a class by name or number, one for each image, `random` (as often as in training), `none`, or `all`:
         then n images of each class that was trained on, class by class. The processes of a run take turns at the
@@ -214,14 +217,38 @@ class Model:
         `sampling_steps`.
         """
         n, batch = self.count(whole("n", n, 1), label), whole("batch", batch, 1)
-        told, keys, batch = self.told(label, n, seed), Key(seed).fold("sample").rows(n), _share(n, batch)
-        images, times = torch.zeros(n, *self.image_shape, dtype=torch.uint8, device="cpu"), self.times(steps)
-        with dist.alike():
-            for i in dist.turns(n, batch):
-                cond = told.conditioning.at(slice(i, i + batch))
-                x = self.chain(keys[i : i + batch], times, self.sampler(solver), cond, progress=progress)
-                images[i : i + batch] = to_uint8(x)
-        return dist.total(images)
+        told, keys, times = self.told(label, n, seed), Key.each(seed, n).fold("sample"), self.times(steps)
+        images = torch.zeros(n, *self.image_shape, dtype=torch.uint8, device="cpu")
+        for first, some in self.draw(keys, times, self.sampler(solver), told.conditioning, batch, progress):
+            images[first : first + len(some)] = some
+        return images
+
+    def draw(
+        self,
+        keys: Keys,
+        times: Float[Tensor, "times"],
+        sampler: Sampler,
+        cond: Conditioning = NOTHING,
+        batch: int = 64,
+        progress: Callable[[int], None] | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, UInt8[Tensor, "b c h w"]]]:
+        """The images of `sample` batch by batch, with the number of the first; only those that begin at `starts`.
+
+        The processes of a run take turns at the batches, and each is given all of them.
+        """
+        batch, n = _share(len(keys.rows), batch), len(keys.rows)
+        starts = range(0, n, batch) if starts is None else starts
+        for turn in range(0, len(starts), dist.size()):
+            part = starts[turn : turn + dist.size()]
+            images = torch.zeros(len(part), batch, *self.image_shape, dtype=torch.uint8, device="cpu")
+            with dist.alike():
+                if dist.rank() < len(part):
+                    some = slice(part[dist.rank()], part[dist.rank()] + batch)
+                    x = self.chain(keys[some], times, sampler, cond.at(some), progress=progress)
+                    images[dist.rank(), : len(x)] = to_uint8(x)
+            for first, made in zip(part, dist.total(images), strict=True):
+                yield first, made[: n - first]
 
     def count(self, n: int, label: Label = None) -> int:
         """How many images `sample` draws: n, or n of each class."""
@@ -269,7 +296,8 @@ class Model:
     ) -> Float[Tensor, "b c h w"]:
         """One batch along `times`, in float32 on the model's device, returned on the CPU.
 
-        `callback(remaining, x, t)` is called before each step, `progress(1)` after it.
+        From `start`, or from noise at the first of the times; below t = 1 with `mean` in it, which noise alone would
+        lack. `callback(remaining, x, t)` is called before each step, `progress(1)` after it.
         """
         self.config.parameterisation.check(self.process)
         like = torch.empty(1, *self.config.image, dtype=torch.float32, device=self.device)
@@ -281,8 +309,11 @@ class Model:
             if callback is not None:
                 callback(remaining, x, t)
 
-        start = None if start is None else start.to(self.device)
-        x = sample(sampler, denoise, self.process, keys.to(self.device), self.config.image, times, watch, start)
+        keys, start = keys.to(self.device), None if start is None else start.to(self.device)
+        if start is None and times[0] < 1:
+            eps = keys.fold("x_T").normal(*self.config.image)
+            start = self.process.marginal(self._means_of(cond).to(eps).expand_as(eps), eps, times[:1].expand(len(eps)))
+        x = sample(sampler, denoise, self.process, keys, self.config.image, times, watch, start)
         if progress is not None and len(times) > 1:
             progress(1)
         if not bool(x.isfinite().all()):
@@ -292,6 +323,27 @@ class Model:
                 + ("" if self.precision == "float32" else f"; so is another --precision than {self.precision}")
             )
         return x.cpu()
+
+    @torch.no_grad()
+    def mean(self, label: int | None = None) -> Float[Tensor, "c h w"]:
+        """E[x_0] of a class as the network has it, in [−1, 1]: x̂_0 at t = 1, where x_t tells nothing.
+
+        Over 8 draws of x_1, each an evaluation for one image; it is kept, so that it costs that once.
+        """
+        if label not in self._means:
+            x = self.process.prior_std * Key(0).fold("mean").rows(DRAWS).to(self.device).normal(*self.image_shape)
+            told = None if label is None else torch.full((DRAWS,), label, dtype=torch.int64, device=self.device)
+            at = torch.ones(DRAWS, dtype=F64, device="cpu")
+            self._means[label] = self.denoiser(x, at, Conditioning(told)).x_0.mean(0).cpu()
+        return self._means[label]
+
+    @cached_property
+    def _means(self) -> dict[int | None, Tensor]:
+        return {}
+
+    def _means_of(self, cond: Conditioning) -> Float[Tensor, "#b c h w"]:
+        """That of each image of a batch, or of all."""
+        return torch.stack([self.mean(label) for label in ([None] if cond.label is None else cond.label.tolist())])
 
     def parameters(self) -> int:
         """How many weights the network has."""

@@ -28,7 +28,7 @@ from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import load_recipe
 from undiffuse.training.loop import Budget, train
-from undiffuse.view import explore, pieces
+from undiffuse.view import draw, explore, pieces
 from undiffuse.view.report import Figure, Section, Table, write_report
 
 SURE = 0.9  # the probability from which a digit counts as recognised
@@ -96,7 +96,7 @@ def run_demo(out: Path, quick: bool = False, model: Model | None = None, say: Sa
         f"Made in {took} on {torch.get_num_threads()} threads of a CPU, from data inside the package. First a model is "
         "trained from nothing on tiny digits; then a trained one draws clothes and is measured."
     )
-    explore.mark_samples(out)
+    draw.mark(out)
     write_report(out / "report.html", sections, "undiffuse demo", f"{lead}\n\n{_warning(quick)}")
     say(f"done in {took}; the report is {out / 'report.html'}")
     return out / "report.html"

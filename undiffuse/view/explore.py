@@ -12,16 +12,14 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from undiffuse.data.listing import GRID, MARK, is_picture
 from undiffuse.data.source import Source
 from undiffuse.diffusion.numbers import F64, per_image
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler
-from undiffuse.errors import DataError, StorageError, UsageError
-from undiffuse.figure import encoded, enlarged, grid, picture, png
+from undiffuse.errors import DataError, UsageError
+from undiffuse.figure import encoded, enlarged, grid
 from undiffuse.key import Key, Keys
 from undiffuse.machine import disk
-from undiffuse.machine.arrayfile import write_arrays
 from undiffuse.measure.along import stops, x_0_along
 from undiffuse.measure.passes import Ticking, over_real, silent
 from undiffuse.model.classes import Label
@@ -274,55 +272,6 @@ def langevin(
 def write_grid(images: UInt8[Tensor, "rows columns c h w"], path: Path) -> None:
     """Rows of pictures as one, small ones enlarged, in the format that the name says."""
     disk.write_atomic(path, encoded(grid(images.flatten(0, 1), images.shape[1], enlarged(images.shape[-1])), path))
-
-
-def write_images(
-    images: UInt8[Tensor, "n c h w"], folder: Path | None, npz: Path | None, columns: int | None = None
-) -> dict[str, Path]:
-    """PNG files and a grid in `folder`, one array `arr_0` [n, h, w, c] in `npz`; returns what was written, by kind.
-
-    `figure.picture` says how a PNG holds the channels; the array has them as they are. Each file is whole or not there,
-    and none is written over but that of `npz`. Raises UsageError for one that is there already, and StorageError, which
-    says how many pictures are written.
-    """
-    written: dict[str, Path] = {}
-    if folder is not None:
-        digits = max(4, len(str(len(images) - 1)))
-        for i, image in enumerate(images):
-            try:
-                disk.write_new(folder / f"{i:0{digits}}.png", png(picture(image)))
-            except StorageError as error:
-                raise StorageError(f"{error}. {i} of {len(images)} pictures are written") from error
-        mark_samples(folder)
-        disk.write_new(folder / GRID, png(grid(images, columns, enlarged(images.shape[-1])), drawn=True))
-        written |= {"folder": folder, "grid": folder / GRID}
-    if npz is not None:
-        write_arrays(npz, {"arr_0": images.permute(0, 2, 3, 1).numpy()})
-        written["npz"] = npz
-    return written
-
-
-def mark_samples(folder: Path) -> None:
-    """Leaves a mark by which no reader of data takes what is in the folder for data."""
-    if not (folder / MARK).exists():
-        disk.write_new(folder / MARK, b"")
-
-
-def refuse_drawn(folder: Path) -> None:
-    """UsageError for a file, or a folder with samples: new ones beside them would be taken for those of one model.
-
-    Also for one with other pictures, which may be somebody's data.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; give the name of a folder")
-    if not folder.exists() and is_picture(folder.name):
-        raise UsageError(f"{folder} is the name of a picture, and samples are many; give the name of a folder")
-    drawn = [path.name for path in folder.glob("[0-9]*.png")] + [path.name for path in folder.glob(GRID)]
-    if drawn:
-        raise UsageError(f"{folder} holds samples already ({min(drawn)}); give a new folder, or remove it")
-    other = next((path.name for path in sorted(folder.glob("*")) if is_picture(path.name)), None)
-    if other is not None:
-        raise UsageError(f"{folder} holds other pictures ({other}), which samples would mix with; give a new folder")
 
 
 def _on_grid(process: Process, t: Number, low: float) -> float:
