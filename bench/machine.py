@@ -8,7 +8,6 @@ import torch
 
 import undiffuse
 from undiffuse.machine import disk
-from undiffuse.model.load import digest_of
 from undiffuse.quality.feature.base import FEATURES, open_features
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -31,7 +30,7 @@ def machine() -> dict[str, object]:
 def made_of(*names: str) -> dict[str, str]:
     """sha256 of the weights of shipped models and extractors: by it `bench/refresh.py` sees that they have changed."""
     return {
-        name: open_features(name, "cpu").sha256 if name in FEATURES.classes else digest_of(undiffuse.load(name, "cpu"))
+        name: open_features(name, "cpu").sha256 if name in FEATURES.classes else undiffuse.load(name, "cpu").digest()
         for name in names
     }
 

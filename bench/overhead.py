@@ -77,8 +77,9 @@ def halves() -> dict[str, list[float]]:
     """Seconds of four steps of ddim in float32 and bf16, taken in turns, of networks with random weights."""
     import torch
 
-    from undiffuse.model.load import from_weights, weights_of
+    from undiffuse.model.load import from_weights
     from undiffuse.model.recipe import load_recipe
+    from undiffuse.model.weights import weights_of
 
     found = {}
     for preset, shape, images in (("fashion-mnist", (1, 28, 28), 64), ("emoji-32", (3, 32, 32), 32)) + PAPER:

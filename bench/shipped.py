@@ -23,7 +23,6 @@ from undiffuse.figure import grid, line_plot, png
 from undiffuse.machine import disk, log
 from undiffuse.measure import nll
 from undiffuse.model import model
-from undiffuse.model.load import digest_of
 from undiffuse.view import explore
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
@@ -147,7 +146,7 @@ def main() -> None:
         "note": given.note or before.get("note", ""),
         "training": keep_log(given.run, name) if given.run else before.get("training"),
         "samples": pictures(loaded, name),
-        "bits_per_dim": measure(loaded, name, data, given.whole, given.draws, given.cache / digest_of(loaded)[:16]),
+        "bits_per_dim": measure(loaded, name, data, given.whole, given.draws, given.cache / loaded.digest()[:16]),
     }
     disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", name, table(result))

@@ -18,7 +18,6 @@ from PIL import Image
 import undiffuse
 from tests.cli.toy import evaluation, run_of_digits
 from undiffuse.figure import grid, line_plot
-from undiffuse.measure.sets import digest_of
 from undiffuse.view.report import Figure, Section, Table, write_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -148,7 +147,7 @@ def made(tmp_path_factory) -> list[Path]:
         run = run_of_digits(
             root / f"{name}-with-a-name-that-is-rather-long", 4, f"train.lr={0.001 if name == 'A' else 0.002}"
         )
-        evaluation(run / "eval", digest_of(undiffuse.load(run)), 100 if name == "A" else 200)
+        evaluation(run / "eval", undiffuse.load(run).digest(), 100 if name == "A" else 200)
         undiffuse.nll(run, "digits", images=4, draws=None, out=run / "nll")
     runs, command = sorted(map(str, root.glob("*-*"))), [sys.executable, "-m", "undiffuse"]
     for words in (["report", runs[0], "digits"], ["compare", *runs]):

@@ -27,7 +27,7 @@ ROWS = tuple(
         ("network", "base block attention resample unet"),
         (
             "diffusion",
-            "numbers process grid density gaussian lattice denoiser objective importance likelihood flow sampler/",
+            "numbers process grid density gaussian lattice denoiser objective importance likelihood flow sampler/ fit",
         ),
         (
             "data",
@@ -36,14 +36,14 @@ ROWS = tuple(
         ),
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("quality", "metric/ feature/ gather statistics nearest nearer"),
-        ("model", "recipe average classes model load"),
+        ("model", "recipe average classes weights fitted model load"),
         (
             "training",
             "plan optimizer need tune scale trainer memory look health auto resume profile proxy track loop start",
         ),
-        ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
+        ("measure", "claim parts nll flow sets passes memorise scores evaluate along fit"),
         ("view", "report explore draw pieces results ranking subject report_run compare_runs demo"),
-        ("cli", "options tools train sample figures measure evaluate report data main"),
+        ("cli", "options tools train sample figures fit measure evaluate report data main"),
     )
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.

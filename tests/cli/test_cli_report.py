@@ -12,7 +12,6 @@ from PIL import Image
 
 import undiffuse
 from tests.cli.toy import evaluation, run_of_digits, save
-from undiffuse.measure.sets import digest_of
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for name, lr, steps in (("A", 1e-3, 4), ("B", 2e-3, 6)):
         run_of_digits(root / name, steps, f"train.lr={lr}")
-        evaluation(root / name / "eval", digest_of(undiffuse.load(root / name)), 100 if name == "A" else 200)
+        evaluation(root / name / "eval", undiffuse.load(root / name).digest(), 100 if name == "A" else 200)
     undiffuse.nll(root / "A", "digits", images=4, draws=None, out=root / "A" / "nll")
     save(root / "bare.safetensors")
     pictures = root / "SHEET"

@@ -11,8 +11,9 @@ from undiffuse.diffusion.process import Linear
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.diffusers import write_folder
 from undiffuse.machine.tensorfile import read_weights, write_weights
-from undiffuse.model.load import as_written, clean, from_weights, load, parse_model, save
+from undiffuse.model.load import as_written, from_weights, load, parse_model, save
 from undiffuse.model.recipe import ModelConfig
+from undiffuse.model.weights import clean
 from undiffuse.network.unet import UNet
 
 CONFIG = ModelConfig((1, 8, 8), Linear(20), Eps(), FixedLarge(), UNet(8, (1,), 1, (0,), groups=4))

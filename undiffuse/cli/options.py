@@ -51,7 +51,8 @@ GridOpt = Annotated[
     str | None,
     typer.Option(
         "--grid",
-        help="How --steps are spread: even (in t), quadratic, log-snr or karras; unless given, what suits the process",
+        help="How --steps are spread: even (in t), quadratic, log-snr, karras or fitted (see `undiffuse fit`); unless "
+        "given, what suits the process",
     ),
 ]
 MOST_SEEDS = 10**7

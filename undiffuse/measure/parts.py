@@ -22,7 +22,6 @@ from undiffuse.machine.arrayfile import reading_arrays, write_arrays
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.measure.claim import FORMAT, QUERY, check
 from undiffuse.model.classes import ALL, RANDOM, Told, told_of
-from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model
 
 P = TypeVar("P")
@@ -137,4 +136,4 @@ def claimed(out: Path | None, model: Model, source: Source, question: dict[str, 
 def identity(model: Model) -> str:
     """sha256 of the weights of a model and of its config, the variance left out, which is said beside it."""
     config = {name: value for name, value in plain(model.config).items() if name != "variance"}
-    return digest_of(model, json.dumps(config, sort_keys=True).encode())
+    return model.digest(json.dumps(config, sort_keys=True).encode())

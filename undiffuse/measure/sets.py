@@ -23,7 +23,7 @@ from undiffuse.key import Key, Seed
 from undiffuse.machine.device import name_of as device_name
 from undiffuse.measure.claim import digest, in_other
 from undiffuse.model.classes import Label, drawn
-from undiffuse.model.load import digest_of
+from undiffuse.model.fitted import NAME
 from undiffuse.model.model import Model, Steps, to_uint8
 
 Real = ArraySource | PackedSource
@@ -69,7 +69,7 @@ def said_of_drawing(
         "seed": [int(each) for each in seed] if isinstance(seed, Sequence) else int(seed),
         **({} if model.classes is None else {"labels": labels}),
     }
-    question = {"weights": digest_of(model), "config": plain(model.config), **said, "walk": times.tolist()}
+    question = {"weights": model.digest(), "config": plain(model.config), **said, "walk": times.tolist()}
     return said, digest(question)
 
 
@@ -93,7 +93,8 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
 def _walk(model: Model, times: Tensor) -> dict[str, Any]:
     """The grid that gives these times, by name; else the times themselves."""
     most = model.process.steps or len(times)
-    for name in GRIDS.classes if len(times) - 1 <= most else ():
+    names = [*GRIDS.classes, *([] if model.fit is None or len(times) > len(model.fit.grid.walks) + 1 else [NAME])]
+    for name in names if len(times) - 1 <= most else ():
         found = model.times(len(times) - 1, name)
         if len(found) == len(times) and bool((found == times).all()):
             return {"grid": name}
@@ -105,7 +106,7 @@ def said_of(model: Model, source: Any) -> dict[str, Any]:
     how = {"parameterisation": plain(model.config)["parameterisation"]["name"], "precision": model.precision}
     known = {key: model.meta[key] for key in ("weights", "step") if key in model.meta}
     named = "from Python" if isinstance(source, Model) else str(source)
-    return {"source": named, "sha256": digest_of(model)} | known | how | {"device": device_name(model.device)}
+    return {"source": named, "sha256": model.digest()} | known | how | {"device": device_name(model.device)}
 
 
 def evaluations(model: Model, times: Tensor, sampler: Sampler) -> int:

@@ -1,14 +1,13 @@
 """Models from and to files: run folders, checkpoints, exported folders, single files, and those in the package."""
 
-import hashlib
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from undiffuse.config import parse, plain
 from undiffuse.diffusion.denoiser import Denoiser
@@ -22,27 +21,10 @@ from undiffuse.machine.tensorfile import begins_as_weights, read_weights, write_
 from undiffuse.model import average
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
+from undiffuse.model.weights import clean, digest_of_weights, weights_of
 
 BEST = "best.safetensors"  # in a run folder: the average at the lowest held-out loss, of runs with train.patience
 PARTS = {"average": "ema", "raw": "model", "best": "ema"}  # what `weights` may be, and the file that has it
-
-
-def clean(name: str) -> str:
-    """The name of a weight without what `torch.compile` and the wrappers for several processes put into it."""
-    return re.sub(r"^(?:module\.)+", "", re.sub(r"(?:^|(?<=\.))_orig_mod\.", "", name))
-
-
-def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network by their own names, whatever it is wrapped in."""
-    return {clean(name): tensor for name, tensor in network.state_dict().items()}
-
-
-def digest_of(model: Model, before: bytes = b"") -> str:
-    """sha256 of what stands before, and of the weights of a model by name."""
-    found = hashlib.sha256(before)
-    for name, tensor in sorted(weights_of(model.denoiser.network).items()):
-        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -125,7 +107,10 @@ def load(
     else:
         tensors, meta = read_folder(path) if path.is_dir() else read_weights(path)
         tell_assumed(meta, str(path))
-    return parse_model(tensors, meta, str(path), device, trusted)
+    model, run = parse_model(tensors, meta, str(path), device, trusted), None
+    if path.is_dir() and not is_folder(path):
+        run = path.resolve().parent if store.is_checkpoint(path) else path
+    return replace(model, run=run)
 
 
 def _from_run(path: Path, weights: str | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -200,6 +185,9 @@ def as_written(model: Model, dtype: torch.dtype = torch.float32) -> dict[str, Te
 
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """One safetensors file that `load` reads: weights, config and history. Raises Corrupt for what is not finite."""
-    tensors = as_written(model, dtype)
+    tensors, meta = as_written(model, dtype), {**model.meta, "model": plain(model.config)}
     _fitting(model.config, tensors)  # refuses what `load` would, such as a network inside of another
-    write_weights(path, tensors, {**model.meta, "model": plain(model.config)})
+    if fit := model.fit:  # to what the file holds, which may be rounded
+        written = digest_of_weights({name: tensor.float() for name, tensor in tensors.items()})
+        meta["fit"] = plain(replace(fit, weights=written))
+    write_weights(path, tensors, meta)

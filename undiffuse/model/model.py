@@ -27,8 +27,11 @@ from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unk
 from undiffuse.key import Key, Keys, Seed
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
+from undiffuse.model import fitted
 from undiffuse.model.classes import ALL, Classes, Label, Told, told
+from undiffuse.model.fitted import Fit
 from undiffuse.model.recipe import DataConfig, ModelConfig
+from undiffuse.model.weights import digest_of_weights, weights_of
 from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.strict import whole
 
@@ -57,6 +60,7 @@ class Model:
     meta: dict[str, Any]
     device: torch.device = torch.device("cpu")
     precision: str = "float32"
+    run: Path | None = None  # the folder of the run that it was read from
 
     def facts(self) -> dict[str, str]:
         """What it is, in words: for `_repr_html_`, which a notebook shows."""
@@ -110,6 +114,18 @@ class Model:
         if len(found.names) != count or len(found.counts) != count:
             raise Corrupt(f"this model has {count} classes and names for {len(found.names)}; it is damaged")
         return found
+
+    def digest(self, before: bytes = b"") -> str:
+        """sha256 of what stands before, and of the weights by name."""
+        return digest_of_weights(weights_of(self.denoiser.network), before)
+
+    @cached_property
+    def fit(self) -> Fit | None:
+        """What was fitted to these weights, by `undiffuse fit`. Raises UsageError if `meta` has that of others."""
+        if said := self.meta.get("fit"):
+            return fitted.parsed(said, self.digest(), "the grid in the file of this model")
+        there = any(folder.is_dir() and any(folder.iterdir()) for folder in fitted.places(self.run))
+        return fitted.find(self.run, self.digest()) if there else None
 
     def told(self, label: Label, n: int, seed: Seed = 0) -> Told:
         """The labels of n images: see `classes.py` for what `label` may be. Raises UsageError."""
@@ -266,7 +282,7 @@ class Model:
         `grid` is what suits the process unless it is named. Times fall strictly, and need not be points of a table.
         """
         if steps is None or not (isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0):
-            chosen = suited(self.process) if grid is None else GRIDS.build(grid, trusted=True)
+            chosen = suited(self.process) if grid is None else self.grid(grid)
             return chosen.times(self.process, None if steps is None else whole("steps", steps))
         if grid is not None:
             raise UsageError(f"the times are given, so that no grid ({grid}) can choose them; leave one of them out")
@@ -283,6 +299,16 @@ class Model:
         if any(s >= t for t, s in zip(given, given[1:], strict=False)):
             raise UsageError(f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly; sort or thin them")
         return torch.tensor([*given, 0.0], dtype=F64, device="cpu")
+
+    def grid(self, grid: str | Grid) -> Grid:
+        """One by name, `fitted` included, or with its fields, `karras,rho=5`. Raises UsageError."""
+        if grid != fitted.NAME:
+            if isinstance(grid, str) and not {",", ":"} & set(grid) and grid not in GRIDS.classes:
+                raise unknown("grid", grid, (*GRIDS.classes, fitted.NAME))
+            return GRIDS.build(grid, trusted=True)
+        if self.fit is None:
+            raise UsageError("no grid is fitted to this model; make one with `undiffuse fit`, or choose log-snr")
+        return self.fit.grid
 
     def chain(
         self,

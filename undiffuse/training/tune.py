@@ -12,9 +12,10 @@ from torch import Tensor
 
 from undiffuse.config import plain
 from undiffuse.errors import UsageError
-from undiffuse.model.load import from_weights, refuse_not_finite, weights_of
+from undiffuse.model.load import from_weights, refuse_not_finite
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
+from undiffuse.model.weights import weights_of
 from undiffuse.network.base import NETWORKS
 
 TABLE, TIME_BIAS = "label.weight", "temb.dense.1.bias"

@@ -19,7 +19,7 @@ from undiffuse.figure import enlarged, grid
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
 from undiffuse.measure import sets
-from undiffuse.model.load import digest_of, holds_model, load
+from undiffuse.model.load import holds_model, load
 from undiffuse.model.model import Model
 from undiffuse.view import pieces, ranking, results
 from undiffuse.view.report import Figure, Listing, Section, Table, write_report
@@ -361,7 +361,7 @@ def _made(page: Comparison, names: Sequence[str], took: str) -> Section:
         rows = [("given as", entry.spec)]
         if entry.model is not None:
             rows += [("weights", str(entry.model.meta.get("weights", "as they are in the file"))),
-                     ("sha256", digest_of(entry.model)), ("drawn with", page.how.said(entry.model)),
+                     ("sha256", entry.model.digest()), ("drawn with", page.how.said(entry.model)),
                      ("device", name_of(entry.model.device))]  # fmt: skip
         cards.append(Listing(tuple(rows), name))
     return Section("How this page was made", f"In {took}.", commands=(page.command,), listings=tuple(cards))

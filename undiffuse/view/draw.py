@@ -26,7 +26,6 @@ from undiffuse.machine.store import LEFTOVER
 from undiffuse.measure import claim
 from undiffuse.measure.sets import said_of_drawing
 from undiffuse.model.classes import Told
-from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model
 
 SHOWN = 1024  # images that the grid has room for
@@ -54,7 +53,7 @@ class Job:
     def said(self) -> dict[str, Any]:
         """What makes the images so: with as many of them, and in the same batches, they are the same to the bit."""
         found, _ = said_of_drawing(self.model, self.times, self.solver, self.seed, self.told.words)
-        model = claim.digest([digest_of(self.model), plain(self.model.config)])
+        model = claim.digest([self.model.digest(), plain(self.model.config)])
         return found | {"images": self.n, "model": model}
 
     def names(self) -> list[str]:

@@ -15,7 +15,6 @@ from undiffuse.machine import log
 from undiffuse.measure import parts, sets
 from undiffuse.measure.claim import QUERY
 from undiffuse.measure.sets import Real
-from undiffuse.model.load import digest_of
 from undiffuse.model.model import Model
 from undiffuse.view import results
 from undiffuse.view.results import Bound, Evaluation
@@ -42,7 +41,7 @@ class Subject:
     @cached_property
     def digest(self) -> str:
         """sha256 of the weights."""
-        return digest_of(self.model)
+        return self.model.digest()
 
     def is_stale(self, found: Evaluation | Bound) -> bool:
         """Whether a measurement is of other weights."""

@@ -1,0 +1,51 @@
+"""The command that fits to a model what belongs to its weights."""
+
+from typing import Annotated
+
+import typer
+
+from undiffuse.cli.options import DeviceOpt, ModelArg, SeedOpt, WeightsOpt, open_model, ticking
+from undiffuse.cli.tools import JsonOpt, show
+
+
+def fit(
+    model: ModelArg,
+    trajectories: Annotated[
+        int, typer.Option("--trajectories", help="How many chains of the model to look at, of 61 evaluations each")
+    ] = 128,
+    weights: WeightsOpt = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make it anew where there is one")] = False,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+) -> None:
+    """Fit the times of short chains to a model, for --grid fitted.
+
+    Chains of the model itself show where few steps can be long; one pass finds the times for any number of steps from
+    1 to 40. They are kept beside a run, else in the cache, by the hash of the weights, and go with `undiffuse export`
+    to a file.
+
+    Examples:
+
+    \b
+    - `undiffuse fit runs/photos`
+    - `undiffuse sample runs/photos --grid fitted --steps 10 --solver unipc --out samples`
+    """
+    from undiffuse.machine import log
+    from undiffuse.measure import fit as fitting
+    from undiffuse.model import fitted
+
+    loaded = open_model(model, device, weights=weights)
+    if loaded.fit is not None and not overwrite:
+        show({"grid": "there already", "steps": len(loaded.fit.grid.walks)}, as_json)
+        return
+    if not as_json:
+        log.say(f"{trajectories} chains of {fitting.STAMPS} evaluations")
+    with ticking(fitting.steps(loaded, trajectories), "fitting", as_json) as tick:
+        found = fitting.fit(loaded, trajectories, seed, tick)
+    show({"grid": fitted.keep(found, loaded.run), "steps": len(found.grid.walks)}, as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this command to the application."""
+    app.command()(fit)

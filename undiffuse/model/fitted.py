@@ -1,0 +1,94 @@
+"""What was fitted to the weights of a model, and is kept beside them by their hash: the times of chains.
+
+`undiffuse fit` writes `RUN/fit/SHA256.json`, or into the user's cache for what is no run folder that can be written; an
+exported file has it in its metadata. A checkpoint is sealed, and has nothing added to it.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.config import Positive, parse, plain
+from undiffuse.diffusion.grid import Grid
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import Process
+from undiffuse.errors import Corrupt, UsageError
+from undiffuse.machine import disk
+from undiffuse.machine.tensorfile import FORMAT, refuse_newer
+
+NAME = "fitted"  # as the grid of a command
+FOLDER = "fit"
+
+
+@dataclass(frozen=True)
+class Fitted(Grid):
+    """The times of 1, 2, 3, … steps, without the 0 at their end, as `diffusion.fit` finds them."""
+
+    walks: tuple[tuple[Positive, ...], ...]
+
+    def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
+        if steps > len(self.walks):
+            raise UsageError(
+                f"the grid that was fitted to this model has 1 to {len(self.walks)} steps, and {steps} is more; give "
+                "fewer, or --grid log-snr"
+            )
+        return torch.tensor(self.walks[steps - 1], dtype=F64, device="cpu")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`weights` is the sha256 of those that it belongs to; `trajectories` of the model are what it was found on."""
+
+    weights: str
+    trajectories: int
+    grid: Fitted
+    format: int = FORMAT
+
+    def check(self, digest: str, where: str) -> "Fit":
+        """Raises UsageError if it is of other weights, Corrupt for grids that do not fall."""
+        if self.weights != digest:
+            raise UsageError(
+                f"{where} is fitted to other weights ({self.weights[:12]}) than those of this model ({digest[:12]}); "
+                "make one with `undiffuse fit`"
+            )
+        for steps, walk in enumerate(self.grid.walks, 1):
+            falls = all(s < t for t, s in zip(walk, walk[1:], strict=False))
+            if len(walk) != steps or not falls or walk[0] > 1:
+                raise Corrupt(f"{where} is damaged: its grid of {steps} steps does not fall; make it anew")
+        return self
+
+
+def parsed(found: Any, digest: str, where: str) -> Fit:
+    """From plain data. Raises as `Fit.check` does."""
+    if not isinstance(found, Mapping):
+        raise Corrupt(f"{where} is damaged: it is not a JSON object; remove it, and make one with `undiffuse fit`")
+    refuse_newer(Path(where), found.get("format"))
+    return parse(Fit, found, where).check(digest, where)
+
+
+def places(run: Path | None) -> list[Path]:
+    """Folders where one may lie."""
+    return [*([] if run is None else [run / FOLDER]), disk.cache_folder() / FOLDER]
+
+
+def find(run: Path | None, digest: str) -> Fit | None:
+    """What was fitted to the weights of that hash."""
+    for folder in places(run):
+        if (path := folder / f"{digest}.json").exists():
+            return parsed(disk.read_json(path), digest, str(path))
+    return None
+
+
+def keep(fit: Fit, run: Path | None) -> Path:
+    """Beside the weights where that is possible, else in the cache. Raises StorageError."""
+    first, *_, cache = [*places(run), disk.cache_folder() / FOLDER]
+    beside = run is not None and os.access(run, os.W_OK)
+    path = (first if beside else cache) / f"{fit.weights}.json"
+    disk.write_json(path, plain(fit))
+    return path
