@@ -36,14 +36,15 @@ ROWS = tuple(
         ),
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("quality", "metric/ feature/ gather statistics nearest nearer"),
-        ("model", "recipe average classes weights fitted model load"),
+        ("model", "recipe average classes weights fitted model load fit"),
         (
             "training",
-            "plan optimizer need tune scale trainer memory look health auto resume profile proxy track loop start",
+            "plan optimizer need tune scale trainer memory look health auto resume profile proxy track loop start "
+            "distill",
         ),
-        ("measure", "claim parts nll flow sets passes memorise scores evaluate along fit"),
+        ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
         ("view", "report explore draw pieces results ranking subject report_run compare_runs demo"),
-        ("cli", "options tools train sample figures fit measure evaluate report data main"),
+        ("cli", "options tools train sample figures fit distill measure evaluate report data main"),
     )
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.

@@ -353,7 +353,7 @@ COMMANDS = commands(APP, "undiffuse")
 
 def test_the_commands():
     assert {"undiffuse train", "undiffuse demo", "undiffuse import", "undiffuse data build"} < COMMANDS.keys()
-    assert len(COMMANDS) == len(cli.app.registered_commands) + len(cli.data.app.registered_commands) == 22
+    assert len(COMMANDS) == len(cli.app.registered_commands) + len(cli.data.app.registered_commands) == 24
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -35,7 +35,7 @@ F64 = torch.float64
 SMALL = UNet(channels=32, multipliers=(1, 2), blocks=1, attention=(1,))
 NARROW = UNet(channels=16, multipliers=(1, 1), blocks=1, attention=())
 
-NAMES = {"simple", "min-snr", "p2", "sigmoid", "vlb", "hybrid", "continuous-vlb"}
+NAMES = {"simple", "min-snr", "p2", "sigmoid", "vlb", "hybrid", "continuous-vlb", "consistency"}
 
 # Table 2: parameterisation, objective, variance; and whether the paper's run was stable.
 ROWS = {

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from undiffuse.cli.options import (
-    SOLVERS,
     BatchOpt,
     ClipOpt,
     DataArg,
@@ -21,6 +20,7 @@ from undiffuse.cli.options import (
     PrecisionOpt,
     ReadOpt,
     SkipBadOpt,
+    SolverOpt,
     StepsOpt,
     TimesOpt,
     VarianceOpt,
@@ -66,10 +66,6 @@ ResizeOpt = Annotated[
 ]
 SplitOpt = Annotated[str, typer.Option("--split", help="Compare with the training images (train) or the others (test)")]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="The first seed, 0 unless given, as that of `sample`")]
-SolverOpt = Annotated[
-    str | None,
-    typer.Option("--solver", help=f"Sampler: ancestral (the paper's, unless given), {SOLVERS}"),
-]
 SizeOpt = Annotated[
     str | None,
     typer.Option("--size", help="Crop and resize SAMPLES and DATA to this many pixels: a side, or HEIGHTxWIDTH"),
@@ -116,7 +112,7 @@ def evaluate(
     grid: GridOpt = None,
     solver: SolverOpt = None,
     eta: EtaOpt = None,
-    clip: ClipOpt = True,
+    clip: ClipOpt = None,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
     precision: PrecisionOpt = None,
@@ -197,7 +193,7 @@ def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bo
 
 
 def _model(
-    samples: str, drawing: dict[str, Any], kind: dict[str, Any], device: str, clip: bool
+    samples: str, drawing: dict[str, Any], kind: dict[str, Any], device: str, clip: bool | None
 ) -> "tuple[Model | None, Steps]":
     """The model that is named and its times; None for pictures, which cannot be asked what only a model can."""
     from undiffuse.measure.evaluate import refuse_unknown
@@ -207,7 +203,7 @@ def _model(
         model = open_model(samples, device, clip, **kind)
         return model, choose_steps(model, **drawing)
     refuse_unknown(samples)
-    given = drawing | kind | {"no-clip": None if clip else True}
+    given = drawing | kind | {"no-clip": True if clip is False else None}
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")

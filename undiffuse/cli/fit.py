@@ -29,10 +29,10 @@ def fit(
 
     \b
     - `undiffuse fit runs/photos`
-    - `undiffuse sample runs/photos --grid fitted --steps 10 --solver unipc --out samples`
+    - `undiffuse fit fashion-mnist --trajectories 256 --overwrite`
     """
     from undiffuse.machine import log
-    from undiffuse.measure import fit as fitting
+    from undiffuse.model import fit as fitting
     from undiffuse.model import fitted
 
     loaded = open_model(model, device, weights=weights)

@@ -70,7 +70,7 @@ def nll(
     tolerance: ToleranceOpt = None,
     probes: ProbesOpt = None,
     out: TermsOpt = None,
-    clip: ClipOpt = True,
+    clip: ClipOpt = None,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
     precision: PrecisionOpt = None,

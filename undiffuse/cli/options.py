@@ -57,13 +57,17 @@ GridOpt = Annotated[
 ]
 MOST_SEEDS = 10**7
 SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 has order 2, heun,churn=40 sets its churn"
-SolverOpt = Annotated[str, typer.Option("--solver", help=f"Sampler: ancestral (the paper's), {SOLVERS}")]
+SolverOpt = Annotated[
+    str | None, typer.Option("--solver", help=f"Sampler: ancestral (the paper's, unless given), {SOLVERS}")
+]
 EtaOpt = Annotated[
     float | None, typer.Option("--eta", help="Noise that --solver ddim adds: 0 (none) to 1 (as ancestral)")
 ]
 ClipOpt = Annotated[
-    bool,
-    typer.Option("--clip/--no-clip", help="Clip the predicted x_0 to [-1, 1]; --no-clip is Algorithm 2 as printed"),
+    bool | None,
+    typer.Option(
+        "--clip/--no-clip", help="Clip the predicted x_0 to [-1, 1], as is done unless given; --no-clip is Algorithm 2"
+    ),
 ]
 VarianceOpt = Annotated[
     str | None,
@@ -162,7 +166,7 @@ def ticking(total: int, what: str, as_json: bool) -> Iterator[Callable[[int], No
 def open_model(
     source: str,
     device: str,
-    clip: bool = True,
+    clip: bool | None = None,
     variance: str | None = None,
     weights: str | None = None,
     precision: str | None = None,

@@ -88,7 +88,7 @@ def report(
     from undiffuse.view.subject import Data, Drawing, subject
 
     writable_page(out, overwrite)
-    how = Drawing(n, steps, solver, seed)
+    how = Drawing(n, steps, solver or "ddim", seed)
     loaded = open_model(model, device, weights=weights)
     about = subject(model, loaded, evaluations or None, bound)
     real = Data.open(join(data), loaded, skip_bad) if data else None
@@ -133,7 +133,7 @@ def compare(
     writable_page(out, overwrite)
     if len(what) < 2:
         raise UsageError(f"{what[0]} alone cannot be compared; give two or more, or take `undiffuse report`")
-    how = Drawing(n, steps, solver, seed)
+    how = Drawing(n, steps, solver or "ddim", seed)
     named = _each("--eval", evaluations, len(what))
     scores = [None if evaluations is None else [] if each is None else [each] for each in named]
     every = [

@@ -50,9 +50,9 @@ def sample(
     steps: StepsOpt = None,
     times: TimesOpt = None,
     grid: GridOpt = None,
-    solver: SolverOpt = "ancestral",
+    solver: SolverOpt = None,
     eta: EtaOpt = None,
-    clip: ClipOpt = True,
+    clip: ClipOpt = None,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
     precision: PrecisionOpt = None,
@@ -82,6 +82,7 @@ def sample(
     - `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
     - `undiffuse sample fashion-mnist --seeds 5,17,40-99 --out chosen`
     """
+    from undiffuse.diffusion.sampler.base import SAMPLERS
     from undiffuse.machine import dist
     from undiffuse.view import draw
 
@@ -94,10 +95,9 @@ def sample(
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
     if not dist.is_first():
         return
-    taken: dict[str, Any] = {"steps": len(job.times) - 1, "solver": solver, "seed": job.seed}
-    taken |= {} if precision is None else {"precision": loaded.precision}
-    taken |= said(job.told, loaded)
-    show({"images": job.n, **taken, **written, **_channels(out, loaded.image_shape[0])}, as_json)
+    taken: dict[str, Any] = {"steps": len(job.times) - 1, "solver": solver or SAMPLERS.name_of(job.solver)}
+    taken |= {"seed": job.seed, **({} if precision is None else {"precision": loaded.precision})}
+    show({"images": job.n, **taken, **said(job.told, loaded), **written, **_channels(out, loaded)}, as_json)
 
 
 def _seed(seed: int, seeds: str | None, n: int | None) -> "Seed":
@@ -118,7 +118,7 @@ def _job(
     label: str | None,
     batch: int,
     steps: "Steps",
-    solver: str,
+    solver: str | None,
     eta: float | None,
 ) -> "tuple[Job, int | None]":
     """What is drawn, and the columns of the grid where each class has a row."""
@@ -146,11 +146,12 @@ def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
     writable(npz, overwrite, picture=False)
 
 
-def _channels(out: Path | None, count: int) -> dict[str, str]:
+def _channels(out: Path | None, model: "Model") -> dict[str, str]:
     """How the PNGs hold the channels, where that has to be said."""
     from undiffuse.figure import written
 
-    return {"channels": written(count)} if out is not None and written(count) else {}
+    told = written(model.image_shape[0])
+    return {"channels": told} if out is not None and told else {}
 
 
 def register(app: typer.Typer) -> None:

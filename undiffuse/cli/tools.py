@@ -234,6 +234,8 @@ def export_model(
     if out.exists():
         raise UsageError(f"{out} exists; give the name of a new {'folder' if to == 'diffusers' else 'file'}")
     loaded, dtype, notes = load(model), torch.float16 if half else torch.float32, []
+    if to == "diffusers":
+        loaded.refuse_distilled("an export to diffusers")
     if to == "file":
         save(loaded, out, dtype)
     else:

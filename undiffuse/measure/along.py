@@ -185,7 +185,7 @@ def evaluate_along(
     query, count, batch = query_of(query), whole("seeds", seeds, 1), whole("batch", batch, 1)
     n, out = DRAWN if n is None else whole("n", n, 2), None if out is None else Path(out)
     model = samples if isinstance(samples, Model) else load(samples, device)
-    how, first = Drawing(steps, solver or "ancestral", eta, label), whole("seed", 0 if seed is None else seed)
+    how, first = Drawing(steps, solver, eta, label), whole("seed", 0 if seed is None else seed)
     times = model.times(steps).tolist()
     total = len(times)
     at = stops(total - 1, points)

@@ -103,7 +103,7 @@ def evaluate(
     if isinstance(samples, (str, Path)) and holds_model(samples):
         model = load(samples, device)
     if model is not None:
-        first, how = whole("seed", 0 if seed is None else seed), Drawing(steps, solver or "ancestral", eta, label)
+        first, how = whole("seed", 0 if seed is None else seed), Drawing(steps, solver, eta, label)
         every = [sets.drawn_by(model, how, n or DRAWN, first + k) for k in range(count)]
     else:
         given = {"seeds": None if count == 1 else count, "seed": seed, "steps": steps, "solver": solver, "eta": eta}

@@ -49,7 +49,7 @@ class Drawing:
     """How a model draws: what `undiffuse sample` is asked."""
 
     steps: Steps = None
-    solver: str | Sampler = "ancestral"
+    solver: str | Sampler | None = None
     eta: float | int | None = None
     label: Label = None
 
@@ -92,10 +92,13 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
 
 def _walk(model: Model, times: Tensor) -> dict[str, Any]:
     """The grid that gives these times, by name; else the times themselves."""
-    most = model.process.steps or len(times)
-    names = [*GRIDS.classes, *([] if model.fit is None or len(times) > len(model.fit.grid.walks) + 1 else [NAME])]
-    for name in names if len(times) - 1 <= most else ():
-        found = model.times(len(times) - 1, name)
+    n, known = len(times) - 1, list(GRIDS.classes)
+    if model.fit is not None and n <= len(model.fit.grid.walks):
+        known.append(NAME)
+    if n > (model.process.steps or n) or model.config.bounds is not None:
+        known = []
+    for name in known:
+        found = model.times(n, name)
         if len(found) == len(times) and bool((found == times).all()):
             return {"grid": name}
     return {"times": times[:-1].tolist()}

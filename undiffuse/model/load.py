@@ -48,7 +48,8 @@ def from_weights(
 
 def _fitting(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Denoiser:
     """The denoiser that the config describes, without weights. UsageError for tensors that are not its own."""
-    denoiser = config.build(clip=True, device="meta")
+    # A line of a distilled model may lead beyond [−1, 1] on its way.
+    denoiser = config.build(clip=config.bounds is None, device="meta")
     expected = {name: tuple(p.shape) for name, p in denoiser.network.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):

@@ -22,7 +22,8 @@ from undiffuse.diffusion.grid import GRIDS, Grid, suited
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
-from undiffuse.diffusion.sampler.base import SAMPLERS, Along, Sampler, sample
+from undiffuse.diffusion.sampler.base import Along, Sampler, named, sample
+from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unknown
 from undiffuse.key import Key, Keys, Seed
 from undiffuse.machine import device as machine
@@ -192,32 +193,27 @@ class Model:
         notes = (*found.made, *picture.changes(found.pixels.shape, (h, w), c))
         return torch.from_numpy(picture.fit(found.pixels, (h, w), c).copy()).permute(2, 0, 1), tally(notes)
 
-    def sampler(self, solver: str | Sampler = "ancestral", eta: float | int | None = None) -> Sampler:
-        """A solver by name, with its order, `unipc-2`, or its fields, `heun,churn=40`.
+    def sampler(self, solver: str | Sampler | None = None, eta: float | int | None = None) -> Sampler:
+        """A solver by name, with its order, `unipc-2`, or its fields, `heun,churn=40`; the ancestral one unless given.
 
-        The ancestral one takes the model's variance; `eta` is DDIM's.
+        The ancestral one takes the model's variance; `eta` is DDIM's. A distilled model takes DDIM alone.
         """
+        if self.config.bounds is not None:
+            if solver in (None, "ddim", DDIM()) and not eta:
+                return DDIM()
+            self.refuse_distilled(f"solver {solver if isinstance(solver, str) else type(solver).__name__}")
+        solver = solver or "ancestral"
         if isinstance(solver, Sampler):
             return solver
-        head, comma, fields = solver.partition(",")
-        if eta is not None and head != "ddim":
-            raise UsageError(
-                f"eta = {eta:g} belongs to the sampler ddim, not to {solver}; choose ddim, or leave it out"
-            )
-        if eta is not None and fields:
-            raise UsageError(f"eta = {eta:g} is given beside the fields of {solver}; say it there, or leave them out")
-        if solver == "ancestral":
+        if solver == "ancestral" and eta is None:
             return Ancestral(self.config.variance)
-        name, _, order = head.rpartition("-")
-        if name and ":" not in head and order.isdecimal():
-            solver = f"{name},order={order}{comma}{fields}"
-        return SAMPLERS.build(solver if eta is None else {"name": solver, "eta": eta}, trusted=True)
+        return named(solver, eta)
 
     def sample(
         self,
         n: SupportsIndex,
         steps: Steps = None,
-        solver: str | Sampler = "ancestral",
+        solver: str | Sampler | None = None,
         seed: Seed = 0,
         batch: SupportsIndex = 64,
         label: Label = None,
@@ -279,8 +275,11 @@ class Model:
     def times(self, steps: Steps = None, grid: str | Grid | None = None) -> Float[Tensor, "times"]:
         """The times that sampling walks: all of the table, that many steps of a grid, or these times and 0.
 
-        `grid` is what suits the process unless it is named. Times fall strictly, and need not be points of a table.
+        `grid` is what suits the process unless it is named. Times fall strictly, and need not be points of a table. A
+        distilled model has its own.
         """
+        if self.config.bounds is not None:
+            return self._own_times(steps, grid)
         if steps is None or not (isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0):
             chosen = suited(self.process) if grid is None else self.grid(grid)
             return chosen.times(self.process, None if steps is None else whole("steps", steps))
@@ -299,6 +298,22 @@ class Model:
         if any(s >= t for t, s in zip(given, given[1:], strict=False)):
             raise UsageError(f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly; sort or thin them")
         return torch.tensor([*given, 0.0], dtype=F64, device="cpu")
+
+    def _own_times(self, steps: Steps, grid: str | Grid | None) -> Float[Tensor, "times"]:
+        bounds = torch.tensor(self.config.bounds, dtype=F64, device="cpu").flip(0)
+        times = torch.cat([self.process.time(-2 * bounds.log()).clamp(max=1), bounds.new_zeros(1)])
+        asked = steps.tolist() if isinstance(steps, Tensor) else steps
+        if grid is not None or asked not in (None, len(bounds), times.tolist()):
+            self.refuse_distilled("another number of steps or grid")
+        return times
+
+    def refuse_distilled(self, what: str) -> None:
+        """UsageError for a model that was made for few steps, which has no x̂_0 but at their starts."""
+        if self.config.bounds is not None:
+            raise UsageError(
+                f"{what} is not possible: this model is distilled to {len(self.config.bounds)} "
+                f"step{'s' * (len(self.config.bounds) > 1)}; take the one that it was made of"
+            )
 
     def grid(self, grid: str | Grid) -> Grid:
         """One by name, `fitted` included, or with its fields, `karras,rho=5`. Raises UsageError."""

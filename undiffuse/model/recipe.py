@@ -47,7 +47,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a checkpoint must say for its weights to mean something. `image` is (channels, height, width)."""
+    """What a checkpoint must say for its weights to mean something. `image` is (channels, height, width).
+
+    `bounds` are sigma/alpha at which the steps of a distilled model begin, rising; its x̂_0 means nothing between.
+    """
 
     image: tuple[Count, Count, Count]
     process: Annotated[Process, PROCESSES]
@@ -55,6 +58,7 @@ class ModelConfig:
     variance: Annotated[Variance, VARIANCES]
     network: Annotated[Network, NETWORKS]
     classes: Count | None = None
+    bounds: tuple[Positive, ...] | None = None
 
     @property
     def hints(self) -> int:
@@ -229,6 +233,7 @@ class Recipe:
             self.variance,
             self.network,
             classes if self.data.labels else None,
+            self.objective.bounds,
         )
 
 

@@ -146,6 +146,8 @@ def preview_steps(trainer: Trainer) -> int:
 
 
 def _steps(trainer: Trainer) -> int:
+    if trainer.config.bounds is not None:
+        return len(trainer.config.bounds)
     return min(PREVIEW_STEPS, trainer.recipe.process.steps or PREVIEW_STEPS)
 
 

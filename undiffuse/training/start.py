@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 
 import torch
 
+from undiffuse.config import plain
 from undiffuse.data import made, remark
 from undiffuse.data.format.several import join
 from undiffuse.data.listing import refuse_inside
@@ -21,7 +22,7 @@ from undiffuse.machine import device as machine
 from undiffuse.machine import dist, log, store
 from undiffuse.model.load import load
 from undiffuse.model.model import Model
-from undiffuse.model.recipe import Recipe, load_recipe
+from undiffuse.model.recipe import Recipe, load_recipe, with_settings
 from undiffuse.strict import whole
 from undiffuse.training import loop
 from undiffuse.training.auto import choose, look_at, recipe_of, to_look_at
@@ -36,7 +37,7 @@ Say = Callable[[str], None]
 def train(
     data: Data,
     out: str | Path,
-    preset: str | Path = "auto",
+    preset: str | Path | Recipe = "auto",
     *,
     steps: SupportsIndex | None = None,
     images: SupportsIndex | None = None,
@@ -54,10 +55,10 @@ def train(
 ) -> Model:
     """Trains a model on images in the run folder `out`, or goes on with the run that is there; returns the model.
 
-    `data` is a path, several, a named set, or a source. `preset` is a shipped preset, a TOML file, or "auto", which
-    chooses from the data and the device and says what. `steps`, `images` and `minutes` end the run, whichever comes
-    first; `settings` are `a.b=c` as in `--set`. `init` fine-tunes another model. Raises UsageError and DataError for
-    what cannot be trained, NotFiniteError for a loss that is lost, and as the disk does.
+    `data` is a path, several, a named set, or a source. `preset` is a shipped preset, a TOML file, a recipe, or "auto",
+    which chooses from the data and the device and says what. `steps`, `images` and `minutes` end the run, whichever
+    comes first; `settings` are `a.b=c` as in `--set`. `init` fine-tunes another model. Raises UsageError and DataError
+    for what cannot be trained, NotFiniteError for a loss that is lost, and as the disk does.
     """
     used = torch.cuda.is_initialized()  # before this run uses it
     run, budget = store.Run(Path(out)), _budget(steps, images, minutes, settings)
@@ -68,11 +69,14 @@ def train(
     if not dist.together():  # so that a second writer need not read all data to be told so; the first looks again
         run.refuse_second()
     chosen, say = machine.choose(device), say if dist.is_first() else log.silent
-    with dist.joined() if str(preset) == "auto" else nullcontext():
-        saved = _saved(run) if str(preset) == "auto" else saved_recipe(run)
+    auto = not isinstance(preset, Recipe) and str(preset) == "auto"
+    with dist.joined() if auto else nullcontext():
+        saved = _saved(run) if auto else saved_recipe(run)
         begin = load(init, chosen) if isinstance(init, (str, Path)) and saved is None else init
         begin = begin if isinstance(begin, Model) else None
-        if str(preset) != "auto":
+        if isinstance(preset, Recipe):
+            recipe = with_settings(plain(preset), settings, "the recipe")
+        elif str(preset) != "auto":
             recipe = load_recipe(preset, settings)
         elif saved:
             recipe = recipe_of(saved, settings)
@@ -123,7 +127,7 @@ def _chosen(
 def _images(
     named: str | Source,
     recipe: Recipe,
-    preset: str | Path,
+    preset: str | Path | Recipe,
     skip_bad: bool,
     use_cache: bool | None,
     show: bool,
@@ -140,7 +144,7 @@ def _images(
         remark.refuse(source, named, "train", reading, is_meant=reading.range is not None)
     c, h, w = shape_of(source)
     images = f"{len(source):,} image{'s' * (len(source) != 1)}"
-    say(f"{images} of {c}×{h}×{w} from {_named(spec)}; preset {preset}")
+    say(f"{images} of {c}×{h}×{w} from {_named(spec)}; {_said(preset)}")
     if left_out := remark.left_out(source):
         say(left_out)
     if told := made.line(source.made, len(source), (c, h, w)):
@@ -157,6 +161,10 @@ def _images(
     if held is not None and recipe.data.labels and (missing := _without(source, held)):
         say(f"held out: no pictures of {missing}")
     return source, held
+
+
+def _said(preset: str | Path | Recipe) -> str:
+    return preset.about if isinstance(preset, Recipe) else f"preset {preset}"
 
 
 def _without(source: Source, held: Source) -> str:

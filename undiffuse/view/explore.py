@@ -44,7 +44,7 @@ def progressive(
     steps: Steps = None,
     slots: int = 20,
     progress: Callable[[int], None] | None = None,
-    solver: str | Sampler = "ancestral",
+    solver: str | Sampler | None = None,
     label: Label = None,
 ) -> tuple[UInt8[Tensor, "n slots c h w"], Float[Tensor, "slots"]]:
     """x̂_0 at `slots` times along the chain of `model.sample`, given the same, and those times (Fig. 6).
@@ -68,7 +68,7 @@ def shared(
     at: Sequence[Number] = (1.0, 0.75, 0.5, 0.25),
     steps: Steps = None,
     progress: Callable[[int], None] | None = None,
-    solver: str | Sampler = "ancestral",
+    solver: str | Sampler | None = None,
     label: Label = None,
 ) -> tuple[UInt8[Tensor, "at n c h w"], Float[Tensor, "at"]]:
     """n samples for each t of `at` that have x_t in common, and those times on the model's grid (Fig. 7).
@@ -76,6 +76,7 @@ def shared(
     One chain runs from the noise to an image; where it passes t, n independent continuations leave it. All are of one
     class. A deterministic solver continues in one way only.
     """
+    model.refuse_distilled("a latent on the way")
     n, told = whole("n", n, 1), _one_class(model, label, seed)
     branches, (times, *below) = _shared_grids(model, at, steps)
     latents = {}
@@ -118,7 +119,7 @@ def interpolate(
     seed: int = 0,
     steps: Steps = None,
     progress: Callable[[int], None] | None = None,
-    solver: str | Sampler = "ancestral",
+    solver: str | Sampler | None = None,
     label: Label = None,
 ) -> UInt8[Tensor, "at lambdas c h w"]:
     """Denoised mixtures (1 − λ) x_t + λ x_t' of two pictures, a row for each t (Fig. 8; several t: Fig. 9).
@@ -127,6 +128,7 @@ def interpolate(
     and the noise of each depends on its λ alone; ddim adds none, which makes a morph. t = 0 mixes pixels, t = 1 forgets
     the pictures. λ below 0 or above 1 goes beyond them.
     """
+    model.refuse_distilled("interpolation")
     if not at or not lambdas:
         raise UsageError(f"{len(at)} times and {len(lambdas)} mixtures were asked for; give one or more of each")
     if not all(map(math.isfinite, lambdas)):

@@ -107,6 +107,8 @@ class Drawing:
 
     def length(self, model: Model) -> int:
         """The steps of the chain."""
+        if self.steps is None and model.config.bounds is not None:
+            return len(model.config.bounds)
         return self.steps if self.steps is not None else min(STEPS, model.process.steps or STEPS)
 
     def __post_init__(self) -> None:

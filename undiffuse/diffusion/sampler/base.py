@@ -12,6 +12,7 @@ from undiffuse.config import Table
 from undiffuse.diffusion.denoiser import Denoiser, Moment, Prediction
 from undiffuse.diffusion.numbers import combined, per_image, ready, row
 from undiffuse.diffusion.process import Process
+from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning
 
@@ -64,6 +65,19 @@ class Sampler(ABC):
 
 
 SAMPLERS: Table[Sampler] = Table("sampler", Sampler, "undiffuse.diffusion.sampler")
+
+
+def named(solver: str, eta: float | int | None = None) -> Sampler:
+    """A solver by name, with its order, `unipc-2`, or its fields, `heun,churn=40`; `eta` is that of DDIM."""
+    head, comma, fields = solver.partition(",")
+    if eta is not None and head != "ddim":
+        raise UsageError(f"eta = {eta:g} belongs to the sampler ddim, not to {solver}; choose ddim, or leave it out")
+    if eta is not None and fields:
+        raise UsageError(f"eta = {eta:g} is given beside the fields of {solver}; say it there, or leave them out")
+    name, _, order = head.rpartition("-")
+    if name and ":" not in head and order.isdecimal():
+        solver = f"{name},order={order}{comma}{fields}"
+    return SAMPLERS.build(solver if eta is None else {"name": solver, "eta": eta}, trusted=True)
 
 
 def renoise(

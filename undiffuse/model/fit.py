@@ -41,6 +41,7 @@ def fit(
     They are walked by DPM-Solver++(3M) in 61 steps, even in log-SNR; a model with classes is told each as often as in
     training. Costs 61 evaluations a trajectory. Raises UsageError and NotFiniteError.
     """
+    model.refuse_distilled("a grid")
     n = whole("trajectories", trajectories, 1)
     keys, told = Key(seed).fold("fit").rows(n), drawn(model.classes, n, seed).conditioning
     times, parts = LogSnr().times(model.process, min(STAMPS, model.process.steps or STAMPS)), list[Products]()

@@ -14,10 +14,10 @@ from undiffuse.config import plain
 from undiffuse.diffusion.grid import Even, Karras, LogSnr
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key
-from undiffuse.measure.fit import fit, steps
 from undiffuse.measure.sets import said_of_drawing
 from undiffuse.model import fitted
 from undiffuse.model.classes import drawn
+from undiffuse.model.fit import fit, steps
 from undiffuse.model.load import load, save
 
 

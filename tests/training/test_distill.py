@@ -1,0 +1,133 @@
+"""Distillation from end to end: a model of N steps knows them, and what it is not made for is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.toy import run_of_digits
+from tests.training.test_loop import assert_equal, state
+from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.sampler.heun import Heun
+from undiffuse.errors import UsageError
+from undiffuse.key import Key
+from undiffuse.machine.log import silent
+from undiffuse.measure import nll
+from undiffuse.measure.flow import nll_ode
+from undiffuse.measure.sets import said_of_drawing
+from undiffuse.model.fit import fit
+from undiffuse.model.load import load, save
+from undiffuse.training.distill import distill
+from undiffuse.view import explore
+
+QUICK = ["train.batch=8", "train.held_out=8", "train.held_out_every=2", "train.sample_every=2", "train.save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return run_of_digits(tmp_path_factory.mktemp("teacher") / "run", 3, "parameterisation.name=v")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+
+
+def tuned(teacher: Path, out: Path, length: int, steps: int = 3):
+    return distill(teacher, "digits", out, steps, settings=[*QUICK, f"train.steps={length}"], device="cpu", say=silent,
+                   show_progress=False)  # fmt: skip
+
+
+def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
+    model = tuned(teacher, tmp_path / "run", 2)
+    assert sorted(path.name for path in (teacher / "fit").iterdir()) == [f"{load(teacher).digest()}.json"]
+    walk = load(teacher).fit.grid.walks[2]
+    assert model.times().tolist() == pytest.approx([*walk, 0], abs=1e-6)
+    assert model.sampler() == DDIM() and not model.denoiser.clip
+    for again in (model, load(tmp_path / "run")):
+        images = again.sample(2)
+        keys = [again.sample(2, steps) for steps in (3, again.times().tolist())]
+        assert all(torch.equal(images, each) for each in keys)
+        assert torch.equal(images, again.sample(2, solver="ddim"))
+    save(model, tmp_path / "one.safetensors")
+    assert torch.equal(load(tmp_path / "one.safetensors").sample(2), images)
+    said, _ = said_of_drawing(model, model.times(), model.sampler(), 0, "none")
+    assert (said["solver"], said["evaluations"], said["clip"]) == ("ddim", 3, False)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2  # previews of both kinds of weights
+    assert model.meta["recipe"]["objective"]["name"] == "consistency"
+
+
+def test_the_chain_is_ddim_between_the_bounds(teacher, tmp_path):
+    """z_a = (a/u) z_u + (1 − a/u) D(z_u, u), by hand."""
+    model = tuned(teacher, tmp_path / "run", 1)
+    seen, keys = [], Key(3).rows(2)
+    end = model.chain(keys, model.times(), model.sampler(), callback=lambda r, x, t: seen.append((x.double(), t)))
+    bounds = [*model.config.bounds[::-1], 0.0]
+    for (x, t), u, a, after in zip(
+        seen, bounds[:-1], bounds[1:], [*(x for x, _ in seen[1:]), end.double()], strict=True
+    ):
+        alpha = float(model.process.alpha(t[:1]))
+        answer = model.denoiser(x.float(), t).x_0.double()
+        later = float(model.process.alpha(model.process.time(-2 * torch.tensor([a]).double().log()))) if a else 1.0
+        assert torch.allclose(after, later * ((a / u) * x / alpha + (1 - a / u) * answer), atol=1e-4)
+
+
+def test_what_it_is_not_made_for_is_refused(teacher, tmp_path):
+    model = tuned(teacher, tmp_path / "run", 1)
+    picture = torch.zeros(model.image_shape, dtype=torch.uint8)
+    for call in (
+        lambda: model.sample(1, 5),
+        lambda: model.times(3, "even"),
+        lambda: model.times([1.0, 0.5, 0.2]),
+        lambda: model.sample(1, solver="ancestral"),
+        lambda: model.sample(1, solver=Heun()),
+        lambda: model.sample(1, solver=DDIM(0.5)),
+        lambda: nll.nll(model, "digits", images=2),
+        lambda: nll_ode(model, "digits", images=2),
+        lambda: explore.interpolate(model, picture, picture),
+        lambda: explore.shared(model, 2),
+        lambda: fit(model),
+        lambda: distill(model, "digits", tmp_path / "again", 2),
+    ):
+        with pytest.raises(UsageError, match="this model is distilled to 3 steps; take the one that it was made of"):
+            call()
+
+
+def test_a_distillation_goes_on_to_the_bit(teacher, tmp_path):
+    tuned(teacher, tmp_path / "whole", 4)
+    tuned(teacher, tmp_path / "parts", 2)
+    tuned(teacher, tmp_path / "parts", 4)
+    assert_equal(state(tmp_path / "whole", 4), state(tmp_path / "parts", 4))
+
+
+def test_another_number_of_steps_or_another_run_is_refused(teacher, tmp_path):
+    tuned(teacher, tmp_path / "run", 1)
+    with pytest.raises(UsageError, match="run holds a distillation to 3 steps, and 2 steps were asked for; give"):
+        tuned(teacher, tmp_path / "run", 1, steps=2)
+    with pytest.raises(UsageError, match="run holds a training, and 2 steps were asked for; give another --out"):
+        tuned(teacher, teacher, 1, steps=2)
+    with pytest.raises(UsageError, match="steps = 9 is not possible; give 1 to 8, or sample this model in as many"):
+        tuned(teacher, tmp_path / "other", 1, steps=9)
+
+
+def test_a_model_that_predicts_noise_is_refused_before_anything_is_made(tmp_path):
+    noise = run_of_digits(tmp_path / "noise", 1, "parameterisation.name=eps")
+    with pytest.raises(UsageError, match="a model that predicts eps cannot be distilled: its x̂_0 explodes"):
+        tuned(noise, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists() and not (noise / "fit").exists()
+
+
+def test_the_command(teacher, tmp_path, call):
+    out = tmp_path / "run"
+    words = ["distill", teacher, "digits", "--steps", 2, "--out", out, "--json"]
+    code, text, err = call(*words, *(part for each in [*QUICK, "train.steps=1"] for part in ("--set", each)))
+    assert code == 0, err
+    found = json.loads(text)
+    assert (found["sampling_steps"], found["step"]) == (2, 1) and found["next"].startswith("undiffuse sample")
+    code, text, err = call("sample", out, "-n", 2, "--npz", tmp_path / "x.npz", "--json")
+    assert code == 0 and json.loads(text)["steps"] == 2, err
+    code, _, err = call("export", out, tmp_path / "theirs", "--to", "diffusers")
+    assert code == 2 and "an export to diffusers is not possible: this model is distilled to 2 steps" in err
+    code, _, err = call("sample", out, "--steps", 5, "--npz", tmp_path / "y.npz")
+    assert code == 2 and "another number of steps or grid is not possible: this model is distilled to 2 steps" in err
