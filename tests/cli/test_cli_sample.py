@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from undiffuse.cli import main as cli
+from undiffuse.cli.options import parse_seeds
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import is_out_of_memory
 from undiffuse.machine import disk
+from undiffuse.measure.sets import _in_words
 from undiffuse.model import load
 from undiffuse.view import explore
 
@@ -135,6 +137,13 @@ def test_samples_beside_others_are_refused_before_any_is_drawn(call, folder, tmp
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_very_many_seeds_are_read_at_once():
+    seeds = parse_seeds("200000-399999,7")
+    assert len(seeds) == 200_001 and len(str(_in_words(seeds))) < 20
+    scattered = list(range(0, 200_000, 2))
+    assert len(_in_words(scattered)) == 64 != _in_words(scattered[::-1])
+
+
 def test_seeds_name_images(call, folder, tmp_path):
     code, out, err = call("sample", folder / "MODEL", "--seeds", "7,3-5", "--out", tmp_path / "out", "--json")
     assert code == 0 and json.loads(out)["seed"] == [7, 3, 4, 5], err
@@ -152,6 +161,8 @@ BAD = [
     ("sample MODEL --seeds 9-5 --out x", 2, '--seeds "9-5" is not a list of seeds; give numbers and ranges, such as'),
     ("sample MODEL --seeds 1,,2 --out x", 2, '--seeds "1,,2" is not a list of seeds; give numbers and ranges, such as'),
     ("sample MODEL --seeds 4,1-5 --out x", 2, "--seeds 4,1-5 has 4 twice, which is the same image; give it once"),
+    ("sample MODEL --seeds 0,0 --out x", 2, "--seeds 0,0 has 0 twice, which is the same image; give it once"),
+    ("sample MODEL --seeds 0-99999999 --out x", 2, "--seeds 0-99999999 are more than 1,000,000; give fewer at a time"),
     ("sample MODEL --out FILE", 2, "FILE is a file; give the name of a folder"),
     ("sample MODEL --npz BAD", 2, "BAD is a folder; give the name of a file"),
     ("sample MODEL --out x --times 1,0.5,0.5", 2, "times 1, 0.5, 0.5 do not fall strictly"),

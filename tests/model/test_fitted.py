@@ -17,7 +17,7 @@ from undiffuse.key import Key
 from undiffuse.measure.sets import said_of_drawing
 from undiffuse.model import fitted
 from undiffuse.model.classes import drawn
-from undiffuse.model.fit import fit, steps
+from undiffuse.model.fit import cost, fit, steps_of
 from undiffuse.model.load import load, save
 
 
@@ -42,7 +42,8 @@ def test_a_fitted_grid_is_nearer_to_the_flow_than_any_other(n):
     known = bright()
     ticks = []
     found = fit(known, 20, progress=ticks.append)
-    assert sum(ticks) == steps(known, 20) == 61 and found.trajectories == 20
+    assert sum(ticks) == steps_of(known, 20) == 61 and found.trajectories == 20
+    assert cost(known) == "128 chains of 61 evaluations"
     own = off(known, found.grid.times(known.process, n))
     for other in (LogSnr(), Karras(), Even()):
         assert own < 0.8 * off(known, other.times(known.process, n)), other
@@ -94,13 +95,13 @@ def test_what_does_not_belong_is_refused(tmp_path, cache):
         model.times(3, "fited")
     found = fit(model, 4)
     path = fitted.keep(found, model.run)
-    with pytest.raises(UsageError, match="was fitted to this model has 1 to 12 steps, and 13 is more; give fewer, or"):
-        found.grid.spread(model.process, 13)
+    with pytest.raises(UsageError, match="was fitted to this model has 1 to 11 steps, and 12 is more; give fewer, or"):
+        found.grid.spread(model.process, 12)
     good = plain(found)
     for change, error, words in (
         ({"weights": "0" * 64}, UsageError, r"is fitted to other weights \(000000000000\) than those of this model"),
-        ({"grid": {"walks": [[0.5], [0.5, 0.9]]}}, Corrupt, "is damaged: its grid of 2 steps does not fall; make it"),
-        ({"grid": {"walks": [[0.5], [0.5]]}}, Corrupt, "is damaged: its grid of 2 steps does not fall; make it anew"),
+        ({"grid": {"walks": [[0.5], [0.5, 0.9]]}}, Corrupt, "is damaged: its grid of 2 steps does not fall; give"),
+        ({"grid": {"walks": [[0.5], [0.5]]}}, Corrupt, "is damaged: its grid of 2 steps does not fall; give `und"),
         ({"format": 99}, UsageError, "has format 99, and this undiffuse reads up to 1; upgrade undiffuse"),
         ({"grid": {"walks": "no"}}, UsageError, "grid.walks"),
     ):
@@ -108,8 +109,37 @@ def test_what_does_not_belong_is_refused(tmp_path, cache):
         with pytest.raises(error, match=words):
             load(tmp_path / "bare.safetensors").times(3, "fitted")
     path.write_text("[]")
-    with pytest.raises(Corrupt, match="is damaged: it is not a JSON object; remove it, and make one with `undiffuse"):
+    with pytest.raises(Corrupt, match="is damaged: it is not a JSON object; make it anew with `undiffuse fit --ov"):
         load(tmp_path / "bare.safetensors").times(3, "fitted")
+
+
+def test_a_fit_of_ones_own_goes_before_that_of_the_file_and_before_an_older_one(tmp_path, cache):
+    model = load(toy.save(tmp_path / "bare.safetensors"))
+    fitted.keep(fit(model, 4), None)
+    save(load(tmp_path / "bare.safetensors"), tmp_path / "with.safetensors")
+    mine = fit(model, 6)
+    fitted.keep(mine, None)
+    assert load(tmp_path / "with.safetensors").fit == mine
+    run = run_of_digits(tmp_path / "run", 1)
+    old, new = fit(load(run), 4), fit(load(run), 6)
+    fitted.keep(old, None)
+    assert load(run).fit == old
+    fitted.keep(new, run)
+    assert load(run).fit == new
+
+
+def test_a_damaged_fit_is_mended_and_is_in_nobodys_way(tmp_path, cache, call):
+    path = toy.save(tmp_path / "bare.safetensors")
+    place = fitted.keep(fit(load(path), 4), None)
+    place.write_text("[]")
+    code, _, err = call("sample", path, "--times", "1,0.5", "-n", 1, "--npz", tmp_path / "x.npz")
+    assert code == 0, err
+    code, _, err = call("fit", path)
+    assert code == 5 and "make it anew with `undiffuse fit --overwrite`" in err
+    code, out, err = call("fit", path, "--trajectories", 4, "--overwrite", "--json")
+    assert code == 0 and json.loads(out)["steps"] == 11 and load(path).fit.trajectories == 4, err
+    code, out, _ = call("fit", path, "--json")
+    assert code == 0 and json.loads(out)["grid"] == "there already"
 
 
 def test_each_class_is_looked_at_as_often_as_in_training():

@@ -276,6 +276,16 @@ def test_a_chain_that_begins_below_1_begins_at_the_mean_of_the_data():
     assert float(ends.mean() - dark.mean()) == pytest.approx(0.25 * 0.2 / (0.04 + 25) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("process", [Linear(), Cosine()], ids=["linear", "cosine"])
+def test_no_mean_is_read_off_a_network_that_predicts_the_noise(process):
+    """Its small errors there are large in x̂_0: an error of 0.003 is one of 0.5 or of 61."""
+    config = ModelConfig((1, 4, 6), process, Eps(), FixedSmall(), UNet())
+    network = Fixed(1000, lambda x: x + 0.003)
+    toy = Model(config, Denoiser(network, process, Eps(), FixedSmall()), {})
+    assert float(process.sigma(torch.ones(1)) / process.alpha(torch.ones(1))) * 0.003 > 0.4
+    assert torch.equal(toy.mean(), torch.zeros(1, 4, 6)) and not network.seen
+
+
 def test_the_mean_is_of_each_class_and_asked_for_once():
     toy = bright(classes=3)
     cond = Conditioning(torch.tensor([2, 0, 2]))

@@ -47,8 +47,8 @@ def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
     assert model.sampler() == DDIM() and not model.denoiser.clip
     for again in (model, load(tmp_path / "run")):
         images = again.sample(2)
-        keys = [again.sample(2, steps) for steps in (3, again.times().tolist())]
-        assert all(torch.equal(images, each) for each in keys)
+        asked = (3, again.times(), again.times().tolist(), again.times()[:-1].numpy(), tuple(again.times().tolist()))
+        assert all(torch.equal(images, again.sample(2, steps)) for steps in asked)
         assert torch.equal(images, again.sample(2, solver="ddim"))
     save(model, tmp_path / "one.safetensors")
     assert torch.equal(load(tmp_path / "one.safetensors").sample(2), images)
@@ -99,6 +99,41 @@ def test_a_distillation_goes_on_to_the_bit(teacher, tmp_path):
     tuned(teacher, tmp_path / "parts", 2)
     tuned(teacher, tmp_path / "parts", 4)
     assert_equal(state(tmp_path / "whole", 4), state(tmp_path / "parts", 4))
+
+
+def test_a_run_of_another_model_is_refused(teacher, tmp_path):
+    tuned(teacher, tmp_path / "run", 1)
+    other = run_of_digits(tmp_path / "other", 2, "parameterisation.name=v", "train.seed=5")
+    with pytest.raises(UsageError, match="run holds a distillation of another model"):
+        tuned(other, tmp_path / "run", 2)
+
+
+def test_a_model_that_must_be_told_a_class(tmp_path):
+    teacher = run_of_digits(tmp_path / "told", 1, "parameterisation.name=v", "data.labels=true", "train.drop_label=0")
+    model = tuned(teacher, tmp_path / "run", 1, steps=2)
+    assert model.config.classes == 10 and model.sample(2, label=3).shape == (2, 1, 8, 8)
+
+
+def test_its_chain_begins_at_the_mean_of_its_own_first_answers(teacher, tmp_path):
+    """Where it was trained, not at t = 1: over 64 draws of noise at the first bound."""
+    model = tuned(teacher, tmp_path / "run", 1)
+    first = model.times()[:1]
+    if first < 1:
+        x = float(model.process.sigma(first)) * Key(0).fold("mean").rows(64).normal(1, 8, 8)
+        expected = model.denoiser(x, first.expand(64)).x_0.mean(0)
+        assert torch.equal(model.mean(), expected)
+    seen = []
+    model.chain(Key(1).rows(1), model.times(), model.sampler(), callback=lambda r, x, t: seen.append(x))
+    eps = Key(1).rows(1).fold("x_T").normal(1, 8, 8)
+    start = model.process.marginal(model.mean()[None], eps, first) if first < 1 else model.process.prior_std * eps
+    assert torch.equal(seen[0], start)
+
+
+def test_a_learned_variance_is_refused(tmp_path):
+    noise = run_of_digits(tmp_path / "learned", 1, "parameterisation.name=v", "variance.name=learned-range",
+                          "objective.name=hybrid")  # fmt: skip
+    with pytest.raises(UsageError, match="a model with a learned variance cannot be distilled; train one with a fixed"):
+        tuned(noise, tmp_path / "out", 1)
 
 
 def test_another_number_of_steps_or_another_run_is_refused(teacher, tmp_path):

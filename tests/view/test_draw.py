@@ -2,6 +2,7 @@
 
 import errno
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -109,20 +110,38 @@ def test_only_what_is_missing_is_made(tmp_path, monkeypatch):
 
 
 def test_memory_stays_flat(tmp_path, monkeypatch):
-    """No more images than those of a batch are ever alive at once."""
-    sizes, real = [], (draw.Pictures.put, draw.Array.put)
+    """When a batch is written, that before it is gone; it is a batch that is held, and not a part of all."""
+    seen, real = [], draw.Pictures.put
 
-    def spied(put):
-        def seen(self, first, images):
-            sizes.append(images.untyped_storage().nbytes())
-            put(self, first, images)
+    def put(self, first, images):
+        assert all(each() is None for each in seen) and images.untyped_storage().nbytes() == 4 * 16 * 16
+        seen.append(weakref.ref(images))
+        real(self, first, images)
 
-        return seen
-
-    monkeypatch.setattr(draw.Pictures, "put", spied(real[0]))
-    monkeypatch.setattr(draw.Array, "put", spied(real[1]))
+    monkeypatch.setattr(draw.Pictures, "put", put)
     draw.draw(job(gaussian(), n=20, batch=4), draw.Places(tmp_path / "out", tmp_path / "x.npz"))
-    assert len(sizes) == 10 and set(sizes) == {4 * 16 * 16}
+    assert len(seen) == 5
+
+
+def test_the_grid_of_large_images_is_of_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "PIXELS", 3 * 16 * 16)
+    draw.draw(job(gaussian()), draw.Places(tmp_path / "out"))
+    with Image.open(tmp_path / "out" / "grid.png") as sheet:
+        assert sheet.size == ((2 * 17 + 1) * 4, (2 * 17 + 1) * 4)
+
+
+def test_what_was_written_last_is_not_trusted(tmp_path):
+    """A power cut may leave zeros where rows were to be: the last batch is made again, whatever its size was."""
+    whole = draw.Places(None, tmp_path / "w.npz")
+    draw.draw(job(gaussian(), n=9, batch=4), whole)
+    head = disk.to_json({"format": 1, **job(gaussian(), n=9).said(), "batch": 4}).replace(b"\n", b"") + b"\n"
+    rows = array(whole.npz).permute(0, 2, 3, 1).numpy().tobytes()
+    row = 16 * 16
+    for good, there in ((4, 8), (8, 9), (0, 3)):
+        part = tmp_path / "x.npz.partial"
+        part.write_bytes(head + rows[: good * row] + bytes((there - good) * row))
+        draw.draw(job(gaussian(), n=9, batch=2), draw.Places(None, tmp_path / "x.npz"))
+        assert torch.equal(array(tmp_path / "x.npz"), array(whole.npz)) and not part.exists()
 
 
 def test_the_grid_shows_the_first_ones(tmp_path, monkeypatch):
@@ -149,6 +168,7 @@ def test_what_is_of_another_command_is_refused(tmp_path):
     before = contents(place.folder)
     for other, words in (
         (job(toy, seed=1), r"other seed\)"),
+        (job(toy.variant(precision="bf16")), r"other precision\)"),
         (job(toy, n=8), r"other images\)"),
         (job(toy, solver="heun"), "other solver, "),
         (job(gaussian(40)), r"other .*model\)"),

@@ -203,7 +203,7 @@ def _model(
         model = open_model(samples, device, clip, **kind)
         return model, choose_steps(model, **drawing)
     refuse_unknown(samples)
-    given = drawing | kind | {"no-clip": True if clip is False else None}
+    given = drawing | kind | {"no-clip" if clip is False else "clip": clip}
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")

@@ -36,12 +36,12 @@ def fit(
     from undiffuse.model import fitted
 
     loaded = open_model(model, device, weights=weights)
-    if loaded.fit is not None and not overwrite:
+    if not overwrite and loaded.fit is not None:
         show({"grid": "there already", "steps": len(loaded.fit.grid.walks)}, as_json)
         return
     if not as_json:
-        log.say(f"{trajectories} chains of {fitting.STAMPS} evaluations")
-    with ticking(fitting.steps(loaded, trajectories), "fitting", as_json) as tick:
+        log.say(fitting.cost(loaded, trajectories))
+    with ticking(fitting.steps_of(loaded, trajectories), "fitting", as_json) as tick:
         found = fitting.fit(loaded, trajectories, seed, tick)
     show({"grid": fitted.keep(found, loaded.run), "steps": len(found.grid.walks)}, as_json)
 

@@ -1,5 +1,6 @@
 """What several commands share: their arguments and options, a progress bar, and the model that they name."""
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ GridOpt = Annotated[
         "given, what suits the process",
     ),
 ]
-MOST_SEEDS = 10**7
+MOST_SEEDS = 10**6
 SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 has order 2, heun,churn=40 sets its churn"
 SolverOpt = Annotated[
     str | None, typer.Option("--solver", help=f"Sampler: ancestral (the paper's, unless given), {SOLVERS}")
@@ -66,7 +67,8 @@ EtaOpt = Annotated[
 ClipOpt = Annotated[
     bool | None,
     typer.Option(
-        "--clip/--no-clip", help="Clip the predicted x_0 to [-1, 1], as is done unless given; --no-clip is Algorithm 2"
+        "--clip/--no-clip",
+        help="Clip the predicted x_0 to [-1, 1]; done unless given, but for distilled models; --no-clip is Algorithm 2",
     ),
 ]
 VarianceOpt = Annotated[
@@ -250,10 +252,14 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if last < first or len(seeds) + last - first >= MOST_SEEDS:
+        if last < first:
             raise UsageError(f'--seeds "{text}" is not a list of seeds; give numbers and ranges, such as 5,17,40-99')
+        if len(seeds) + last - first >= MOST_SEEDS:
+            raise UsageError(f"--seeds {text} are more than {MOST_SEEDS:,}; give fewer at a time")
         seeds += range(first, last + 1)
-    if twice := next((seed for i, seed in enumerate(sorted(seeds)[1:]) if seed == sorted(seeds)[i]), None):
+    ordered = sorted(seeds)
+    twice = next((a for a, b in itertools.pairwise(ordered) if a == b), None)
+    if twice is not None:
         raise UsageError(f"--seeds {text} has {twice} twice, which is the same image; give it once")
     return seeds
 

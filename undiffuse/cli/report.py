@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from undiffuse.cli.options import (
+    SOLVERS,
     DeviceOpt,
     ModelArg,
     OverwriteOpt,
     SeedOpt,
     SkipBadOpt,
-    SolverOpt,
     WeightsOpt,
     open_model,
     pair,
@@ -36,6 +36,7 @@ CountOpt = Annotated[
     int | None, typer.Option("-n", help="Samples; unless given 64, or 16 of images with more than 64×64 pixels")
 ]
 PairOpt = Annotated[int, typer.Option("-n", help="Samples of each, in the same cells")]
+DrawnOpt = Annotated[str, typer.Option("--solver", help=f"Sampler: ancestral (the paper's), {SOLVERS}")]
 ChainOpt = Annotated[int | None, typer.Option("--steps", help="Number of sampling steps; 50 unless given")]
 EvalOpt = Annotated[
     list[Path] | None,
@@ -61,7 +62,7 @@ def report(
     out: PageOpt = Path("report.html"),
     n: CountOpt = None,
     steps: ChainOpt = None,
-    solver: SolverOpt = "ddim",
+    solver: DrawnOpt = "ddim",
     evaluations: EvalOpt = None,
     bound: NllOpt = None,
     weights: WeightsOpt = None,
@@ -88,7 +89,7 @@ def report(
     from undiffuse.view.subject import Data, Drawing, subject
 
     writable_page(out, overwrite)
-    how = Drawing(n, steps, solver or "ddim", seed)
+    how = Drawing(n, steps, solver, seed)
     loaded = open_model(model, device, weights=weights)
     about = subject(model, loaded, evaluations or None, bound)
     real = Data.open(join(data), loaded, skip_bad) if data else None
@@ -106,7 +107,7 @@ def compare(
     out: PageOpt = Path("compare.html"),
     n: PairOpt = 16,
     steps: ChainOpt = None,
-    solver: SolverOpt = "ddim",
+    solver: DrawnOpt = "ddim",
     evaluations: EvalsOpt = None,
     bounds: NllsOpt = None,
     size: SidesOpt = None,
@@ -133,7 +134,7 @@ def compare(
     writable_page(out, overwrite)
     if len(what) < 2:
         raise UsageError(f"{what[0]} alone cannot be compared; give two or more, or take `undiffuse report`")
-    how = Drawing(n, steps, solver or "ddim", seed)
+    how = Drawing(n, steps, solver, seed)
     named = _each("--eval", evaluations, len(what))
     scores = [None if evaluations is None else [] if each is None else [each] for each in named]
     every = [

@@ -143,7 +143,7 @@ def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
         raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
     if out is not None:
         draw.refuse(out)
-    writable(npz, overwrite, picture=False)
+    writable(npz, overwrite or (npz is not None and draw.partial_of(npz).exists()), picture=False)
 
 
 def _channels(out: Path | None, model: "Model") -> dict[str, str]:

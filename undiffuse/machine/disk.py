@@ -140,10 +140,13 @@ def reading(path: Path) -> Iterator[BufferedReader]:
         raise Corrupt(f"{path} cannot be read: {error.strerror}; restore it from a copy") from error
 
 
-def write_atomic(path: Path, data: Data) -> None:
-    """Makes or replaces a file, and its folder if there is none. Raises StorageError."""
+def write_atomic(path: Path, data: Data, size: int = 0) -> None:
+    """Makes or replaces a file, and its folder if there is none. Raises StorageError.
+
+    `size` is about that of pieces, in bytes.
+    """
     temporary = beside(path, "tmp")
-    with writing(path, len(data) if isinstance(data, (bytes, bytearray)) else 0, temporary):
+    with writing(path, len(data) if isinstance(data, (bytes, bytearray)) else size, temporary):
         make_folder(path.parent)
         create(temporary, data)
         rename(temporary, path)

@@ -22,8 +22,7 @@ def check(
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give the name of a folder")
-    question = {"format": FORMAT} | question
-    path = out / name
+    question, path = asked(question), out / name
     if not path.exists():
         return question
     before = disk.read_json(path)
@@ -37,11 +36,16 @@ def check(
     return question
 
 
-def take(out: Path, question: dict[str, Any], name: str = QUERY) -> None:
+def asked(question: dict[str, Any]) -> dict[str, Any]:
+    """With the version of its form."""
+    return {"format": FORMAT} | question
+
+
+def take(out: Path, question: dict[str, Any]) -> None:
     """Makes the folder that of the question. UsageError if it is another's; process 0 writes."""
-    question = check(out, question, name)
+    question = check(out, question)
     if dist.rank() == 0:
-        disk.write_json(out / name, question)
+        disk.write_json(out / QUERY, question)
 
 
 def in_other(model: Model) -> dict[str, str]:

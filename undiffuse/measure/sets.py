@@ -18,7 +18,7 @@ from undiffuse.data.subset import Subset
 from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
-from undiffuse.errors import DataError, NoSplit, UsageError
+from undiffuse.errors import Corrupt, DataError, NoSplit, UsageError
 from undiffuse.key import Key, Seed
 from undiffuse.machine.device import name_of as device_name
 from undiffuse.measure.claim import digest, in_other
@@ -30,6 +30,7 @@ Real = ArraySource | PackedSource
 Shape = tuple[int, int, int]  # channels, height, width
 Size = int | tuple[int, int] | None
 OTHER = {"train": "test", "test": "train"}
+LONGEST = 10_000  # characters of seeds that are said
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ def said_of_drawing(
         **_walk(model, times),
         "clip": model.denoiser.clip,
         **in_other(model),
-        "seed": [int(each) for each in seed] if isinstance(seed, Sequence) else int(seed),
+        "seed": _in_words(seed),
         **({} if model.classes is None else {"labels": labels}),
     }
     question = {"weights": model.digest(), "config": plain(model.config), **said, "walk": times.tolist()}
@@ -92,16 +93,29 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
 
 def _walk(model: Model, times: Tensor) -> dict[str, Any]:
     """The grid that gives these times, by name; else the times themselves."""
-    n, known = len(times) - 1, list(GRIDS.classes)
-    if model.fit is not None and n <= len(model.fit.grid.walks):
-        known.append(NAME)
-    if n > (model.process.steps or n) or model.config.bounds is not None:
-        known = []
-    for name in known:
-        found = model.times(n, name)
+    n = len(times) - 1
+    for name in () if n > (model.process.steps or n) or model.config.bounds is not None else (*GRIDS.classes, NAME):
+        try:
+            found = model.times(n, name)
+        except (UsageError, Corrupt):  # no grid is fitted, or not to so many steps; a damaged one has no name to give
+            continue
         if len(found) == len(times) and bool((found == times).all()):
             return {"grid": name}
     return {"times": times[:-1].tolist()}
+
+
+def _in_words(seed: Seed) -> int | str:
+    """`3-5,7` of several, in their order; of very many a hash."""
+    if not isinstance(seed, Sequence):
+        return int(seed)
+    runs = list[list[int]]()
+    for each in map(int, seed):
+        if runs and each == runs[-1][1] + 1:
+            runs[-1][1] = each
+        else:
+            runs.append([each, each])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return text if len(text) <= LONGEST else digest(text)
 
 
 def said_of(model: Model, source: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from undiffuse.diffusion.fit import Products, Watched, shortest
 from undiffuse.diffusion.grid import LogSnr
+from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp
 from undiffuse.key import Key
 from undiffuse.model.classes import drawn
@@ -17,6 +18,12 @@ from undiffuse.strict import whole
 
 TRAJECTORIES, STAMPS, MOST = 128, 61, 40
 HELD = 1 << 28  # bytes of images of a batch, at all stamps
+POWER = 0.25  # of what a Gaussian's flow leaves of an error, by which it is weighted
+
+
+def stamps(model: Model) -> int:
+    """At how many times a trajectory is seen."""
+    return min(STAMPS, model.process.steps or STAMPS)
 
 
 def batches(model: Model, n: int) -> Iterator[slice]:
@@ -25,9 +32,14 @@ def batches(model: Model, n: int) -> Iterator[slice]:
     return (slice(i, i + each) for i in range(0, n, each))
 
 
-def steps(model: Model, n: int = TRAJECTORIES) -> int:
+def steps_of(model: Model, n: int = TRAJECTORIES) -> int:
     """How many steps of a batch `fit` takes."""
-    return sum(STAMPS for _ in batches(model, n))
+    return sum(stamps(model) for _ in batches(model, n))
+
+
+def cost(model: Model, n: int = TRAJECTORIES) -> str:
+    """What it takes, in words."""
+    return f"{n} chains of {stamps(model)} evaluations"
 
 
 def fit(
@@ -38,19 +50,24 @@ def fit(
 ) -> Fit:
     """Grids of 1 to 40 steps for a model, from trajectories of its own flow: what `undiffuse fit` keeps.
 
-    They are walked by DPM-Solver++(3M) in 61 steps, even in log-SNR; a model with classes is told each as often as in
-    training. Costs 61 evaluations a trajectory. Raises UsageError and NotFiniteError.
+    They begin at the mean of the data and are walked by DPM-Solver++(3M) in 61 steps, even in log-SNR; a model with
+    classes is told each as often as in training. Costs 61 evaluations a trajectory. Raises UsageError, NotFiniteError.
     """
     model.refuse_distilled("a grid")
     n = whole("trajectories", trajectories, 1)
     keys, told = Key(seed).fold("fit").rows(n), drawn(model.classes, n, seed).conditioning
-    times, parts = LogSnr().times(model.process, min(STAMPS, model.process.steps or STAMPS)), list[Products]()
+    times, parts = LogSnr().times(model.process, stamps(model)), list[Products]()
     for some in batches(model, n):
-        watched = Watched(Dpmpp(order=3))
-        end = model.chain(keys[some], times, watched, told.at(some), progress=progress)
+        watched, mean = Watched(Dpmpp(order=3)), model.means(told.at(some))
+        eps = keys[some].fold("x_T").normal(*model.image_shape)
+        mean = mean.expand_as(eps)
+        start = model.process.marginal(mean, eps, times[:1].expand(len(eps)))
+        end = model.chain(keys[some], times, watched, told.at(some), start, progress=progress)
+        # A grid may begin at any stamp, from mean and noise: a step from the first one, for which nobody is asked.
+        watched.seen[0] = (watched.seen[0][0], mean.flatten(1).to(F64))
         found = Products.of(model.process, times, watched.seen, end)
         parts.append(found._replace(table=found.table * len(end) / n))
-    whole_table = torch.stack([part.table for part in parts]).sum(0)
-    paths = shortest(parts[0]._replace(table=whole_table).errors(), min(MOST, len(times) - 1))
-    walks = tuple(tuple(torch.stack([times[i] for i in path]).tolist()) for path in paths)
+    products = parts[0]._replace(table=torch.stack([part.table for part in parts]).sum(0))
+    paths = shortest(products.errors(POWER), min(MOST + 1, len(times) - 1))[1:]
+    walks = tuple(tuple(torch.stack([times[i] for i in path[1:]]).tolist()) for path in paths)
     return Fit(model.digest(), n, Fitted(walks))

@@ -60,21 +60,23 @@ class Fit:
         for steps, walk in enumerate(self.grid.walks, 1):
             falls = all(s < t for t, s in zip(walk, walk[1:], strict=False))
             if len(walk) != steps or not falls or walk[0] > 1:
-                raise Corrupt(f"{where} is damaged: its grid of {steps} steps does not fall; make it anew")
+                raise Corrupt(
+                    f"{where} is damaged: its grid of {steps} steps does not fall; give `undiffuse fit --overwrite`"
+                )
         return self
 
 
 def parsed(found: Any, digest: str, where: str) -> Fit:
     """From plain data. Raises as `Fit.check` does."""
     if not isinstance(found, Mapping):
-        raise Corrupt(f"{where} is damaged: it is not a JSON object; remove it, and make one with `undiffuse fit`")
+        raise Corrupt(f"{where} is damaged: it is not a JSON object; make it anew with `undiffuse fit --overwrite`")
     refuse_newer(Path(where), found.get("format"))
     return parse(Fit, found, where).check(digest, where)
 
 
 def places(run: Path | None) -> list[Path]:
     """Folders where one may lie."""
-    return [*([] if run is None else [run / FOLDER]), disk.cache_folder() / FOLDER]
+    return [disk.cache_folder() / FOLDER, *([] if run is None else [run / FOLDER])]
 
 
 def find(run: Path | None, digest: str) -> Fit | None:
@@ -87,8 +89,12 @@ def find(run: Path | None, digest: str) -> Fit | None:
 
 def keep(fit: Fit, run: Path | None) -> Path:
     """Beside the weights where that is possible, else in the cache. Raises StorageError."""
-    first, *_, cache = [*places(run), disk.cache_folder() / FOLDER]
-    beside = run is not None and os.access(run, os.W_OK)
-    path = (first if beside else cache) / f"{fit.weights}.json"
-    disk.write_json(path, plain(fit))
+    cached = disk.cache_folder() / FOLDER / f"{fit.weights}.json"
+    if run is None or not os.access(run, os.W_OK):
+        disk.write_json(cached, plain(fit))
+        return cached
+    disk.write_json(path := run / FOLDER / cached.name, plain(fit))
+    if cached.exists():  # it would be found first
+        with disk.writing(cached, 0):
+            disk.remove(cached)
     return path

@@ -28,7 +28,7 @@ from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unk
 from undiffuse.key import Key, Keys, Seed
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
-from undiffuse.model import fitted
+from undiffuse.model import distilled, fitted
 from undiffuse.model.classes import ALL, Classes, Label, Told, told
 from undiffuse.model.fitted import Fit
 from undiffuse.model.recipe import DataConfig, ModelConfig
@@ -38,6 +38,7 @@ from undiffuse.strict import whole
 
 PRECISIONS = ("auto", "float32", *machine.HALF, "tf32")
 DRAWS = 8  # of x̂_0 at t = 1, for the mean that a chain begins at
+MOST_OUT = 4.0  # what an error of the network may be multiplied by in that
 
 Steps = SupportsIndex | Sequence[float | int] | Tensor | None  # as in `Model.times`
 
@@ -123,10 +124,11 @@ class Model:
     @cached_property
     def fit(self) -> Fit | None:
         """What was fitted to these weights, by `undiffuse fit`. Raises UsageError if `meta` has that of others."""
-        if said := self.meta.get("fit"):
-            return fitted.parsed(said, self.digest(), "the grid in the file of this model")
         there = any(folder.is_dir() and any(folder.iterdir()) for folder in fitted.places(self.run))
-        return fitted.find(self.run, self.digest()) if there else None
+        found = fitted.find(self.run, self.digest()) if there else None
+        if found is None and (said := self.meta.get("fit")):
+            return fitted.parsed(said, self.digest(), "the grid in the file of this model")
+        return found
 
     def told(self, label: Label, n: int, seed: Seed = 0) -> Told:
         """The labels of n images: see `classes.py` for what `label` may be. Raises UsageError."""
@@ -230,7 +232,7 @@ class Model:
         """
         n, batch = self.count(whole("n", n, 1), label), whole("batch", batch, 1)
         told, keys, times = self.told(label, n, seed), Key.each(seed, n).fold("sample"), self.times(steps)
-        images = torch.zeros(n, *self.image_shape, dtype=torch.uint8, device="cpu")
+        images, batch = torch.zeros(n, *self.image_shape, dtype=torch.uint8, device="cpu"), share_of(n, batch)
         for first, some in self.draw(keys, times, self.sampler(solver), told.conditioning, batch, progress):
             images[first : first + len(some)] = some
         return images
@@ -249,7 +251,7 @@ class Model:
 
         The processes of a run take turns at the batches, and each is given all of them.
         """
-        batch, n = _share(len(keys.rows), batch), len(keys.rows)
+        n = len(keys.rows)
         starts = range(0, n, batch) if starts is None else starts
         for turn in range(0, len(starts), dist.size()):
             part = starts[turn : turn + dist.size()]
@@ -269,7 +271,7 @@ class Model:
 
     def sampling_steps(self, n: int, steps: Steps = None, batch: int = 64) -> int:
         """How many steps of a batch `sample` takes in this process, of which each has a batch if there are enough."""
-        batch = _share(n, batch)
+        batch = share_of(n, batch)
         return len(dist.turns(n, batch)) * (len(self.times(steps)) - 1)
 
     def times(self, steps: Steps = None, grid: str | Grid | None = None) -> Float[Tensor, "times"]:
@@ -279,7 +281,9 @@ class Model:
         distilled model has its own.
         """
         if self.config.bounds is not None:
-            return self._own_times(steps, grid)
+            if grid is not None:
+                self.refuse_distilled(f"grid {grid}")
+            return distilled.times(self.config.bounds, self.process, steps)
         if steps is None or not (isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0):
             chosen = suited(self.process) if grid is None else self.grid(grid)
             return chosen.times(self.process, None if steps is None else whole("steps", steps))
@@ -299,21 +303,9 @@ class Model:
             raise UsageError(f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly; sort or thin them")
         return torch.tensor([*given, 0.0], dtype=F64, device="cpu")
 
-    def _own_times(self, steps: Steps, grid: str | Grid | None) -> Float[Tensor, "times"]:
-        bounds = torch.tensor(self.config.bounds, dtype=F64, device="cpu").flip(0)
-        times = torch.cat([self.process.time(-2 * bounds.log()).clamp(max=1), bounds.new_zeros(1)])
-        asked = steps.tolist() if isinstance(steps, Tensor) else steps
-        if grid is not None or asked not in (None, len(bounds), times.tolist()):
-            self.refuse_distilled("another number of steps or grid")
-        return times
-
     def refuse_distilled(self, what: str) -> None:
         """UsageError for a model that was made for few steps, which has no x̂_0 but at their starts."""
-        if self.config.bounds is not None:
-            raise UsageError(
-                f"{what} is not possible: this model is distilled to {len(self.config.bounds)} "
-                f"step{'s' * (len(self.config.bounds) > 1)}; take the one that it was made of"
-            )
+        distilled.refuse(self.config.bounds, what)
 
     def grid(self, grid: str | Grid) -> Grid:
         """One by name, `fitted` included, or with its fields, `karras,rho=5`. Raises UsageError."""
@@ -353,7 +345,7 @@ class Model:
         keys, start = keys.to(self.device), None if start is None else start.to(self.device)
         if start is None and times[0] < 1:
             eps = keys.fold("x_T").normal(*self.config.image)
-            start = self.process.marginal(self._means_of(cond).to(eps).expand_as(eps), eps, times[:1].expand(len(eps)))
+            start = self.process.marginal(self.means(cond).to(eps).expand_as(eps), eps, times[:1].expand(len(eps)))
         x = sample(sampler, denoise, self.process, keys, self.config.image, times, watch, start)
         if progress is not None and len(times) > 1:
             progress(1)
@@ -369,21 +361,29 @@ class Model:
     def mean(self, label: int | None = None) -> Float[Tensor, "c h w"]:
         """E[x_0] of a class as the network has it, in [−1, 1]: x̂_0 at t = 1, where x_t tells nothing.
 
-        Over 8 draws of x_1, each an evaluation for one image; it is kept, so that it costs that once.
+        Over 8 draws of x_1, each an evaluation for one image; it is kept, so that it costs that once. 0 where nothing
+        can be read off the network there: one that predicts the noise leaves σ/α times its error in x̂_0. Of a
+        distilled model, whose x̂_0 is a sample, over 64 draws at the start of its first step.
         """
         if label not in self._means:
-            x = self.process.prior_std * Key(0).fold("mean").rows(DRAWS).to(self.device).normal(*self.image_shape)
-            told = None if label is None else torch.full((DRAWS,), label, dtype=torch.int64, device=self.device)
-            at = torch.ones(DRAWS, dtype=F64, device="cpu")
-            self._means[label] = self.denoiser(x, at, Conditioning(told)).x_0.mean(0).cpu()
+            at, draws = (torch.ones(1, dtype=F64, device="cpu"), DRAWS)
+            if self.config.bounds is not None:
+                at, draws = self.times()[:1], 8 * DRAWS
+            out = float(self.config.parameterisation.coefficients(self.process, at).out)
+            if not abs(out) <= MOST_OUT:
+                return self._means.setdefault(label, torch.zeros(self.image_shape, dtype=torch.float32, device="cpu"))
+            noise = Key(0).fold("mean").rows(draws).to(self.device).normal(*self.image_shape)
+            told = None if label is None else torch.full((draws,), label, dtype=torch.int64, device=self.device)
+            x_0 = self.denoiser(float(self.process.sigma(at)) * noise, at.expand(draws), Conditioning(told)).x_0
+            self._means[label] = x_0.mean(0).cpu()
         return self._means[label]
 
     @cached_property
     def _means(self) -> dict[int | None, Tensor]:
         return {}
 
-    def _means_of(self, cond: Conditioning) -> Float[Tensor, "#b c h w"]:
-        """That of each image of a batch, or of all."""
+    def means(self, cond: Conditioning) -> Float[Tensor, "#b c h w"]:
+        """`mean` of each image of a batch, or of all."""
         return torch.stack([self.mean(label) for label in ([None] if cond.label is None else cond.label.tolist())])
 
     def parameters(self) -> int:
@@ -391,6 +391,6 @@ class Model:
         return sum(parameter.numel() for parameter in self.denoiser.parameters())
 
 
-def _share(n: int, batch: int) -> int:
+def share_of(n: int, batch: int) -> int:
     """A batch small enough that each process of the run has one."""
     return max(1, min(batch, -(-n // dist.size())))

@@ -1,5 +1,6 @@
 """From a model to one of one to eight steps: the same network, tuned on the same data by `objective.Consistency`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,15 +8,16 @@ from typing import Any, SupportsIndex
 
 import torch
 
-from undiffuse.config import parse
+from undiffuse.config import parse, plain
 from undiffuse.diffusion.objective import Consistency
 from undiffuse.errors import UsageError
-from undiffuse.machine import log, store
+from undiffuse.machine import dist, log, store
 from undiffuse.model import fitted
-from undiffuse.model.fit import fit
+from undiffuse.model.classes import RANDOM
+from undiffuse.model.fit import cost, fit, steps_of
 from undiffuse.model.load import load
 from undiffuse.model.model import Model
-from undiffuse.model.recipe import Recipe, TrainConfig
+from undiffuse.model.recipe import Recipe, TrainConfig, with_settings
 from undiffuse.strict import whole
 from undiffuse.training.resume import saved_recipe
 from undiffuse.training.start import Data, Say, train
@@ -24,43 +26,41 @@ MOST = 8
 SEEN = 64  # samples of the model whose values say what the standard deviation of the data is
 
 
-def recipe_for(model: Model, steps: int) -> Recipe:
-    """What tunes a model to so many steps: begun at the times that are fitted to it."""
-    said = model.meta.get("recipe")
-    size, channels = model.image_shape[1:], model.image_shape[0]
-    data = replace(model.data, size=size, channels=channels, flip=False, labels=model.config.classes is not None)
-    drop = parse(TrainConfig, said.get("train", {}), "the recipe of this model") if isinstance(said, dict) else None
-    config = model.config
-    times = torch.tensor(_fit(model).grid.walks[steps - 1], dtype=torch.float64, device="cpu").flip(0)
-    bounds = tuple(round(u, 6) for u in torch.exp(-model.process.logsnr(times) / 2).tolist())
-    spread = round(float(model.sample(SEEN, min(20, config.process.steps or 20), "dpmpp").float().std()) / 127.5, 2)
-    tuning = TrainConfig(steps=10_000, batch=128, lr=1e-4, warmup=1000, ema=0.9993)
-    return Recipe(
-        f"{model.digest()[:12]}, distilled to {steps} steps",
-        data,
-        config.process,
-        config.parameterisation,
-        config.variance,
-        config.network,
-        Consistency(bounds, max(spread, 0.01)),
-        replace(
-            tuning,
-            channels_last=drop is not None and drop.channels_last,
-            drop_label=0.1 if drop is None else drop.drop_label,
-            save_every=500,
-            sample_every=500,
-            held_out_every=500,
-        ),
+def recipe_for(model: Model, bounds: tuple[float, ...], spread: float) -> Recipe:
+    """What tunes a model to steps that begin at these sigma/alpha; `spread` is the standard deviation of its data."""
+    said, config = model.meta.get("recipe"), model.config
+    before = parse(TrainConfig, said.get("train", {}), "the recipe of this model") if isinstance(said, dict) else None
+    data = replace(
+        model.data, size=config.image[1:], channels=config.image[0], labels=config.classes is not None, hold_out=0.0
     )
+    tuning = TrainConfig(
+        steps=10_000,
+        batch=128,
+        lr=1e-4,
+        warmup=1000,
+        ema=0.9993,
+        save_every=500,
+        sample_every=500,
+        held_out_every=500,
+        channels_last=before is not None and before.channels_last,
+        drop_label=0.1 if before is None else before.drop_label,
+    )
+    about = f"{model.digest()[:12]} distilled to {len(bounds)} steps"
+    parts = (config.process, config.parameterisation, config.variance, config.network)
+    return Recipe(about, data, *parts, Consistency(bounds, spread), tuning)
 
 
-def _fit(model: Model) -> fitted.Fit:
-    """That of the model; made and kept where there is none."""
-    if model.fit is not None:
-        return model.fit
-    found = fit(model)
-    fitted.keep(found, model.run)
-    return found
+def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tuple[float, ...]:
+    """sigma/alpha at which the steps of the fitted grid begin, rising; a grid is made and kept where there is none."""
+    found = model.fit
+    if found is None:
+        say(f"no grid is fitted to this model yet: {cost(model)}")
+        with log.progress(steps_of(model), "fitting", show_progress and dist.is_first()) as bar:
+            found = fit(model, progress=bar.advance)
+        if dist.is_first():
+            fitted.keep(found, model.run)
+    times = torch.tensor(found.grid.walks[steps - 1], dtype=torch.float64, device="cpu").flip(0)
+    return tuple(round(u, 6) for u in torch.exp(-model.process.logsnr(times) / 2).tolist())
 
 
 def distill(
@@ -72,32 +72,55 @@ def distill(
     settings: Sequence[str] = (),
     device: str = "auto",
     say: Say = log.say,
+    show_progress: bool = True,
     **given: Any,
 ) -> Model:
     """Tunes a model to sample in 1 to 8 steps, in the run folder `out`, or goes on with the run that is there.
 
-    `data` is what it was trained on; other arguments are those of `train`. Raises UsageError for a model that predicts
-    neither v nor edm, and as `train` does.
+    `data` is what it was trained on; `images`, `minutes`, `skip_bad` and the like are those of `train`. Raises
+    UsageError for a model that predicts neither v nor edm, and as `train` does.
     """
-    steps = whole("steps", steps, 1)
+    steps, run = whole("steps", steps, 1), store.Run(Path(out))
     if steps > MOST:
         raise UsageError(f"steps = {steps} is not possible; give 1 to {MOST}, or sample this model in as many steps")
-    before = saved_recipe(store.Run(Path(out)))
-    if before is not None:
-        _refuse_other(Path(out), before, steps)
-        return train(data, out, settings=settings, device=device, say=say, **given)
     teacher = model if isinstance(model, Model) else load(model, device)
+    _refuse_teacher(teacher, steps)
+    with dist.joined():
+        before = json.loads(dist.tell(json.dumps(saved_recipe(run)) if dist.is_first() else ""))
+        how: dict[str, Any] = {"settings": settings, "device": device, "say": say, "show_progress": show_progress}
+        if before is not None:
+            _refuse_other(run.path, before, teacher, steps)
+            return train(data, out, **how, **given)
+        # Settings that are refused are so before anything is computed.
+        with_settings(plain(recipe_for(teacher, (1.0,), 0.5)), settings, "the settings")
+        bounds = fitted_bounds(teacher, steps, say, show_progress)
+        label = None if teacher.classes is None else RANDOM
+        drawn = teacher.sample(SEEN, min(20, teacher.process.steps or 20), "dpmpp", label=label)
+        recipe = recipe_for(teacher, bounds, max(round(float(drawn.float().std()) / 127.5, 2), 0.01))
+        say(f"steps begin at sigma/alpha {', '.join(f'{u:g}' for u in reversed(bounds))}")
+        return train(data, out, recipe, init=teacher, **how, **given)
+
+
+def _refuse_teacher(teacher: Model, steps: int) -> None:
+    """UsageError for what cannot be distilled at all."""
     teacher.refuse_distilled("another distillation")
+    if teacher.config.variance.learned:
+        raise UsageError("a model with a learned variance cannot be distilled; train one with a fixed one")
     Consistency().check_answer(teacher.denoiser)
-    recipe = recipe_for(teacher, steps)
-    say(f"steps begin at sigma/alpha {', '.join(f'{u:g}' for u in reversed(recipe.objective.bounds or ()))}")
-    return train(data, out, recipe, settings=settings, init=teacher, device=device, say=say, **given)
+    if teacher.process.steps is not None and teacher.process.steps < steps:
+        raise UsageError(f"steps = {steps} is not possible; this model takes 1 to {teacher.process.steps}")
 
 
-def _refuse_other(out: Path, before: dict[str, Any], steps: int) -> None:
-    """UsageError for a run of another kind."""
+def _refuse_other(out: Path, before: dict[str, Any], teacher: Model, steps: int) -> None:
+    """UsageError for a run of another kind, or of another model."""
     objective = before.get("objective", {})
     bounds = objective.get("bounds", ()) if objective.get("name") == "consistency" else ()
     if len(bounds) != steps:
         what = f"distillation to {len(bounds)} steps" if bounds else "training"
         raise UsageError(f"{out} holds a {what}, and {steps} steps were asked for; give another --out")
+    made_of = before.get("about", "").partition(" ")[0]
+    if not teacher.digest().startswith(made_of):
+        raise UsageError(
+            f"{out} holds a distillation of another model ({made_of}) than this one ({teacher.digest()[:12]}); give "
+            "another --out"
+        )

@@ -263,7 +263,9 @@ def _scores(page: Comparison, names: Sequence[str]) -> list[Section]:
 
 
 def _eval_command(entry: Entry) -> str:
-    drawing = ["-n", "2000", "--steps", "50", "--solver", "ddim"] if entry.model is not None else []
+    drawing = ["-n", "2000"] if entry.model is not None else []
+    if entry.model is not None and entry.model.config.bounds is None:
+        drawing += ["--steps", "50", "--solver", "ddim"]
     is_run = entry.model is not None and Path(entry.spec).is_dir()
     out = str(Path(entry.spec) / "eval") if is_run else f"eval-{Path(entry.spec).stem}"
     return shlex.join(["undiffuse", "eval", entry.spec, "DATA", *drawing, "--out", out])

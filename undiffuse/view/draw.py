@@ -1,10 +1,11 @@
 """Samples on their way to files, batch by batch: memory stays flat, and what was ended goes on where it was."""
 
 import io
+import json
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,9 +27,10 @@ from undiffuse.machine.store import LEFTOVER
 from undiffuse.measure import claim
 from undiffuse.measure.sets import said_of_drawing
 from undiffuse.model.classes import Told
-from undiffuse.model.model import Model
+from undiffuse.model.model import Model, share_of
+from undiffuse.strict import to_json
 
-SHOWN = 1024  # images that the grid has room for
+SHOWN, PIXELS = 1024, 1 << 24  # images that the grid has room for, and pixels
 
 
 class Places(NamedTuple):
@@ -54,7 +56,7 @@ class Job:
         """What makes the images so: with as many of them, and in the same batches, they are the same to the bit."""
         found, _ = said_of_drawing(self.model, self.times, self.solver, self.seed, self.told.words)
         model = claim.digest([self.model.digest(), plain(self.model.config)])
-        return found | {"images": self.n, "model": model}
+        return found | {"images": self.n, "precision": self.model.precision, "model": model}
 
     def names(self) -> list[str]:
         """Of the PNGs: the numbers of the images, or their seeds."""
@@ -80,10 +82,11 @@ def draw(
         for each in files:
             wanted |= each.missing()
         dist.share([wanted])
-        starts = [i for i in range(0, job.n, job.batch) if wanted[i : i + job.batch].any()]
+        batch = share_of(job.n, job.batch)
+        starts = [i for i in range(0, job.n, batch) if wanted[i : i + batch].any()]
         if progress is not None:  # what is there already
-            progress((len(range(0, job.n, job.batch)) - len(starts)) * (len(job.times) - 1) // dist.size())
-        drawn = job.model.draw(keys, job.times, job.solver, job.told.conditioning, job.batch, progress, starts)
+            progress((len(range(0, job.n, batch)) - len(starts)) * (len(job.times) - 1) // dist.size())
+        drawn = job.model.draw(keys, job.times, job.solver, job.told.conditioning, batch, progress, starts)
         for first, images in drawn:
             with dist.alike():
                 for each in files:
@@ -125,7 +128,9 @@ class Pictures:
     def end(self, columns: int | None) -> dict[str, Path]:
         """The grid is of the files, which may be of several runs of the command."""
         if not (self.folder / GRID).exists():
-            shown = torch.stack([_read(self.folder / name) for name in self.names[:SHOWN]])
+            first = _read(self.folder / self.names[0])
+            count = max(1, min(SHOWN, PIXELS // (first.shape[-2] * first.shape[-1])))
+            shown = torch.stack([_read(self.folder / name) for name in self.names[:count]])
             sheet = grid(shown, columns or math.ceil(len(shown) ** 0.5), enlarged(shown.shape[-1]))
             disk.write_new(self.folder / GRID, png(sheet, drawn=True))
         return {"folder": self.folder, "grid": self.folder / GRID}
@@ -143,13 +148,14 @@ def _read(path: Path) -> UInt8[Tensor, "c h w"]:
 @contextmanager
 def _pictures(job: Job, folder: Path) -> Iterator[Pictures]:
     refuse(folder)
-    asked = job.said()
-    if (folder / MARK).exists() and not _is_asked(folder):
-        raise UsageError(f"{folder} holds samples already; give a new folder, or remove it")
-    claim.check(folder, asked, MARK, "samples of another command")
+    asked = claim.asked(job.said())
     if not (folder / MARK).exists():
-        claim.take(folder, asked, MARK)
+        with suppress(UsageError):  # another process was faster; what it asks is compared below
+            disk.write_new(folder / MARK, disk.to_json(asked))
     with _locked(folder / MARK, folder):
+        if not (folder / MARK).stat().st_size:  # that of a demonstration
+            raise UsageError(f"{folder} holds samples already; give a new folder, or remove it")
+        claim.check(folder, asked, MARK, "samples of another command")
         with disk.writing(folder, 0):
             for path in sorted(folder.iterdir()):
                 if LEFTOVER.fullmatch(path.name):
@@ -165,11 +171,6 @@ def _locked(path: Path, what: Path) -> Iterator[BinaryIO]:
         if not try_lock(file.fileno()):
             raise Locked(f"{what} is being written by another process; wait for its end, or give another place")
         yield file
-
-
-def _is_asked(folder: Path) -> bool:
-    """Whether the mark of a folder says what was asked; that of a demonstration is empty."""
-    return (folder / MARK).stat().st_size > 0
 
 
 def mark(folder: Path) -> None:
@@ -198,6 +199,7 @@ class Array:
     path: Path
     job: Job
     head: bytes
+    batch: int  # of the command that wrote it last
 
     @property
     def partial(self) -> Path:
@@ -210,20 +212,20 @@ class Array:
     def done(self) -> int:
         """How many rows are surely on the disk: all of a batch is synced before the next is begun."""
         rows = (self.partial.stat().st_size - len(self.head)) // self._row
-        return rows if rows == self.job.n else max(0, rows // self.job.batch - 1) * self.job.batch
+        return max(0, rows - 1) // self.batch * self.batch
 
     def missing(self) -> UInt8[Tensor, "n"]:
         return (torch.arange(self.job.n, dtype=torch.int64, device="cpu") >= self.done()).to(torch.uint8)
 
     def put(self, first: int, images: UInt8[Tensor, "b c h w"]) -> None:
-        if first >= self.done() or first + len(images) == self.job.n:
+        if first + len(images) > self.done():
             rows = images.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
             disk.append(self.partial, len(self.head) + first * self._row, rows)
 
     def end(self, columns: int | None) -> dict[str, Path]:
         c, h, w = self.job.model.image_shape
         values = np.memmap(self.partial, np.uint8, "r", len(self.head), (self.job.n, h, w, c))
-        disk.write_atomic(self.path, _zipped(values, self.job.batch))
+        disk.write_atomic(self.path, _zipped(values, self.job.batch), values.nbytes)
         with disk.writing(self.partial, 0):
             disk.remove(self.partial)
         return {"npz": self.path}
@@ -235,14 +237,17 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def _array(job: Job, path: Path) -> Iterator[Array]:
-    head = disk.to_json(job.said()).replace(b"\n", b"") + b"\n"
-    partial = partial_of(path)
+    asked, partial = claim.asked(job.said()), partial_of(path)
+    batch = share_of(job.n, job.batch)
     if not partial.exists():
-        disk.write_new(partial, head)
+        with suppress(UsageError):  # another process was faster; what it asks is compared below
+            disk.write_new(partial, to_json(asked | {"batch": batch}).encode() + b"\n")
     with _locked(partial, path) as file:
-        if file.read(len(head)) != head:
+        head = file.readline(disk.SMALL)
+        before = disk.from_json(partial, head)
+        if not isinstance(before, dict) or {**before, "batch": 0} != json.loads(to_json(asked)) | {"batch": 0}:
             raise UsageError(f"{partial} is of another command; remove it, or give another --npz")
-        yield Array(path, job, head)
+        yield Array(path, job, head, before["batch"])
 
 
 def _zipped(values: np.ndarray, batch: int) -> Iterator[bytes]:

@@ -68,7 +68,9 @@ class Page:
         """Evaluations of the network, all together."""
         length, model = self.how.length(self.model), self.model
         n = self.per_row() * len(self.classes()) if self.classes() else self.how.count(model)
-        found = n * length + STRIPS * length + MIXTURES * explore.interpolation_steps(model, AT, length)
+        found = n * length + STRIPS * length
+        if model.config.bounds is None:
+            found += MIXTURES * explore.interpolation_steps(model, AT, length)
         if self.data is None or self.about.bound is not None:
             return found
         return found + nll.evaluations(model, self.data.shown, self.query())
@@ -215,7 +217,8 @@ def _nll_command(page: Page) -> str:
 
 def _eval_command(page: Page) -> str:
     place = _place(page, "eval")
-    return _command(page, "eval", "-n", "2000", "--steps", "50", "--solver", "ddim", "--out", place)
+    how = () if page.model.config.bounds is not None else ("--steps", "50", "--solver", "ddim")
+    return _command(page, "eval", "-n", "2000", *how, "--out", place)
 
 
 def _option(page: Page, name: str) -> str:
@@ -253,8 +256,9 @@ def _memorisation(page: Page, samples: UInt8[Tensor, "n c h w"] | None) -> list[
         else:
             text = "The training set is large, so the samples were not compared with it."
     plain = "A plain picture is near to everything, so a small distance alone does not prove a copy." if figures else ""
+    steps = () if page.model.config.bounds is not None else ("--steps", "50")
     tells = "The first command tells how many samples are copies; the second shows samples beside training images."
-    commands = (_eval_command(page), _command(page, "neighbours", "--steps", "50", "--out", "neighbours.png"))
+    commands = (_eval_command(page), _command(page, "neighbours", *steps, "--out", "neighbours.png"))
     words = " ".join(filter(None, [text or ("" if figures else "Not measured."), plain, tells]))
     return [Section("Memorisation", words, figures=figures, commands=commands)]
 

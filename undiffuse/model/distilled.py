@@ -1,0 +1,33 @@
+"""What is particular to a distilled model: `bounds` are sigma/alpha at which its few steps begin, rising."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import Process
+from undiffuse.errors import UsageError
+
+Bounds = tuple[float, ...] | None
+
+
+def refuse(bounds: Bounds, what: str) -> None:
+    """UsageError for such a model, which has no x̂_0 but at the starts of its steps."""
+    if bounds is not None:
+        raise UsageError(
+            f"{what} is not possible: this model is distilled to {len(bounds)} step{'s' * (len(bounds) > 1)}; take the "
+            "one that it was made of"
+        )
+
+
+def times(bounds: tuple[float, ...], process: Process, asked: Any) -> Float[Tensor, "times"]:
+    """The times of its chain; `asked` are these or their number, or None. Raises UsageError for others."""
+    falling = torch.tensor(bounds, dtype=F64, device="cpu").flip(0)
+    own = torch.cat([process.time(-2 * falling.log()).clamp(max=1), falling.new_zeros(1)])
+    if hasattr(asked, "__len__"):
+        asked = [float(t) for t in asked]
+    if asked not in (None, len(bounds), own.tolist(), own[:-1].tolist()):
+        refuse(bounds, "another number of steps or grid")
+    return own
