@@ -47,18 +47,6 @@ def test_the_errors_of_steps_are_those_of_a_closed_form(process):
     assert found[later].tolist() == pytest.approx((scale * off.abs())[later].tolist(), rel=0.02, abs=2e-3)
 
 
-def test_errors_are_weighted_by_what_a_gaussian_flow_leaves_of_them():
-    times = LogSnr(sigma_min=0.01).times(Edm(), 20)
-    watched, end = seen(Edm(), times)
-    watched.seen[0] = (watched.seen[0][0], torch.zeros_like(end.flatten(1)).double())  # the mean of the data
-    products = Products.of(Edm(), times, watched.seen, end)
-    spread = float(end.double().square().mean())
-    v = torch.cat([products.u, torch.zeros(1, dtype=F64)])
-    for power in (0.5, 1.0):
-        share = (products.errors(power) / products.errors())[0, 1:]
-        assert torch.allclose(share, ((spread / (spread + v**2)) ** (power / 2))[1:])
-
-
 def test_the_programme_finds_what_trying_all_paths_does():
     n = 8
     errors = torch.from_numpy(np.random.default_rng(0).random((n, n + 1)))

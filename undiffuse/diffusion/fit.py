@@ -2,8 +2,8 @@
 
 With z = x/alpha and u = sigma/alpha the probability-flow ODE is dz/du = (z − x̂_0)/u, and a step of Euler's rule, which
 is DDIM, from u to v is z_v = (v/u) z_u + (1 − v/u) x̂_0(z_u, u). On trajectories of the model itself, known at many
-stamps, the error of each such step can be read off; a grid of n steps is the path of n of them whose errors add up to
-the least.
+stamps, the error of each such step can be read off; a grid of n steps is the path of n of them whose squared errors add
+up to the least.
 """
 
 from collections.abc import Sequence
@@ -57,12 +57,8 @@ class Products(NamedTuple):
         images = torch.stack([*(z for z, _ in seen), *(x_0 for _, x_0 in seen), last]).flatten(1)
         return cls(torch.exp(-process.logsnr(times[:-1]) / 2), images @ images.T / images.shape[1])
 
-    def errors(self, power: float = 0.0) -> Float[Tensor, "n n+1"]:
-        """Root mean square, a value of z, of the Euler step from stamp i to j > i; in the last column to u = 0.
-
-        An error at u becomes s/√(s² + u²) of it at the end, if the data are Gaussian with standard deviation s. It is
-        multiplied by that to the `power`; s is that of z(0) around the x̂_0 of the first stamp, the mean of the data.
-        """
+    def errors(self) -> Float[Tensor, "n n+1"]:
+        """Root mean square, a value of z, of the Euler step from stamp i to j > i; in the last column to u = 0."""
         n, (u, table) = len(self.u), self
         ends = torch.cat([u, torch.zeros(1, dtype=F64, device="cpu")])
         share = ends / u[:, None]  # of z_u in z_v; what is left is that of x̂_0
@@ -71,19 +67,17 @@ class Products(NamedTuple):
         found = table.diagonal()[goal] - 2 * share * table[z][:, goal] - 2 * (1 - share) * table[x_0][:, goal]
         found = found + share**2 * table.diagonal()[z, None] + (1 - share) ** 2 * table.diagonal()[x_0, None]
         found = found + 2 * share * (1 - share) * table[z, x_0][:, None]
-        spread = (table[2 * n, 2 * n] - table[n, n]).clamp(min=0)  # s²
-        left = (spread / (spread + ends**2)) ** (power / 2)
         later = torch.ones_like(found).triu(1).bool()
-        return torch.where(later, left * found.clamp(min=0).sqrt(), torch.inf)
+        return torch.where(later, found.clamp(min=0).sqrt(), torch.inf)
 
 
-def shortest(errors: Float[Tensor, "n n+1"], most: int) -> list[list[int]]:
-    """For 1, 2, … `most` steps the stamps of the path from the first one to u = 0 whose errors have the least sum."""
-    n, paths, before = len(errors), list[list[int]](), list[Tensor]()
+def shortest(costs: Float[Tensor, "n n+1"], most: int) -> list[list[int]]:
+    """For 1, 2, … `most` steps the stamps of the path from the first one to u = 0 whose costs have the least sum."""
+    n, paths, before = len(costs), list[list[int]](), list[Tensor]()
     least = torch.full((n + 1,), torch.inf, dtype=F64, device="cpu")
     least[0] = 0
     for _ in range(most):
-        least, came = (least[:n, None] + errors).min(0)  # by one step more
+        least, came = (least[:n, None] + costs).min(0)  # by one step more
         before.append(came)
         path = [n]
         for step in reversed(before):

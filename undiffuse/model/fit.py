@@ -18,7 +18,6 @@ from undiffuse.strict import whole
 
 TRAJECTORIES, STAMPS, MOST = 128, 61, 40
 HELD = 1 << 28  # bytes of images of a batch, at all stamps
-POWER = 0.25  # of what a Gaussian's flow leaves of an error, by which it is weighted
 
 
 def stamps(model: Model) -> int:
@@ -68,6 +67,6 @@ def fit(
         found = Products.of(model.process, times, watched.seen, end)
         parts.append(found._replace(table=found.table * len(end) / n))
     products = parts[0]._replace(table=torch.stack([part.table for part in parts]).sum(0))
-    paths = shortest(products.errors(POWER), min(MOST + 1, len(times) - 1))[1:]
+    paths = shortest(products.errors().square(), min(MOST + 1, len(times) - 1))[1:]
     walks = tuple(tuple(torch.stack([times[i] for i in path[1:]]).tolist()) for path in paths)
     return Fit(model.digest(), n, Fitted(walks))
