@@ -37,7 +37,7 @@ def test_a_preset_survives_its_file_and_builds_what_it_says(name):
     recipe.objective.check(denoiser)
     count = sum(p.numel() for p in denoiser.parameters())
     assert count == recipe.expected["parameters"]
-    untrained = name in ("emoji-32", "fashion-mnist-likelihood")
+    untrained = name == "emoji-32"
     assert recipe.about and (untrained or recipe.expected.keys() & {"source", "measured_by", "measured_in"})
 
 
