@@ -1,5 +1,7 @@
 """Each figure against a closed form: networks whose answers are known, so that each picture can be computed by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from undiffuse.data.source import ArraySource
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
+from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall, Learned
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Linear, Process
 from undiffuse.errors import DataError, UsageError
@@ -304,3 +306,11 @@ def test_every_figure_takes_a_solver():
     branches, _ = explore.shared(toy, 3, at=(0.5,), solver="ddim")
     assert (branches == branches[:, :1]).all()  # nothing is left to chance below t
     assert not (explore.shared(toy, 3, at=(0.5,))[0] == branches).all()
+
+
+def test_a_latent_may_be_shared_between_two_points_of_the_table():
+    """The network is told that time; of a model that knows steps of 1/T alone it is moved to one."""
+    toy = gaussian(50)
+    assert explore.shared(toy, 2, at=[0.503], steps=10)[1].tolist() == [0.503]
+    learned = replace(toy, config=replace(toy.config, variance=Learned()))
+    assert explore._place(learned, 0.503, 0.0) == 0.5 and explore._place(toy, 0.001, 0.0) == 0.02

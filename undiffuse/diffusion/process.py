@@ -105,12 +105,6 @@ class Process(ABC):
         scale = self._frame(logsnr_s)[0].square() / torch.sigmoid(logsnr_s)
         return scale * -torch.expm1(logsigmoid(logsnr_t) - logsigmoid(logsnr_s))
 
-    def on_grid(self, t: float | int) -> float:
-        """t at the nearest n/T of a table; elsewhere t itself, or t_min where t lies between that and 0."""
-        if self.steps is not None:
-            return round(t * self.steps) / self.steps
-        return max(float(t), self.t_min) if t > 0 else 0.0
-
     def variance_floor(self) -> Float[Tensor, ""]:
         """The decoder's σ²: β̃ of the step 2/T → 1/T of the training table, whatever the chain."""
         first = torch.tensor(self.t_min, dtype=F64, device="cpu")

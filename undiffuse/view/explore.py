@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source
+from undiffuse.diffusion.denoiser import Learned
 from undiffuse.diffusion.numbers import F64, per_image
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler
@@ -71,7 +72,7 @@ def shared(
     solver: str | Sampler | None = None,
     label: Label = None,
 ) -> tuple[UInt8[Tensor, "at n c h w"], Float[Tensor, "at"]]:
-    """n samples for each t of `at` that have x_t in common, and those times on the model's grid (Fig. 7).
+    """n samples for each t of `at` that have x_t in common, and those times (Fig. 7).
 
     One chain runs from the noise to an image; where it passes t, n independent continuations leave it. All are of one
     class. A deterministic solver continues in one way only.
@@ -90,7 +91,9 @@ def shared(
     model.chain(key.rows(1), times, sampler, told, callback=keep, progress=progress)
     rows = []
     for t, rest in zip(branches, below, strict=True):
-        keys = key.fold("continue", round(t / model.process.t_min)).rows(n)
+        steps_to_t = t / model.process.t_min
+        on_table = model.process.steps is None or abs(steps_to_t - round(steps_to_t)) < 1e-6
+        keys = key.fold("continue", round(steps_to_t) if on_table else str(t)).rows(n)
         start = latents[t].expand(n, -1, -1, -1)
         rows.append(to_uint8(model.chain(keys, rest, sampler, told.at([0] * n), start, progress=progress)))
     return torch.stack(rows), torch.tensor(branches, dtype=F64, device="cpu")
@@ -105,7 +108,7 @@ def _shared_grids(model: Model, at: Sequence[Number], steps: Steps) -> tuple[lis
     """Where the chain is left, and the times of the whole and of what follows each branch."""
     if not at:
         raise UsageError("no t was given; name the times at which the latent is shared, for example 0.5")
-    branches = [_on_grid(model.process, t, low=model.process.t_min) for t in at]
+    branches = [_place(model, t, low=model.process.t_min) for t in at]
     times = _with(model.times(steps), *branches)
     return branches, [times, *(times[times <= t] for t in branches)]
 
@@ -170,7 +173,7 @@ def interpolation_steps(model: Model, at: Sequence[Number], steps: Steps = None)
 def _interpolation_grids(model: Model, at: Sequence[Number], steps: Steps) -> list[Float[Tensor, "_"]]:
     """The times from each t of `at` down to 0."""
     grids = []
-    for t in (_on_grid(model.process, t, low=0.0) for t in at):
+    for t in (_place(model, t, low=0.0) for t in at):
         times = _with(model.times(steps), t)
         grids.append(times[times <= t])
     return grids
@@ -276,11 +279,14 @@ def write_grid(images: UInt8[Tensor, "rows columns c h w"], path: Path) -> None:
     disk.write_atomic(path, encoded(grid(images.flatten(0, 1), images.shape[1], enlarged(images.shape[-1])), path))
 
 
-def _on_grid(process: Process, t: Number, low: float) -> float:
-    """`Process.on_grid`, within [low, 1]."""
+def _place(model: Model, t: Number, low: float) -> float:
+    """t, at least t_min unless it is 0; of a model that knows steps of 1/T alone at the nearest n/T. UsageError."""
     if not low <= t <= 1:
         raise UsageError(f"t = {t:g} is not possible here; give {low:g} to 1, where 1 is pure noise")
-    return process.on_grid(t)
+    steps, config = model.process.steps, model.config
+    if steps is not None and (config.parameterisation.needs_table or isinstance(config.variance, Learned)):
+        return round(t * steps) / steps
+    return max(float(t), model.process.t_min) if t > 0 else 0.0
 
 
 def _with(times: Float[Tensor, "n"], *more: float) -> Float[Tensor, "m"]:
