@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import pillow_jxl  # noqa: F401  # gives Pillow the format JXL
 import torch
-from choose import EXTRACTORS
+from choose import EXTRACTORS, distances
 from jaxtyping import UInt8
 from machine import machine, made_of, publish
-from solvers import judged
 from torch import Tensor
 
 import undiffuse
@@ -109,7 +108,7 @@ def main() -> None:
     def samples() -> Row:
         drawn = model.sample(1000, 20, "unipc", batch=125)
         disk.write_atomic(images / f"{given.name}-samples.png", png(grid(drawn[:64], columns=16, scale=2)))
-        return judged(drawn, given.work)
+        return distances(drawn, given.work)
 
     def curve() -> list[Row]:
         rows = [measured(model, test, given.images, given.draws, steps) for steps in STEPS]

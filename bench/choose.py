@@ -40,7 +40,11 @@ def reference(name: str, folder: Path) -> Moments:
 
 
 def judged(trainer: Trainer, folder: Path, steps: int = STEPS, solver: str = "ddim") -> Found:
-    images = trainer.model().sample(SAMPLES, steps, solver, 0, 250)
+    return distances(trainer.model().sample(SAMPLES, steps, solver, 0, 250), folder)
+
+
+def distances(images: torch.Tensor, folder: Path) -> Found:
+    """The Fréchet distance of images [n, c, h, w] on each extractor."""
     found = {}
     for name in EXTRACTORS:
         extractor, known = open_features(name, "cpu"), reference(name, folder)

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from choose import EXTRACTORS, reference
+from choose import EXTRACTORS, distances
 from jaxtyping import UInt8
 from machine import machine, made_of, publish
 from torch import Tensor
+from trial import read
 
 import undiffuse
 from undiffuse.data.source import open_source
@@ -35,8 +36,6 @@ from undiffuse.figure import line_plot
 from undiffuse.key import Key
 from undiffuse.machine import disk
 from undiffuse.model.model import Model, to_uint8
-from undiffuse.quality.feature.base import open_features
-from undiffuse.quality.metric.frechet import frechet_of_rows, root
 
 HERE = Path(__file__).parent
 FEW, MANY = (4, 5, 6, 8, 10, 15, 20), (50, 250)
@@ -89,19 +88,6 @@ def peer(
             x = scheduler.step(model.denoiser(x, t).x_0, index, x, return_dict=False)[0]
         images.append(to_uint8(x))
     return torch.cat(images)
-
-
-def judged(images: UInt8[Tensor, "n c h w"], folder: Path) -> Row:
-    found: Row = {"grey": float(images.double().mean())}
-    for name in EXTRACTORS:
-        extractor, known = open_features(name, "cpu"), reference(name, folder)
-        rows = torch.cat([extractor(part).pool for part in images.split(250)])
-        found[name] = frechet_of_rows(rows, known.mean, root(known.covariance))
-    return found
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
 def drawn(model: Model, name: str, evaluations: int, n: int, seed: int) -> UInt8[Tensor, "n c h w"] | None:
@@ -200,7 +186,8 @@ def main() -> None:
         images = draw()
         if images is not None:
             seconds = {"seconds": round(time.monotonic() - began, 1)}
-            row = asked | seconds | judged(images, given.work)
+            grey = {"grey": float(images.double().mean())}
+            row = asked | seconds | grey | distances(images, given.work)
             keep(given.json, given.work, row, command, lambda: made_of(given.model, *EXTRACTORS))
 
     test = open_source("fashion-mnist", split="test")

@@ -227,11 +227,6 @@ class Keys:
         known, seeds = (None if each is None else each[part] for each in (self.known, self.seeds))
         return replace(self, rows=self.rows[part], known=known, seeds=seeds)
 
-    def at(self, rows: Int[Tensor, "n"]) -> "Keys":
-        """Those of some images of the batch, by their places in it."""
-        seeds, found = None if self.seeds is None else tuple(self.seeds[i] for i in rows.tolist()), self.rows[rows]
-        return replace(self, rows=found, known=None if seeds else range_of(found), seeds=seeds)
-
     def _alone(self) -> "list[Keys]":
         """Of each seed its own."""
         ones = self.rows.split(1)

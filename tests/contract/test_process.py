@@ -58,6 +58,9 @@ def test_the_names():
 def test_time_is_the_inverse_of_logsnr(name):
     process, t = build(name), times()
     close(process.time(process.logsnr(t)), t, rtol=1e-12, atol=1e-15)
+    inside = t[(t > 0) & (process.alpha(t) > 0)]
+    close(process.spread(inside), process.sigma(inside) / process.alpha(inside), rtol=1e-9, atol=0)
+    close(process.time_of_spread(process.spread(inside)), inside, rtol=1e-9, atol=1e-15)
 
 
 @every_process

@@ -83,7 +83,7 @@ def test_what_is_said_of_samples_names_the_grid(tmp_path, cache):
     model = load(toy.save(tmp_path / "bare.safetensors"))
     fitted.keep(fit(model, 4), model.run)
     model = load(tmp_path / "bare.safetensors")
-    said, _ = said_of_drawing(model, model.times(3, "fitted"), model.sampler("unipc"), 0, "none")
+    said = said_of_drawing(model, model.times(3, "fitted"), model.sampler("unipc"), 0, "none")
     assert said["grid"] == "fitted" and said["evaluations"] == 3
 
 

@@ -52,7 +52,7 @@ def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
         assert torch.equal(images, again.sample(2, solver="ddim"))
     save(model, tmp_path / "one.safetensors")
     assert torch.equal(load(tmp_path / "one.safetensors").sample(2), images)
-    said, _ = said_of_drawing(model, model.times(), model.sampler(), 0, "none")
+    said = said_of_drawing(model, model.times(), model.sampler(), 0, "none")
     assert (said["solver"], said["evaluations"], said["clip"]) == ("ddim", 3, False)
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2  # previews of both kinds of weights
     assert model.meta["recipe"]["objective"]["name"] == "consistency"

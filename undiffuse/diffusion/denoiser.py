@@ -168,7 +168,7 @@ class Step(NamedTuple):
         steps = process.steps or 0
         of_table = ((t - s) * steps - 1).abs() < 1e-6
         alpha = process.alpha(t) if process.ends else None
-        spread = torch.exp(-process.logsnr(t) / 2) if process.ends else None
+        spread = process.spread(t) if process.ends else None
         return cls(*process.posterior_coefficients(t, s), *logs, last.to(F64), last, of_table, alpha, spread)
 
 
@@ -315,7 +315,7 @@ class Denoiser(nn.Module):
         if not self.parameterisation.lattice:
             return moment
         # x̂_0 = (x_t − sigma eps)/alpha falls by sigma/alpha with each unit of eps, and F changes it by `out`.
-        spread = torch.exp(-self.process.logsnr(t) / 2)
+        spread = self.process.spread(t)
         fine = spread <= FINE
         return moment._replace(spread=spread.clamp(max=FINE), on_noise=torch.where(fine, -spread / out, 0), fine=fine)
 

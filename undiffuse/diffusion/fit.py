@@ -55,7 +55,7 @@ class Products(NamedTuple):
         """Of a batch of trajectories, seen at each of the times but the last, which is 0."""
         last = end.flatten(1).to("cpu", F64)
         images = torch.stack([*(z for z, _ in seen), *(x_0 for _, x_0 in seen), last]).flatten(1)
-        return cls(torch.exp(-process.logsnr(times[:-1]) / 2), images @ images.T / images.shape[1])
+        return cls(process.spread(times[:-1]), images @ images.T / images.shape[1])
 
     def errors(self) -> Float[Tensor, "n n+1"]:
         """Root mean square, a value of z, of the Euler step from stamp i to j > i; in the last column to u = 0."""

@@ -70,7 +70,7 @@ class InSigma(Grid):
 
     def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
         ends = torch.tensor([1.0, process.t_min], dtype=F64, device="cpu")
-        high, low = torch.exp(-process.logsnr(ends) / 2).tolist()
+        high, low = process.spread(ends).tolist()
         first, last = min(high, self.sigma_max), max(low, self.sigma_min)
         if last >= first:
             raise UsageError(
@@ -78,7 +78,7 @@ class InSigma(Grid):
                 f"sigma_max between {low:.3g} and {high:.3g}, where this process is"
             )
         share = torch.linspace(0, 1, steps, dtype=F64, device="cpu")
-        times = process.time(-2 * self.between(first, last, share).log()).clamp(process.t_min, 1)
+        times = process.time_of_spread(self.between(first, last, share)).clamp(process.t_min, 1)
         # The ends as they are, and not the next number to them, with which a step would begin and end at once.
         if last == low and steps > 1:
             times[-1] = process.t_min

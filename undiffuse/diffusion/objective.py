@@ -346,7 +346,7 @@ class Consistency(Objective):
         process, (low, _) = denoiser.process, spreads(denoiser.process)
         u = self.drawn(process, keys)
         a, r = self.before(u, low)
-        t, s = (process.time(-2 * each.log()).clamp(process.t_min, 1) for each in (u, r.clamp(min=low)))
+        t, s = (process.time_of_spread(each).clamp(process.t_min, 1) for each in (u, r.clamp(min=low)))
         on_teacher = torch.where(r > a, (1 - a / r) / (1 - a / u), 0)
         now, then, pair = ready(x_0, denoiser.at(t), denoiser.at(s), Pair(on_teacher, (1 - a / u) / (u - r)))
         eps, mask = keys.fold("eps").normal(*x_0.shape[1:]), keys.key.fold("mask", int(keys.rows[0])).integer()
@@ -365,7 +365,7 @@ class Consistency(Objective):
 def spreads(process: Process) -> tuple[float, float]:
     """sigma/alpha at t_min and at 1."""
     ends = torch.tensor([process.t_min, 1.0], dtype=F64, device="cpu")
-    low, high = torch.exp(-process.logsnr(ends) / 2).tolist()
+    low, high = process.spread(ends).tolist()
     return low, high
 
 

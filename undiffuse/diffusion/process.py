@@ -31,7 +31,6 @@ class Process(ABC):
     """`logsnr(t)`, strictly decreasing from +∞, and a frame."""
 
     suits: ClassVar[Suits] = Suits()
-
     frame: ClassVar[Literal["variance preserving", "variance exploding", "straight"]] = "variance preserving"
     steps: int | None = None
     prior_std: float = 1.0
@@ -70,6 +69,13 @@ class Process(ABC):
         if self.frame == "variance exploding":
             return torch.ones_like(logsnr), torch.exp(-logsnr / 2)
         return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
+
+    def spread(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """sigma/alpha, in which the flow of every frame is the same."""
+        return torch.exp(-self.logsnr(t) / 2)
+
+    def time_of_spread(self, spread: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return self.time(-2 * spread.log())
 
     def marginal(
         self, x_0: Float[Tensor, "b *x"], eps: Float[Tensor, "b *x"], t: Float[Tensor, "b"]

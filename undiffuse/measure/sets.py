@@ -56,22 +56,20 @@ class Drawing:
 
 
 def said_of_drawing(
-    model: Model, times: Tensor, sampler: Sampler, seed: Seed, labels: str
-) -> tuple[dict[str, Any], str]:
-    """What makes samples so, in words, and a digest of it and of the weights."""
-    said: dict[str, Any] = {
+    model: Model, times: Tensor, sampler: Sampler, seed: Seed, labels: str, counted: bool = True
+) -> dict[str, Any]:
+    """What makes samples so, in words; unless `counted` without the evaluations, which a walk along the chain tells."""
+    return {
         "solver": SAMPLERS.name_of(sampler),
         **plain(sampler),
         "steps": len(times) - 1,
-        "evaluations": evaluations(model, times, sampler),
+        **({"evaluations": evaluations(model, times, sampler)} if counted else {}),
         **_walk(model, times),
         "clip": model.denoiser.clip,
         **in_other(model),
         "seed": _in_words(seed),
         **({} if model.classes is None else {"labels": labels}),
     }
-    question = {"weights": model.digest(), "config": plain(model.config), **said, "walk": times.tolist()}
-    return said, digest(question)
 
 
 def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
@@ -87,8 +85,9 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
         some = keys[slice(int(index[0]), int(index[-1]) + 1)]
         return to_uint8(model.chain(some, times, sampler, told.conditioning.at(index)))
 
-    said, found = said_of_drawing(model, times, sampler, seed, told.words)
-    return Samples(n, model.image_shape, said, found, images)
+    said = said_of_drawing(model, times, sampler, seed, told.words)
+    question = {"weights": model.digest(), "config": plain(model.config), **said, "walk": times.tolist()}
+    return Samples(n, model.image_shape, said, digest(question), images)
 
 
 def _walk(model: Model, times: Tensor) -> dict[str, Any]:

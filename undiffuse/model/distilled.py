@@ -25,7 +25,7 @@ def refuse(bounds: Bounds, what: str) -> None:
 def times(bounds: tuple[float, ...], process: Process, asked: Any) -> Float[Tensor, "times"]:
     """The times of its chain; `asked` are these or their number, or None. Raises UsageError for others."""
     falling = torch.tensor(bounds, dtype=F64, device="cpu").flip(0)
-    own = torch.cat([process.time(-2 * falling.log()).clamp(max=1), falling.new_zeros(1)])
+    own = torch.cat([process.time_of_spread(falling).clamp(max=1), falling.new_zeros(1)])
     if hasattr(asked, "__len__"):
         asked = [float(t) for t in asked]
     if asked not in (None, len(bounds), own.tolist(), own[:-1].tolist()):

@@ -60,7 +60,7 @@ def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tu
         if dist.is_first():
             fitted.keep(found, model.run)
     times = torch.tensor(found.grid.walks[steps - 1], dtype=torch.float64, device="cpu").flip(0)
-    return tuple(round(u, 6) for u in torch.exp(-model.process.logsnr(times) / 2).tolist())
+    return tuple(round(u, 6) for u in model.process.spread(times).tolist())
 
 
 def distill(

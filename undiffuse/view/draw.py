@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,11 +53,12 @@ class Job:
     seed: Seed = 0
     batch: int = 64
 
-    def said(self) -> dict[str, Any]:
+    @cached_property
+    def asked(self) -> dict[str, Any]:
         """What makes the images so: with as many of them, and in the same batches, they are the same to the bit."""
-        found, _ = said_of_drawing(self.model, self.times, self.solver, self.seed, self.told.words)
+        found = said_of_drawing(self.model, self.times, self.solver, self.seed, self.told.words, counted=False)
         model = claim.digest([self.model.digest(), plain(self.model.config)])
-        return found | {"images": self.n, "precision": self.model.precision, "model": model}
+        return claim.asked(found | {"images": self.n, "precision": self.model.precision, "model": model})
 
     def names(self) -> list[str]:
         """Of the PNGs: the numbers of the images, or their seeds."""
@@ -148,14 +150,13 @@ def _read(path: Path) -> UInt8[Tensor, "c h w"]:
 @contextmanager
 def _pictures(job: Job, folder: Path) -> Iterator[Pictures]:
     refuse(folder)
-    asked = claim.asked(job.said())
     if not (folder / MARK).exists():
         with suppress(UsageError):  # another process was faster; what it asks is compared below
-            disk.write_new(folder / MARK, disk.to_json(asked))
+            disk.write_new(folder / MARK, disk.to_json(job.asked))
     with _locked(folder / MARK, folder):
         if not (folder / MARK).stat().st_size:  # that of a demonstration
             raise UsageError(f"{folder} holds samples already; give a new folder, or remove it")
-        claim.check(folder, asked, MARK, "samples of another command")
+        claim.check(folder, job.asked, MARK, "samples of another command")
         with disk.writing(folder, 0):
             for path in sorted(folder.iterdir()):
                 if LEFTOVER.fullmatch(path.name):
@@ -237,15 +238,14 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def _array(job: Job, path: Path) -> Iterator[Array]:
-    asked, partial = claim.asked(job.said()), partial_of(path)
-    batch = share_of(job.n, job.batch)
+    partial, batch = partial_of(path), share_of(job.n, job.batch)
     if not partial.exists():
         with suppress(UsageError):  # another process was faster; what it asks is compared below
-            disk.write_new(partial, to_json(asked | {"batch": batch}).encode() + b"\n")
+            disk.write_new(partial, to_json(job.asked | {"batch": batch}).encode() + b"\n")
     with _locked(partial, path) as file:
         head = file.readline(disk.SMALL)
         before = disk.from_json(partial, head)
-        if not isinstance(before, dict) or {**before, "batch": 0} != json.loads(to_json(asked)) | {"batch": 0}:
+        if not isinstance(before, dict) or {**before, "batch": 0} != json.loads(to_json(job.asked)) | {"batch": 0}:
             raise UsageError(f"{partial} is of another command; remove it, or give another --npz")
         yield Array(path, job, head, before["batch"])
 
