@@ -8,6 +8,8 @@ import torch
 
 from tests.cli.toy import run_of_digits
 from tests.training.test_loop import assert_equal, state
+from undiffuse.diffusion.grid import LogSnr
+from undiffuse.diffusion.objective import spreads
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.heun import Heun
 from undiffuse.errors import UsageError
@@ -42,8 +44,11 @@ def tuned(teacher: Path, out: Path, length: int, steps: int = 3):
 def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
     model = tuned(teacher, tmp_path / "run", 2)
     assert sorted(path.name for path in (teacher / "fit").iterdir()) == [f"{load(teacher).digest()}.json"]
-    walk = load(teacher).fit.grid.walks[2]
-    assert model.times().tolist() == pytest.approx([*walk, 0], abs=1e-6)
+    first, walk = float(LogSnr().times(model.process, 2)[0]), load(teacher).fit.grid.walks[1]
+    assert model.times().tolist() == pytest.approx([first, *walk, 0], abs=1e-6)
+    assert model.config.bounds[-1] == pytest.approx(min(80, spreads(model.process)[1]), rel=1e-6)
+    alone = tuned(teacher, tmp_path / "one", 1, steps=1)  # begins at noise, not where the mean may stand for it
+    assert alone.config.bounds == model.config.bounds[-1:]
     assert model.sampler() == DDIM() and not model.denoiser.clip
     for again in (model, load(tmp_path / "run")):
         images = again.sample(2)

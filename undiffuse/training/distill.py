@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 import torch
 
 from undiffuse.config import parse, plain
+from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import Consistency
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist, log, store
@@ -30,9 +31,7 @@ def recipe_for(model: Model, bounds: tuple[float, ...], spread: float) -> Recipe
     """What tunes a model to steps that begin at these sigma/alpha; `spread` is the standard deviation of its data."""
     said, config = model.meta.get("recipe"), model.config
     before = parse(TrainConfig, said.get("train", {}), "the recipe of this model") if isinstance(said, dict) else None
-    data = replace(
-        model.data, size=config.image[1:], channels=config.image[0], labels=config.classes is not None, hold_out=0.0
-    )
+    data = replace(model.data, size=config.image[1:], channels=config.image[0], labels=config.classes is not None)
     tuning = TrainConfig(
         steps=10_000,
         batch=128,
@@ -51,7 +50,8 @@ def recipe_for(model: Model, bounds: tuple[float, ...], spread: float) -> Recipe
 
 
 def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tuple[float, ...]:
-    """sigma/alpha at which the steps of the fitted grid begin, rising; a grid is made and kept where there is none."""
+    """sigma/alpha at which steps begin, rising: of pure noise, and of the fitted grid of one less, which is made and
+    kept where there is none."""
     found = model.fit
     if found is None:
         say(f"no grid is fitted to this model yet: {cost(model)}")
@@ -59,7 +59,11 @@ def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tu
             found = fit(model, progress=bar.advance)
         if dist.is_first():
             fitted.keep(found, model.run)
-    times = torch.tensor(found.grid.walks[steps - 1], dtype=torch.float64, device="cpu").flip(0)
+    # First a step from pure noise: at a few sigma/alpha, where a grid may begin, the mean and noise are no draw of x_t.
+    times = LogSnr().times(model.process, 2)[:1]
+    if steps > 1:
+        times = torch.cat([times, found.grid.times(model.process, steps - 1)[:-1]])
+    times = times.flip(0)
     return tuple(round(u, 6) for u in model.process.spread(times).tolist())
 
 
