@@ -27,16 +27,19 @@ def stepped(optimizer, each, count=3, rate=0.01):
 @pytest.mark.parametrize("shape", [(32, 32), (24, 200), (200, 24)])
 def test_orthogonal_keeps_the_singular_vectors_and_makes_the_values_about_one(shape):
     torch.manual_seed(0)
-    matrix = torch.randn(*shape)
-    u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    values = u.T @ orthogonal(matrix).double() @ v.T
-    assert 0.6 < values.diag().min() and values.diag().max() < 1.25
-    assert (values - values.diag().diag()).abs().max() < 1e-5
+    matrix = torch.randn(*shape)  # of other rows first and other sizes: its singular values, no tiny ones among them
+    matrices = torch.stack([matrix, 1e-3 * matrix.roll(5, 0), 1e3 * matrix.flip(1)])
+    u, _, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = u.mT @ orthogonal(matrices).double() @ v.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert 0.6 < diagonal.min() and diagonal.max() < 1.25
+    assert (values - diagonal.diag_embed()).abs().max() < 1e-5
 
 
 def test_a_matrix_steps_as_torch_says():
     """torch computes in bfloat16, and its root mean square is a fifth of the rate (Liu et al. 2025)."""
-    ours, theirs = weights((48, 64), (96, 32)), weights((48, 64), (96, 32))
+    shapes = (48, 64), (96, 32), (48, 64)
+    ours, theirs = weights(*shapes), weights(*shapes)
     before = [weight.detach().clone() for weight in ours]
     reference = torch.optim.Muon(
         theirs, lr=1.0, momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", nesterov=True
