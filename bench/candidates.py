@@ -1,4 +1,4 @@
-"""The candidates of `bench/choose.py`, as settings of preset `fashion-mnist`, and a network that is one of them."""
+"""The candidates of `bench/choose.py`, as settings of `bench/small.toml`, and a network that is one of them."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

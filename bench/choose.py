@@ -2,7 +2,7 @@
 
     python bench/choose.py [--seconds 240] [--seed 0] [NAME …]
 
-Each candidate is preset `fashion-mnist` with the settings of `CANDIDATES`, trained for so many seconds of processor
+Each candidate is `bench/small.toml` with the settings of `CANDIDATES`, trained for so many seconds of processor
 time on one thread (240 are two minutes of both threads of a small machine), with a rate that falls to 0 at their end.
 1,000 samples of DDIM in 20 steps are judged by the Fréchet distance on two extractors. What is there for the same
 seconds and seed is not done again. Writes `bench/choose.json` and the table of docs/benchmarks.md.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from candidates import CANDIDATES
 from machine import made_of
-from trial import Found, made, run
+from trial import SMALL, Found, made, run
 
 from undiffuse.data.source import open_source
 from undiffuse.quality.feature.base import open_features
@@ -67,5 +67,5 @@ def table(result: Found) -> str:
 
 
 if __name__ == "__main__":
-    candidates = {name: ("fashion-mnist", settings) for name, settings in CANDIDATES.items()}
+    candidates = {name: (SMALL, settings) for name, settings in CANDIDATES.items()}
     run(candidates, judged, table, lambda: {"made_of": made_of(*EXTRACTORS)})

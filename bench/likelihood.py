@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from trial import Found, made, run
+from trial import SMALL, Found, made, run
 
 from undiffuse.data.source import open_source
 from undiffuse.measure import nll
@@ -23,17 +23,17 @@ BOTH = "the bound, both"
 MUON = ["train.channels_last=true", "train.optimizer=muon"]
 
 
-# The network of preset `fashion-mnist`, instead of the larger one of the preset that is shipped.
-SMALL = ["network.channels=48", "network.attention=[1]", "network.middle=attention", "network.modulation=shift"]
+# The network of `bench/small.toml`, instead of the larger one of the preset that is shipped.
+NETWORK = ["network.channels=48", "network.attention=[1]", "network.middle=attention", "network.modulation=shift"]
 
 
 def bound(*settings: str) -> tuple[str, list[str]]:
-    return "fashion-mnist-likelihood", [*MUON, *SMALL, *settings]
+    return "fashion-mnist-likelihood", [*MUON, *NETWORK, *settings]
 
 
 PLAIN, FEW = 'parameterisation={name="v"}', "network.fourier=[]"
 CANDIDATES: dict[str, tuple[str, list[str]]] = {
-    "L_simple on the cosine table": ("fashion-mnist", MUON),
+    "L_simple on the cosine table": (SMALL, MUON),
     "the bound": bound(PLAIN, FEW),
     "the bound, Fourier features": bound(PLAIN),
     "the bound, lattice": bound(FEW),

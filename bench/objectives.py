@@ -1,4 +1,4 @@
-"""What other losses gain: preset `fashion-mnist` with other weights, densities of t and a learned variance, at equal
+"""What other losses gain: `bench/small.toml` with other weights, densities of t and a learned variance, at equal
 numbers of images.
 
     python bench/objectives.py [--images 51200] [--seed 0] [NAME …]
@@ -14,13 +14,13 @@ import numpy as np
 from choose import EXTRACTORS, judged
 from likelihood import MUON, error, measured
 from machine import made_of
-from trial import IMAGES, Found, made, run
+from trial import IMAGES, SMALL, Found, made, run
 
 from undiffuse.training.trainer import Trainer
 
 
 def preset(*settings: str) -> tuple[str, list[str]]:
-    return "fashion-mnist", [*MUON, *settings]
+    return SMALL, [*MUON, *settings]
 
 
 LEARNED = "variance.name=learned-range"

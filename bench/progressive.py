@@ -58,7 +58,7 @@ def main() -> None:
         began = time.monotonic()
         found = evaluate_along(
             load("fashion-mnist", given.device), "fashion-mnist", FEATURES, n=given.n, steps=given.steps,
-            batch=given.batch, out=given.work, named="fashion-mnist", say=print,
+            solver="ancestral", batch=given.batch, out=given.work, named="fashion-mnist", say=print,
         )  # fmt: skip
         command = f"python bench/progressive.py --n {given.n} --steps {given.steps} --batch {given.batch}"
         about = {"command": command, "machine": machine(), "made_of": made_of("fashion-mnist", FEATURES)}

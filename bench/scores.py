@@ -1,35 +1,56 @@
-"""Scores of a shipped model: `undiffuse eval` on two extractors, for chains of several lengths.
+"""Scores of a shipped model on two extractors, for a short chain and for that of all steps.
 
-    python bench/scores.py fashion-mnist --n 10000 --seeds 3 --batch 2500
+    python bench/scores.py fashion-mnist --n 10000 --seeds 3 --batch 250 --work FOLDER
 
-`--data` is where the data is, if it has no name. Writes `bench/scores-NAME.json`, with the protocol of each row, and a
-table of docs/benchmarks.md. A chain that is there already, of the same weights and the same settings, is not drawn
-again.
+`--data` is where the data is, if it has no name. Samples are drawn by `undiffuse sample` into `--work`, as
+`NAME-WEIGHTS-ancestral-STEPS-SEED.npz` with a JSON beside each that says how and where; of the chain of all steps those
+of one seed. What is there is not drawn again, so that a card may draw them elsewhere. Writes `bench/scores-NAME.json`,
+with the protocol of each row, and a table of docs/benchmarks.md.
 """
 
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import machine, made_of, publish
 
+from undiffuse.data.source import open_source
 from undiffuse.machine import disk
-from undiffuse.machine.device import choose, name_of
-from undiffuse.measure.evaluate import Query, evaluate
+from undiffuse.measure.evaluate import Query, compared
+from undiffuse.measure.scores import score
+from undiffuse.measure.sets import Drawing, Samples, drawn_by, said_of
 from undiffuse.model.load import load
+from undiffuse.model.model import Model
 
 HERE = Path(__file__).parent
-CHAINS = {
-    "ancestral, 50 steps": {"steps": 50, "solver": "ancestral"},
-    "ddim, 50 steps": {"steps": 50, "solver": "ddim"},
-    "ancestral, 1,000 steps": {"steps": None, "solver": "ancestral"},
-}
+CHAINS = {"ancestral, 50 steps": 50, "ancestral, 1,000 steps": 1000}
 FEATURES = {1: ("efflite0", "classifier-28"), 3: ("efflite0", "classifier-emoji")}  # by channels
+
+
+def samples(model: Model, name: str, steps: int, n: int, seed: int, batch: int, work: Path) -> tuple[Samples, Any]:
+    """From a file, which is made where it is missing; and how it was made."""
+    path = work / f"{name}-{model.digest()[:12]}-ancestral-{steps}-{seed}.npz"
+    said = path.with_suffix(".json")
+    if not path.exists():
+        words = ["sample", name, "-n", n, "--steps", steps, "--seed", seed, "--batch", batch]
+        words += [] if model.classes is None else ["--label", "random"]
+        began = time.monotonic()
+        command = [sys.executable, "-m", "undiffuse", *map(str, words), "--npz", str(path)]
+        subprocess.run(command, check=True)
+        made = {"command": shlex.join(["undiffuse", *map(str, words)]), "seconds": round(time.monotonic() - began)}
+        made |= {"device": machine()["processor"], "torch": torch.__version__, "precision": "float32"}
+        disk.write_json(said, made)
+    source = open_source(str(path))
+    drawn = drawn_by(model, Drawing(steps, "ancestral"), n, seed)
+    return replace(drawn, images=lambda index: source.gather(index)[0], are_drawn=False), disk.read_json(said)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -38,13 +59,12 @@ def table(result: dict[str, Any]) -> str:
     keys = [(row["features"], row["score"]) for row in next(iter(found))["scores"]]
     floor = next(iter(found))["protocol"]["floor"]
     lines = [f"| | {' | '.join(chains)} | real images |", "|---|" + "---|" * (len(chains) + 1)]
-    for features, score in keys:
+    for features, key in keys:
         rows = [
-            next(row for row in each["scores"] if (row["features"], row["score"]) == (features, score))
-            for each in found
+            next(row for row in each["scores"] if (row["features"], row["score"]) == (features, key)) for each in found
         ]
         cells = [f"{row['value']:.4g}" + (f" ± {row['sd']:.2g}" if "sd" in row else "") for row in rows]
-        name = score if features in score.lower() or score.startswith(("FD", "sFD")) else f"{score}, {features}"
+        name = key if features in key.lower() or key.startswith(("FD", "sFD")) else f"{key}, {features}"
         lines.append(f"| {name} | {' | '.join(cells)} | {rows[0]['real']:.4g} |")
     for i, space in enumerate(next(iter(found))["memorisation"]["spaces"]):
         rates = [each["memorisation"]["spaces"][i]["rates"][0] for each in found]
@@ -52,17 +72,20 @@ def table(result: dict[str, Any]) -> str:
         new = f"{rates[0]['expected']:.1%} ({rates[0]['expected_low']:.1%} to {rates[0]['expected_high']:.1%})"
         lines.append(f"| memorisation rate, {space['space']} | {' | '.join(cells)} | {new} |")
     first = next(iter(found))["protocol"]
-    seeds = first["samples"]["seed"]
+    drawn = [
+        f"{each['drawn']['seconds']:,} s on {each['drawn']['device']} in {each['drawn']['precision']}, torch "
+        f"{each['drawn']['torch']} ({name}; seeds {', '.join(map(str, each['seeds']))})"
+        for name, each in result["chains"].items()
+    ]
     return "\n".join(
         [
             *lines,
             "",
-            f"{first['n']:,} samples for each of {len(seeds)} seeds (mean ± standard deviation over them) against the "
-            f"{first['reference']['images']:,} training images; real images are {floor}. Memorisation is that of the "
-            "first seed, with its interval of 95 %, beside what new images show in 95 % of cases. Drawn on "
-            f"{result['device']}, torch {result['torch']}, {result['date']}; the whole evaluation took "
-            + ", ".join(f"{each['seconds']:.0f} s ({name})" for name, each in result["chains"].items())
-            + f". Weights `{next(iter(result['made_of'].values()))[:16]}`. Made by `{result['command']}`.",
+            f"{first['n']:,} samples a seed (mean ± standard deviation over seeds, where there are several) against "
+            f"the {first['reference']['images']:,} training images; real images are {floor}. Memorisation is that of "
+            "the first seed, with its interval of 95 %, beside what new images show in 95 % of cases. Those of the "
+            f"first seed took {' and '.join(drawn)}; judged {result['date']}. Weights "
+            f"`{next(iter(result['made_of'].values()))[:16]}`. Made by `{result['command']}`.",
         ]
     )
 
@@ -74,40 +97,31 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="bench/scores-NAME.json unless given")
+    parser.add_argument("--work", type=Path, default=Path("runs/scores"), help="where samples are kept")
     parser.add_argument("--table", action="store_true", help="only write the table again")
     options = parser.parse_args()
-    out = options.out or HERE / f"scores-{options.name}.json"
+    out = HERE / f"scores-{options.name}.json"
     result = json.loads(out.read_text()) if out.exists() else {}
     if not options.table:
-        model = load(options.name, options.device)
+        model, data = load(options.name, "cpu"), options.data or options.name
         features = FEATURES[model.image_shape[0]]
-        asked = {"n": options.n, "seeds": options.seeds, "made_of": made_of(options.name, *features)}
-        if {key: result.get(key) for key in asked} != asked:
-            result = {"chains": {}}
-        result |= asked | {"command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat()}
-        result |= machine() | {"device": name_of(choose(options.device))}
-        for name, how in CHAINS.items():
-            if name in result["chains"]:
-                continue
-            began = time.monotonic()
-            found = evaluate(
-                model,
-                options.data or options.name,
-                Query(features),
-                n=options.n,
-                seeds=options.seeds,
-                batch=options.batch,
-                named=options.name,
-                say=print,
-                **how,
-            )
-            result["chains"][name] = found.plain() | {"seconds": time.monotonic() - began}
-            disk.write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+        command = f"python bench/scores.py {options.name} --n {options.n} --seeds {options.seeds}"
+        result = {"command": command + (f" --data {data}" if options.data else ""), "date": date.today().isoformat()}
+        result |= {"n": options.n, "made_of": made_of(options.name, *features), "machine": machine(), "chains": {}}
+        options.work.mkdir(parents=True, exist_ok=True)
+        for name, steps in CHAINS.items():
+            seeds = range(1 if steps == model.process.steps else options.seeds)
+            every = [
+                samples(model, options.name, steps, options.n, seed, options.batch, options.work) for seed in seeds
+            ]
+            sets = [each for each, _ in every]
+            reference, floor, judges = compared(data, Query(features), sets[0], model, model.device, print)
+            about = {"model": said_of(model, options.name)}
+            found = score(sets, reference, floor, judges, about=about, say=print)
+            result["chains"][name] = found.plain() | {"seeds": list(seeds), "drawn": every[0][1]}
             print(found, flush=True)
-    if out.resolve().parent == HERE:
-        publish("benchmarks.md", f"scores-{options.name}", table(result))
+        disk.write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    publish("benchmarks.md", f"scores-{options.name}", table(result))
 
 
 if __name__ == "__main__":

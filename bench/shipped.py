@@ -58,10 +58,10 @@ def pictures(loaded: model.Model, name: str) -> dict[str, object]:
         told = [number for number in loaded.classes.trained for _ in range(64 // len(loaded.classes.trained))]
     started = time.monotonic()
     with log.progress(len(loaded.times()) - 1, "samples", True) as bar:
-        samples = loaded.sample(64 if told is None else len(told), seed=0, label=told, progress=bar.advance)
+        samples = loaded.sample(64 if told is None else len(told), solver="ancestral", label=told, progress=bar.advance)
     seconds = round(time.monotonic() - started, 1)
     disk.write_atomic(IMAGES / f"{name}-samples.png", png(grid(samples, columns=16, scale=2)))
-    steps, _ = explore.progressive(loaded, 6, slots=16)
+    steps, _ = explore.progressive(loaded, 6, slots=16, solver="ancestral")
     explore.write_grid(steps, IMAGES / f"{name}-progressive.png")
     return {"images": len(samples), "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
 

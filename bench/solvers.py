@@ -5,7 +5,8 @@
 Each name is a solver of ours on a grid, or a scheduler of diffusers around the same network, from the same noise at the
 same seed; unless names are given, all of them. Samples are judged by the Fréchet distance on two extractors, with that
 of real test images beside it, and by their mean grey level. What is there for the same weights, n and seed is not done
-again. Writes `bench/solvers.json`, and the table and the plot of docs/benchmarks.md.
+again. `--chain FILE` judges these samples alone. Writes `bench/solvers.json`, and the table and the plot of
+docs/benchmarks.md.
 """
 
 import argparse
@@ -129,7 +130,8 @@ def _cell(rows: list[Row]) -> str:
 
 def plot(result: dict[str, Any]) -> str:
     """The best of ours on each grid and each scheduler of diffusers, of the fewest samples."""
-    rows = [row for row in result["rows"] if row["n"] == min(row["n"] for row in result["rows"])]
+    least = min(row["n"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["n"] == least and row["evaluations"] <= max(FEW)]
     names = {row["name"] for row in rows} - {REAL}
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluations", default=",".join(map(str, FEW)))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where features are kept")
+    parser.add_argument("--chain", type=Path, help="samples of the chain of all steps, as bench/scores.py keeps them")
     parser.add_argument("--json", type=Path, default=HERE / "solvers.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -192,6 +195,10 @@ def main() -> None:
 
     test = open_source("fashion-mnist", split="test")
     note(REAL, 0, lambda: test.images[given.seed * given.n : (given.seed + 1) * given.n])
+    if given.chain is not None:
+        every = open_source(str(given.chain)).images
+        note("ancestral, even", model.process.steps or 0, lambda: every[: given.n])
+        return
     for name, count in itertools.product(given.names or [*OURS, *PEERS], map(int, given.evaluations.split(","))):
         note(name, count, lambda name=name, count=count: drawn(model, name, count, given.n, given.seed))
 

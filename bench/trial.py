@@ -22,6 +22,7 @@ from undiffuse.training.trainer import Trainer
 
 Found = dict[str, Any]
 SECONDS, IMAGES = "seconds", "images"
+SMALL = str(Path(__file__).with_name("small.toml"))  # what all are variations of
 
 
 def trained(preset: str, settings: list[str], budget: float, unit: str, seed: int) -> tuple[Trainer, Found]:
