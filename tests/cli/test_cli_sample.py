@@ -33,7 +33,10 @@ def test_every_way_to_draw_is_the_one_of_python(call, folder, tmp_path):
     same = {
         ("--solver", "ddim", "--eta", 0.5): loaded.sample(3, solver=DDIM(0.5)),
         ("--no-clip",): loaded.variant(clip=False).sample(3),
-        ("--variance", "fixed-small"): loaded.variant(variance="fixed-small").sample(3),
+        ("--solver", "ancestral"): loaded.sample(3, solver="ancestral"),
+        ("--solver", "ancestral", "--variance", "fixed-small"): (
+            loaded.variant(variance="fixed-small").sample(3, solver="ancestral")
+        ),
         ("--times", "1,0.75,0.25"): loaded.sample(3, steps=(1.0, 0.75, 0.25)),
         (): loaded.sample(3),
     }
@@ -196,7 +199,7 @@ BAD = [
     ("nll MODEL digits --probes 2", 2, "--probes 2 belongs to --ode; give that too, or leave it out"),
     ("nll MODEL digits --tolerance 1e-3", 2, "--tolerance 0.001 belongs to --ode; give that too, or leave it out"),
     ("nll MODEL BAD --split train", 2, "or leave them out with --skip-bad"),
-    ("progressive MODEL --slots 0 --out x.png", 2, "0 slots along a chain of 12 steps are not possible; give 1 to 12"),
+    ("progressive MODEL --slots 0 --out x.png", 2, "0 slots along a chain of 10 steps are not possible; give 1 to 10"),
     ("neighbours MODEL PICTURES -k 0 --out x.png", 2, "0 neighbours are not possible in 2 images; give 1 to 2"),
     ("neighbours MODEL PICTURES -k 1 --crop 9x8 --out x.png", 2, "crop (9, 8) (height, width) does not lie within"),
     ("neighbours MODEL PICTURES -k 1 --crop 1,2,3 --out x.png", 2, '--crop "1,2,3" is not TOP,LEFT,HEIGHT,WIDTH'),

@@ -63,7 +63,7 @@ def test_a_model_to_begin_with_brings_its_network(call, tmp_path):
     code, text, err = call("train", "fashion-mnist-sample", "--init", "fashion-mnist", "--out", out, "--steps", 1,
                            "--set", "train.sample_every=0", "--device", "cpu", "--json")  # fmt: skip
     assert code == 0, err
-    assert json.loads(text)["parameters"] == 639_796
+    assert json.loads(text)["parameters"] == 1_198_148
 
 
 @pytest.mark.parametrize("words, added", [

@@ -83,7 +83,7 @@ def test_the_points_are_those_of_the_authors():
 def test_the_distance_at_each_point_is_the_closed_form(images):
     """x̂_0 at t is the grey 2t − 1, and Gaussians of one value have the distance (μ − m)² + v."""
     path, real = images
-    found = evaluate_along(model(), path, QUERY, points=10, n=20, batch=8)
+    found = evaluate_along(model(), path, QUERY, points=10, n=20, batch=8, solver="ancestral")
     assert [point["step"] for point in found.points] == list(range(10, 101, 10))
     times = [point["t"] for point in found.points]
     np.testing.assert_allclose(times, [0.91 - 0.1 * k for k in range(10)])
@@ -124,15 +124,16 @@ def test_more_samples_than_real_images_are_told_as_eval_tells_it(images):
 
 
 def test_it_goes_on_where_it_stopped(images, tmp_path):
-    path, _ = images
-    once = evaluate_along(gaussian(), path, QUERY, points=4, n=20, batch=6)
-    first = evaluate_along(gaussian(), path, QUERY, points=4, n=20, batch=6, out=tmp_path / "out")
+    (path, _), how = images, {"solver": "ancestral"}
+    once = evaluate_along(gaussian(), path, QUERY, points=4, n=20, batch=6, **how)
+    first = evaluate_along(gaussian(), path, QUERY, points=4, n=20, batch=6, **how, out=tmp_path / "out")
     parts = sorted((tmp_path / "out" / "parts").rglob("part-*.npz"))
     assert len(parts) == 4
     parts[1].unlink()
     toy_model = gaussian()
     said = []
-    again = evaluate_along(toy_model, path, QUERY, points=4, n=20, batch=6, out=tmp_path / "out", say=said.append)
+    how |= {"out": tmp_path / "out", "say": said.append}
+    again = evaluate_along(toy_model, path, QUERY, points=4, n=20, batch=6, **how)
     assert any(line.startswith("14 chains (6 are there), 1,456 evaluations of the network: about ") for line in said)
     assert toy_model.denoiser.network.calls == 6 * (100 + 4)
     assert column(once, "fd") == column(first, "fd") == column(again, "fd")
@@ -142,7 +143,7 @@ def test_it_goes_on_where_it_stopped(images, tmp_path):
 
 def test_the_table_and_the_plots_say_the_same(images, tmp_path):
     path, _ = images
-    found = evaluate_along(model(), path, QUERY, points=5, n=20, seeds=2, out=tmp_path / "out")
+    found = evaluate_along(model(), path, QUERY, points=5, n=20, seeds=2, solver="ancestral", out=tmp_path / "out")
     head, *lines = [line.split("\t") for line in (tmp_path / "out" / "progressive.tsv").read_text().splitlines()]
     assert head == ["reverse_step", "t", "mean FD-mean", "mean FD-mean sd", "mean mean score", "mean mean score sd"]
     assert [int(line[0]) for line in lines] == [20, 40, 60, 80, 100]
@@ -159,7 +160,7 @@ def test_the_table_and_the_plots_say_the_same(images, tmp_path):
 def test_the_command(call, images, tmp_path, monkeypatch):
     path, _ = images
     made = toy.save(tmp_path / "toy.safetensors")
-    words = ["eval", made, path, "--features", HERE, "-n", 12, "--progressive", 3]
+    words = ["eval", made, path, "--features", HERE, "-n", 12, "--progressive", 3, "--solver", "ancestral"]
     code, out, err = call(*words, "--out", tmp_path / "out")
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["4", "8", "12"] and "protocol:" in out
@@ -171,7 +172,7 @@ def test_the_command(call, images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--progressive", 13], "13 points along a chain of 12 steps are not possible; give 1 to 12"),
+        (["--progressive", 13], "13 points along a chain of 10 steps are not possible; give 1 to 10"),
         (["--progressive", 3, "--keep-images", "--out", "o"], "--keep-images and --progressive are not possible"),
         (["--progressive", 3, "--save-statistics", "s.npz"], "--save-statistics and --progressive are not possible"),
     ],

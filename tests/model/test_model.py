@@ -206,7 +206,7 @@ def test_bad_pictures_are_left_out_when_asked(tmp_path):
 def test_a_notebook_shows_what_a_model_is():
     html = load("fashion-mnist")._repr_html_()
     cells = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", html))
-    assert cells["images"] == "28×28, grey" and cells["network"] == "UNet, 639,796 weights"
+    assert cells["images"] == "28×28, grey" and cells["network"] == "UNet, 1,198,148 weights"
     assert cells["process"] == "cosine, 1,000 steps" and cells["trained on"].endswith("steps")
 
 

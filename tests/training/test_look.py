@@ -11,8 +11,8 @@ from PIL import Image
 from tests.training.test_loop import assert_equal, recipe, run, state
 from undiffuse.config import plain
 from undiffuse.diffusion.denoiser import Denoiser
-from undiffuse.diffusion.sampler.base import sample
-from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.grid import LogSnr
+from undiffuse.diffusion.sampler.unipc import Unipc
 from undiffuse.errors import Preempted, UsageError
 from undiffuse.key import Key
 from undiffuse.machine import log, store
@@ -20,7 +20,7 @@ from undiffuse.machine.log import read_rows
 from undiffuse.machine.sink import Nowhere
 from undiffuse.machine.watch import Flag
 from undiffuse.model.load import load
-from undiffuse.model.model import to_float, to_uint8
+from undiffuse.model.model import Model, to_float, to_uint8
 from undiffuse.network.base import NOTHING
 from undiffuse.training import look, loop
 from undiffuse.training.look import Lowest
@@ -183,8 +183,8 @@ def test_previews_are_of_the_average_and_of_the_weights_from_the_same_noise(tmp_
     look.save_grids(one, tmp_path, Nowhere(), lambda n: None)
     noise = Key(0).fold("preview").rows(64)
     for name, weights in (("step-000000002.png", one.ema.shadow), ("step-000000002-raw.png", one.weights)):
-        denoiser = by_hand(one, weights, clip=True)
-        x = sample(DDIM(), denoiser, one.recipe.process, noise, (1, 8, 8), torch.arange(4, -1, -1).double() / 4)
+        model = Model(one.config, by_hand(one, weights, clip=True), {})
+        x = model.chain(noise, LogSnr().times(one.recipe.process, 4), Unipc(order=2))
         with Image.open(tmp_path / name) as picture:
             sheet = torch.from_numpy(np.array(picture))[1:, 1:].reshape(8, 9, 8, 9)[:, :8, :, :8]
         found = sheet.transpose(1, 2).reshape(64, 1, 8, 8)
@@ -215,7 +215,7 @@ def test_the_time_of_previews_is_not_that_of_steps(tmp_path, data, monkeypatch, 
     assert len(ticks) == 9
     assert lines[-1].startswith("training 6/6 (100 %), 0.5/s, 12 s, loss")
     first = next(line for line in lines if "preview" in line)
-    two_grids = f"preview 1/{2 * 20 * 4}"  # of 20 steps and four batches of 16
+    two_grids = f"preview 1/{2 * 10 * 4}"  # of 10 steps and four batches of 16
     assert re.sub(", loss.*;", ";", first) == f"training 2/6 (33 %), 0.5/s, 8 s left; {two_grids}"
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {row["images_per_second"] for row in rows if "loss" in row} == {4.0}

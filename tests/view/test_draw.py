@@ -158,7 +158,7 @@ def test_each_seed_makes_its_own_image(tmp_path):
     assert names == ["000005.png", "000017.png", "123456.png"]
     for seed in seeds:
         with Image.open(tmp_path / "out" / f"{seed:06}.png") as saved:
-            np.testing.assert_array_equal(np.asarray(saved), toy.sample(1, STEPS, seed=seed)[0, 0])
+            np.testing.assert_array_equal(np.asarray(saved), toy.sample(1, STEPS, "ancestral", seed=seed)[0, 0])
 
 
 def test_what_is_of_another_command_is_refused(tmp_path):

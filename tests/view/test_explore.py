@@ -57,7 +57,7 @@ def names_t(x, t):
 
 
 def test_progressive_shows_what_the_denoiser_said_at_the_authors_times():
-    images, times = explore.progressive(model(names_t, steps=100, side=2), n=2)
+    images, times = explore.progressive(model(names_t, steps=100, side=2), n=2, solver="ancestral")
     assert torch.equal(times, (torch.arange(95, -1, -5, dtype=F64) + 1) / 100)  # of 1000 steps: 950, 900, …, 0
     expected = to_uint8((2 * times - 1).reshape(-1, 1, 1, 1)).reshape(1, 20, 1, 1, 1)
     assert torch.equal(images, expected.expand(2, -1, 1, 2, 2))
@@ -67,8 +67,8 @@ def test_progressive_shows_what_the_denoiser_said_at_the_authors_times():
 def test_progressive_ends_at_the_sample_of_the_same_seed(steps):
     counted = []
     toy = gaussian()
-    images, times = explore.progressive(toy, 3, seed=5, steps=steps, slots=7, progress=counted.append)
-    assert torch.equal(images[:, -1], toy.sample(3, steps, seed=5))
+    images, times = explore.progressive(toy, 3, 5, steps, 7, counted.append, "ancestral")
+    assert torch.equal(images[:, -1], toy.sample(3, steps, "ancestral", seed=5))
     assert images.shape == (3, 7, 1, 16, 16) and len(times) == 7
     assert sum(counted) == (steps or 50)
     assert (times.diff() < 0).all()
@@ -76,7 +76,7 @@ def test_progressive_ends_at_the_sample_of_the_same_seed(steps):
 
 def test_slots_that_do_not_divide_the_steps_are_spread_over_all_of_them():
     """The last of 30 steps and those after 0, 4, 8, 12, 17, 21 and 25 more: ⌊30 k/7⌋."""
-    times = explore.progressive(gaussian(30), 1, slots=7)[1]
+    times = explore.progressive(gaussian(30), 1, slots=7, solver="ancestral")[1]
     assert (30 * times).round().tolist() == [26, 22, 18, 13, 9, 5, 1]
 
 
@@ -100,7 +100,7 @@ def spread(toy: Model, t: float, start: float = 0.0) -> float:
 
 def test_shared_latents_leave_the_variance_that_the_chain_has_below_them():
     toy, n = gaussian(), 64
-    images, times = explore.shared(toy, n, at=(1.0, 0.5, 0.2, 0.02))
+    images, times = explore.shared(toy, n, at=(1.0, 0.5, 0.2, 0.02), solver="ancestral")
     assert times.tolist() == [1.0, 0.5, 0.2, 0.02]
     assert (images[3] == images[3, :1]).all()  # one step remains, and the last step adds no noise
     x = images.double() / 127.5 - 1
@@ -116,10 +116,11 @@ def test_shared_latents_leave_the_variance_that_the_chain_has_below_them():
 
 def test_shared_branches_do_not_depend_on_each_other_but_on_the_seed():
     toy = gaussian()
-    both, _ = explore.shared(toy, 2, seed=3, at=(0.5, 0.1), steps=20)
-    alone, _ = explore.shared(toy, 2, seed=3, at=(0.5,), steps=20)
+    given = {"steps": 20, "solver": "ancestral"}
+    both, _ = explore.shared(toy, 2, seed=3, at=(0.5, 0.1), **given)
+    alone, _ = explore.shared(toy, 2, seed=3, at=(0.5,), **given)
     assert torch.equal(both[:1], alone)
-    assert not torch.equal(explore.shared(toy, 2, seed=4, at=(0.5,), steps=20)[0], alone)
+    assert not torch.equal(explore.shared(toy, 2, seed=4, at=(0.5,), **given)[0], alone)
 
 
 def test_shared_refuses_times_at_which_there_is_nothing_to_continue():
@@ -175,7 +176,7 @@ def test_interpolation_takes_as_many_steps_as_the_chain_has_below_t():
         return x * 0
 
     toy = model(counting, steps=100)
-    explore.interpolate(toy, pictures(0), pictures(1), at=(0.25, 1.0), lambdas=(0.5,), steps=10)
+    explore.interpolate(toy, pictures(0), pictures(1), at=(0.25, 1.0), lambdas=(0.5,), steps=10, solver="ancestral")
     assert seen == pytest.approx([0.25, 0.2, 0.1] + [k / 10 for k in range(10, 0, -1)])
 
 
@@ -295,7 +296,7 @@ def test_a_deterministic_solver_makes_a_morph():
     given = {"at": (0.3,), "lambdas": (0.0, 0.5, 1.0)}
     first, middle, last = explore.interpolate(gaussian(), *pictures, **given, solver="ddim")[0].double()
     assert ((first + last) / 2 - middle).abs().max() <= 1
-    first, middle, last = explore.interpolate(gaussian(), *pictures, **given)[0].double()
+    first, middle, last = explore.interpolate(gaussian(), *pictures, **given, solver="ancestral")[0].double()
     assert ((first + last) / 2 - middle).abs().max() > 5
 
 

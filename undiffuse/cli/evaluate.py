@@ -25,7 +25,7 @@ from undiffuse.cli.options import (
     TimesOpt,
     VarianceOpt,
     WeightsOpt,
-    choose_steps,
+    choose_walk,
     open_model,
     pair,
     reading_of,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from undiffuse.measure.along import Along
     from undiffuse.measure.evaluate import Query
     from undiffuse.measure.scores import Result
-    from undiffuse.model.model import Model, Steps
+    from undiffuse.model.model import Model
 
 SamplesArg = Annotated[
     str, typer.Argument(metavar="MODEL|SAMPLES", help="A model; or a folder, zip or npz of pictures, however made")
@@ -148,14 +148,14 @@ def evaluate(
 
     writable(save_statistics, overwrite, picture=False)
     kind = {"variance": variance, "weights": weights, "precision": precision}
-    model, chosen = _model(samples, {"steps": steps, "times": times, "grid": grid}, kind, device, clip)
+    drawing = {"steps": steps, "times": times, "grid": grid, "solver": solver, "eta": eta}
+    model, walk = _model(samples, drawing, kind, device, clip)
     query = _query(features, metrics, feature_weights, resize, split, pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
     with dist.joined(dist.LONG):
         found = _how(samples, progressive, whole, drawn=model is not None)(
-            model or samples, data, query, n=n, steps=chosen, solver=solver, eta=eta, label=label, seed=seed,
-            seeds=seeds, batch=batch, out=out, named=samples, device=device,
-            ticking=lambda what, total: ticking(total, what, as_json), say=_say(as_json),
+            model or samples, data, query, n=n, **walk, label=label, seed=seed, seeds=seeds, batch=batch, out=out,
+            named=samples, device=device, ticking=lambda what, n: ticking(n, what, as_json), say=_say(as_json),
         )  # fmt: skip
     _show(found, out, as_json)
 
@@ -194,20 +194,21 @@ def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bo
 
 def _model(
     samples: str, drawing: dict[str, Any], kind: dict[str, Any], device: str, clip: bool | None
-) -> "tuple[Model | None, Steps]":
-    """The model that is named and its times; None for pictures, which cannot be asked what only a model can."""
+) -> "tuple[Model | None, dict[str, Any]]":
+    """The model that is named, and its chain; None for pictures, which cannot be asked what only a model can."""
     from undiffuse.measure.evaluate import refuse_unknown
     from undiffuse.model.load import holds_model
 
     if holds_model(samples):
         model = open_model(samples, device, clip, **kind)
-        return model, choose_steps(model, **drawing)
+        walk = choose_walk(model, **drawing)
+        return model, {"steps": walk.times, "solver": walk.sampler}
     refuse_unknown(samples)
     given = drawing | kind | {"no-clip" if clip is False else "clip": clip}
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")
-    return None, None
+    return None, {}
 
 
 def _show(found: "Result | Along", out: Path | None, as_json: bool) -> None:

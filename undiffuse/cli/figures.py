@@ -24,7 +24,7 @@ from undiffuse.cli.options import (
     TimesOpt,
     VarianceOpt,
     WeightsOpt,
-    choose_steps,
+    choose_walk,
     open_like,
     open_model,
     open_pair,
@@ -89,11 +89,10 @@ def progressive(
 
     writable(out, overwrite)
     loaded = open_model(model, device, clip, variance, weights)
-    chosen = choose_steps(loaded, steps, times, grid)
-    total = len(loaded.times(chosen)) - 1
-    slots = min(20, total) if slots is None else slots
+    walk = choose_walk(loaded, steps, times, grid, solver, eta)
+    total = len(walk.times) - 1
     with ticking(total, "progressive", as_json) as tick:
-        images, at = explore.progressive(loaded, n, seed, chosen, slots, tick, loaded.sampler(solver, eta), label)
+        images, at = explore.progressive(loaded, n, seed, walk.times, slots, tick, walk.sampler, label)
     explore.write_grid(images, out)
     show({"picture": out, "t": [float(t) for t in at], **said(loaded.told(label, len(images), seed), loaded)}, as_json)
 
@@ -133,10 +132,10 @@ def shared(
 
     writable(out, overwrite)
     loaded = open_model(model, device, clip, variance, weights)
-    chosen = choose_steps(loaded, steps, times, grid)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta, noisy=True)
     at = at or [1.0, 0.75, 0.5, 0.25]
-    with ticking(explore.shared_steps(loaded, at, chosen), "shared latents", as_json) as tick:
-        images, branches = explore.shared(loaded, n, seed, at, chosen, tick, loaded.sampler(solver, eta), label)
+    with ticking(explore.shared_steps(loaded, at, *walk[:2]), "shared latents", as_json) as tick:
+        images, branches = explore.shared(loaded, n, seed, at, walk.times, tick, walk.sampler, label)
     explore.write_grid(images, out)
     show({"picture": out, "t": [float(t) for t in branches], **said(loaded.told(label, 1, seed), loaded)}, as_json)
 
@@ -188,7 +187,7 @@ def interpolate(
 
     writable(out, overwrite)
     loaded = open_model(model, device, clip, variance, weights)
-    chosen = choose_steps(loaded, steps, times, grid)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta)
     pictures = open_pair(loaded, first, second, settings)
     if mix and count is not None:
         raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
@@ -196,9 +195,8 @@ def interpolate(
         raise UsageError(f"--count {count} is not possible; give 2 or more, the pictures themselves included")
     count, at = 11 if count is None else count, t or [0.5]
     lambdas = mix or [i / (count - 1) for i in range(count)]
-    sampler = loaded.sampler(solver, eta)
-    with ticking(explore.interpolation_steps(loaded, at, chosen), "interpolation", as_json) as tick:
-        images = explore.interpolate(loaded, *pictures, at, lambdas, seed, chosen, tick, sampler, label)
+    with ticking(explore.interpolation_steps(loaded, at, *walk[:2]), "interpolation", as_json) as tick:
+        images = explore.interpolate(loaded, *pictures, at, lambdas, seed, walk.times, tick, walk.sampler, label)
     explore.write_grid(images, out)
     show({"picture": out, "t": at, "lambda": lambdas, **said(loaded.told(label, 1, seed), loaded)}, as_json)
 
@@ -251,14 +249,14 @@ def neighbours(
     refuse_inside(out, join(data), "--out")
     _refuse_both(crop, features, feature_weights)
     loaded = open_model(model, device, clip, variance, weights)
-    chosen = choose_steps(loaded, steps, times, grid)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta)
     source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
     extractor = None if features is None else _extractor(features, feature_weights, loaded)
     total = loaded.count(n, label)
     told = drawn(loaded.classes, n, seed) if label is None else loaded.told(label, total, seed)
-    with ticking(loaded.sampling_steps(total, chosen), "sampling", as_json) as tick:
-        samples = loaded.sample(total, chosen, loaded.sampler(solver, eta), seed, label=told.label, progress=tick)
+    with ticking(loaded.sampling_steps(total, walk.times), "sampling", as_json) as tick:
+        samples = loaded.sample(total, walk.times, walk.sampler, seed, label=told.label, progress=tick)
     near, seen = _nearest(extractor, samples, source, k, box, as_json)
     rows = torch.stack([torch.cat([s[None], source.gather(i)[0]]) for s, i in zip(samples, near.indices, strict=True)])
     explore.write_grid(rows, out)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from undiffuse.data.picture import Reading
     from undiffuse.data.source import ArraySource
     from undiffuse.model.classes import Told
-    from undiffuse.model.model import Model, Steps
+    from undiffuse.model.model import Model
     from undiffuse.model.recipe import DataConfig
+    from undiffuse.model.walk import Walk
 
 ModelArg = Annotated[
     str,
@@ -43,7 +44,10 @@ SeedsOpt = Annotated[
     typer.Option("--seeds", help="A seed for each image instead of -n and --seed, such as 5,17,40-99"),
 ]
 StepsOpt = Annotated[
-    int | None, typer.Option("--steps", help="Number of sampling steps; all of the noise schedule unless given")
+    int | None,
+    typer.Option(
+        "--steps", help="Number of sampling steps; few unless given, or with --solver all of the noise schedule"
+    ),
 ]
 TimesOpt = Annotated[
     str | None, typer.Option("--times", help="The times t of the steps instead, decreasing: 1,0.5,0.1")
@@ -53,13 +57,13 @@ GridOpt = Annotated[
     typer.Option(
         "--grid",
         help="How --steps are spread: even (in t), quadratic, log-snr, karras or fitted (see `undiffuse fit`); unless "
-        "given, what suits the process",
+        "given, fitted or log-snr, or with --solver what suits the process",
     ),
 ]
 MOST_SEEDS = 10**6
 SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 has order 2, heun,churn=40 sets its churn"
 SolverOpt = Annotated[
-    str | None, typer.Option("--solver", help=f"Sampler: ancestral (the paper's, unless given), {SOLVERS}")
+    str | None, typer.Option("--solver", help=f"Sampler, a fast one unless given: ancestral (the paper's), {SOLVERS}")
 ]
 EtaOpt = Annotated[
     float | None, typer.Option("--eta", help="Noise that --solver ddim adds: 0 (none) to 1 (as ancestral)")
@@ -233,10 +237,28 @@ def open_pair(model: "Model", first: Path, second: Path, settings: list[str] | N
     return one, other
 
 
-def choose_steps(model: "Model", steps: int | None, times: str | None, grid: str | None) -> "Steps":
-    """What `Model.times` takes, of --steps, --times and --grid."""
+def choose_walk(
+    model: "Model",
+    steps: int | None,
+    times: str | None,
+    grid: str | None,
+    solver: str | None,
+    eta: float | None,
+    noisy: bool = False,
+) -> "Walk":
+    """The chain of --steps, --times, --grid, --solver and --eta; what nobody named is told in a line."""
+    from undiffuse.machine import dist, log
+
+    walk = model.walk(_steps(steps, times, grid), solver, eta, grid, noisy)
+    if walk.said and dist.is_first():
+        log.say(walk.said)
+    return walk
+
+
+def _steps(steps: int | None, times: str | None, grid: str | None) -> int | list[float] | None:
+    """The times, or their number. Raises UsageError where two options say the same."""
     if times is None:
-        return steps if grid is None else model.times(steps, grid)
+        return steps
     for option, value in (("--steps", steps), ("--grid", grid)):
         if value is not None:
             raise UsageError(f"{option} {value} and --times {times} say the same twice; give one of them")

@@ -22,7 +22,7 @@ from undiffuse.cli.options import (
     TimesOpt,
     VarianceOpt,
     WeightsOpt,
-    choose_steps,
+    choose_walk,
     open_model,
     parse_seeds,
     said,
@@ -35,7 +35,8 @@ from undiffuse.strict import whole
 
 if TYPE_CHECKING:
     from undiffuse.key import Seed
-    from undiffuse.model.model import Model, Steps
+    from undiffuse.model.model import Model
+    from undiffuse.model.walk import Walk
     from undiffuse.view.draw import Job
 
 
@@ -88,8 +89,8 @@ def sample(
 
     _refuse_places(out, npz, overwrite)
     loaded = open_model(model, device, clip, variance, weights, precision)
-    walk, numbers = choose_steps(loaded, steps, times, grid), _seed(seed, seeds, n)
-    job, rows = _job(loaded, n, numbers, label, batch, walk, solver, eta)
+    walk, numbers = choose_walk(loaded, steps, times, grid, solver, eta), _seed(seed, seeds, n)
+    job, rows = _job(loaded, n, numbers, label, batch, walk)
     wait = loaded.sampling_steps(job.n, job.times, job.batch)
     with dist.joined(dist.LONG), ticking(wait, "sampling", as_json) as tick:
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
@@ -117,9 +118,7 @@ def _job(
     seed: "Seed",
     label: str | None,
     batch: int,
-    steps: "Steps",
-    solver: str | None,
-    eta: float | None,
+    walk: "Walk",
 ) -> "tuple[Job, int | None]":
     """What is drawn, and the columns of the grid where each class has a row."""
     from undiffuse.view.draw import Job
@@ -131,8 +130,8 @@ def _job(
         n = len(seed)
     n = whole("n", (8 if rows else 64) if n is None else n, 1)
     total, columns = model.count(n, label), n if rows else None
-    told, sampler = model.told(label, total, seed), model.sampler(solver, eta)
-    return Job(model, total, model.times(steps), sampler, told, seed, whole("batch", batch, 1)), columns
+    told = model.told(label, total, seed)
+    return Job(model, total, walk.times, walk.sampler, told, seed, whole("batch", batch, 1)), columns
 
 
 def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:

@@ -23,7 +23,8 @@ from undiffuse.measure.scores import number, once, protocol_of, question_of, row
 from undiffuse.measure.sets import Drawing, Floor, Samples, drawn_by, said_of
 from undiffuse.model.classes import drawn
 from undiffuse.model.load import load
-from undiffuse.model.model import Model, Steps, to_uint8
+from undiffuse.model.model import Model, to_uint8
+from undiffuse.model.walk import Steps
 from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.quality.gather import Kept, exchange, gather
 from undiffuse.quality.metric.base import METRICS, Features, Gathered
@@ -68,7 +69,7 @@ def x_0_along(
 def drawn_along(model: Model, how: Drawing, n: int, seed: int, at: Sequence[int]) -> Samples:
     """x̂_0 of the chains that `drawn_by` walks; image i · points + k is sample i at point k, so that n is that many."""
     whole_chain = drawn_by(model, how, n, seed)
-    times, sampler, points = model.times(how.steps), model.sampler(how.solver, how.eta), len(at)
+    (times, sampler, _), points = model.walk(how.steps, how.solver, how.eta), len(at)
     n = whole_chain.n
     told = drawn(model.classes, n, seed) if how.label is None else model.told(how.label, n, seed)
     keys = Key(seed).fold("sample").rows(n)
@@ -186,7 +187,7 @@ def evaluate_along(
     n, out = DRAWN if n is None else whole("n", n, 2), None if out is None else Path(out)
     model = samples if isinstance(samples, Model) else load(samples, device)
     how, first = Drawing(steps, solver, eta, label), whole("seed", 0 if seed is None else seed)
-    times = model.times(steps).tolist()
+    times = model.walk(steps, solver, eta).times.tolist()
     total = len(times)
     at = stops(total - 1, points)
     sets = [drawn_along(model, how, n, first + k, at) for k in range(count)]

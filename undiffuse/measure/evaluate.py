@@ -22,7 +22,8 @@ from undiffuse.measure.passes import Judge, Reference, Ticking, silent
 from undiffuse.measure.scores import Result, score
 from undiffuse.measure.sets import Drawing, Floor, Real, Samples, Shape, Size
 from undiffuse.model.load import holds_model, load, shipped
-from undiffuse.model.model import Model, Steps
+from undiffuse.model.model import Model
+from undiffuse.model.walk import Steps
 from undiffuse.quality import statistics
 from undiffuse.quality.feature.base import open_features
 from undiffuse.quality.metric.base import Gathered

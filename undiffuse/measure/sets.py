@@ -24,7 +24,8 @@ from undiffuse.machine.device import name_of as device_name
 from undiffuse.measure.claim import digest, in_other
 from undiffuse.model.classes import Label, drawn
 from undiffuse.model.fitted import NAME
-from undiffuse.model.model import Model, Steps, to_uint8
+from undiffuse.model.model import Model, to_uint8
+from undiffuse.model.walk import Steps
 
 Real = ArraySource | PackedSource
 Shape = tuple[int, int, int]  # channels, height, width
@@ -77,7 +78,7 @@ def drawn_by(model: Model, how: Drawing, n: int, seed: int) -> Samples:
 
     A model with classes is told each as often as in training, unless `how` says another; `all` gives n of each class.
     """
-    times, sampler, n = model.times(how.steps), model.sampler(how.solver, how.eta), model.count(n, how.label)
+    (times, sampler, _), n = model.walk(how.steps, how.solver, how.eta), model.count(n, how.label)
     told = drawn(model.classes, n, seed) if how.label is None else model.told(how.label, n, seed)
     keys = Key(seed).fold("sample").rows(n)
 

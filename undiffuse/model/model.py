@@ -21,17 +21,16 @@ from undiffuse.diffusion.denoiser import VARIANCES, Denoiser, Variance
 from undiffuse.diffusion.grid import GRIDS, Grid, suited
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
-from undiffuse.diffusion.sampler.ancestral import Ancestral
-from undiffuse.diffusion.sampler.base import Along, Sampler, named, sample
-from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.sampler.base import Along, Sampler, sample
 from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unknown
 from undiffuse.key import Key, Keys, Seed
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
-from undiffuse.model import distilled, fitted
+from undiffuse.model import distilled, fitted, walk
 from undiffuse.model.classes import ALL, Classes, Label, Told, told
 from undiffuse.model.fitted import Fit
 from undiffuse.model.recipe import DataConfig, ModelConfig
+from undiffuse.model.walk import Steps, Walk
 from undiffuse.model.weights import digest_of_weights, weights_of
 from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.strict import whole
@@ -39,8 +38,6 @@ from undiffuse.strict import whole
 PRECISIONS = ("auto", "float32", *machine.HALF, "tf32")
 DRAWS = 8  # of x̂_0 at t = 1, for the mean that a chain begins at
 MOST_OUT = 4.0  # what an error of the network may be multiplied by in that
-
-Steps = SupportsIndex | Sequence[float | int] | Tensor | None  # as in `Model.times`
 
 
 def to_float(image: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -200,16 +197,7 @@ class Model:
 
         The ancestral one takes the model's variance; `eta` is DDIM's. A distilled model takes DDIM alone.
         """
-        if self.config.bounds is not None:
-            if solver in (None, "ddim", DDIM()) and not eta:
-                return DDIM()
-            self.refuse_distilled(f"solver {solver if isinstance(solver, str) else type(solver).__name__}")
-        solver = solver or "ancestral"
-        if isinstance(solver, Sampler):
-            return solver
-        if solver == "ancestral" and eta is None:
-            return Ancestral(self.config.variance)
-        return named(solver, eta)
+        return walk.sampler(self.config, solver, eta)
 
     def sample(
         self,
@@ -221,19 +209,19 @@ class Model:
         label: Label = None,
         progress: Callable[[int], None] | None = None,
     ) -> UInt8[Tensor, "n c h w"]:
-        """n images; image i depends on the seed and on i alone. All steps of the table unless `steps` says fewer.
+        """n images; image i depends on the seed and on i alone. Steps and solver are those of `walk` unless named.
 
         Of n seeds each makes the image that it makes alone, the first of its own.
 
         `label` is a class by name or number, one for each image, `random` (as often as in training), `none`, or `all`:
         then n images of each class that was trained on, class by class. The processes of a run take turns at the
         batches, and each returns all. `progress(k)` is called after every k steps of a batch, of which there are
-        `sampling_steps`.
+        `sampling_steps`, given the times.
         """
         n, batch = self.count(whole("n", n, 1), label), whole("batch", batch, 1)
-        told, keys, times = self.told(label, n, seed), Key.each(seed, n).fold("sample"), self.times(steps)
+        told, keys, way = self.told(label, n, seed), Key.each(seed, n).fold("sample"), self.walk(steps, solver)
         images, batch = torch.zeros(n, *self.image_shape, dtype=torch.uint8, device="cpu"), share_of(n, batch)
-        for first, some in self.draw(keys, times, self.sampler(solver), told.conditioning, batch, progress):
+        for first, some in self.draw(keys, way.times, way.sampler, told.conditioning, batch, progress):
             images[first : first + len(some)] = some
         return images
 
@@ -284,24 +272,40 @@ class Model:
             if grid is not None:
                 self.refuse_distilled(f"grid {grid}")
             return distilled.times(self.config.bounds, self.process, steps)
-        if steps is None or not (isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0):
+        if not walk.are_times(steps):
             chosen = suited(self.process) if grid is None else self.grid(grid)
             return chosen.times(self.process, None if steps is None else whole("steps", steps))
         if grid is not None:
             raise UsageError(f"the times are given, so that no grid ({grid}) can choose them; leave one of them out")
-        try:
-            steps = [float(t) for t in steps]  # pyright: ignore[reportGeneralTypeIssues]
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"times {steps!r} are not possible; give numbers") from error
-        given = list(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
-        if not given or not all(self.process.t_min <= t <= 1 for t in given):
-            raise UsageError(
-                f"times {', '.join(f'{t:g}' for t in steps) or 'none'} are not possible; give one or more from 1, "
-                f"which is noise, down to {self.process.t_min:g}"
-            )
-        if any(s >= t for t, s in zip(given, given[1:], strict=False)):
-            raise UsageError(f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly; sort or thin them")
-        return torch.tensor([*given, 0.0], dtype=F64, device="cpu")
+        return walk.listed(self.process, steps)
+
+    def walk(
+        self,
+        steps: Steps = None,
+        solver: str | Sampler | None = None,
+        eta: float | int | None = None,
+        grid: str | Grid | None = None,
+        noisy: bool = False,
+    ) -> Walk:
+        """The times and the solver of a chain, as `times` and `sampler` have them where a solver is named.
+
+        Else few evaluations of a fast one (`noisy`: that adds noise), on the grid that is fitted to the model or, where
+        there is none, on one that suits it. mu, which holds for the steps of its table only, takes all of them.
+        """
+        if solver is not None or eta is not None or self.config.bounds is not None:
+            return Walk(self.times(steps, grid), self.sampler(solver, eta))
+        if self.config.parameterisation.needs_table:
+            return Walk(self.times(steps, grid), self.sampler(), walk.MU)
+        name = walk.NOISY if noisy else walk.SOLVER
+        if walk.are_times(steps):
+            return Walk(self.times(steps, grid), walk.sampler(self.config, name))
+        own, count = walk.best(self.process, self.fit, None if steps is None else whole("steps", steps))
+        chosen = own if grid is None else self.grid(grid)
+        return Walk(
+            chosen.times(self.process, count),
+            walk.sampler(self.config, name),
+            walk.words(self.process, chosen, count, name),
+        )
 
     def refuse_distilled(self, what: str) -> None:
         """UsageError for a model that was made for few steps, which has no x̂_0 but at their starts."""

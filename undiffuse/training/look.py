@@ -11,7 +11,6 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source, Wanted, open_raw, spread, unify
-from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.figure import grid, png
 from undiffuse.key import Key
@@ -19,12 +18,13 @@ from undiffuse.machine import disk, dist, log, sink
 from undiffuse.model.classes import drawn, told_of
 from undiffuse.model.model import to_float, to_uint8
 from undiffuse.model.recipe import Recipe
+from undiffuse.model.walk import EVALUATIONS
 from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.training.trainer import Trainer
 
 Journal = sink.Journal | sink.Nowhere
 TERMS = 256  # losses that a held-out loss is at least the mean of: fewer images are seen with more noises each
-PREVIEWS, PREVIEW_STEPS = 64, 50
+PREVIEWS, PREVIEW_STEPS = 64, 50  # the latter of a model that no fast solver takes
 
 
 def held_out_split(data: str, recipe: Recipe, shape: tuple[int, int, int], skip_bad: bool = False) -> Source | None:
@@ -108,14 +108,14 @@ class Lowest:
 
 
 def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[int], None]) -> None:
-    """64 samples in 50 steps of the averaged weights, and of the weights as they are, from the same noise each time.
+    """64 samples of the averaged weights, and of the weights as they are, from the same noise each time.
 
     None, and a warning, if they cannot be drawn; `tick(n)` is called after every n of `preview_steps` and may raise:
     nothing is written then.
     """
     for averaged, name in ((True, f"step-{trainer.step:09d}.png"), (False, f"step-{trainer.step:09d}-raw.png")):
         try:
-            picture = grid(torch.cat(list(draw(trainer, "preview", PREVIEWS, _steps(trainer), averaged, tick))))
+            picture = grid(torch.cat(list(draw(trainer, "preview", PREVIEWS, *_preview(trainer), averaged, tick))))
         # Such a process may be trained, and such weights are no reason to end a run; who asks for a sample is told.
         except (UsageError, NotFiniteError) as error:
             log.warn(f"no preview at step {trainer.step}: {error}")
@@ -125,14 +125,14 @@ def save_grids(trainer: Trainer, folder: Path, lines: Journal, tick: Callable[[i
 
 
 def draw(
-    trainer: Trainer, name: str, n: int, steps: int, averaged: bool, tick: Callable[[int], None]
+    trainer: Trainer, name: str, n: int, steps: int, solver: str | None, averaged: bool, tick: Callable[[int], None]
 ) -> Iterator[UInt8[Tensor, "b c h w"]]:
     """n samples in batches, from the same noise each time, which is that of `name`; `tick` as in `save_grids`."""
     model = trainer.model(averaged)
     keys, cond = Key(0).fold(name).rows(n), drawn(model.classes, n).conditioning
-    times, batch = model.times(steps), _batch(trainer)
+    (times, sampler, _), batch = model.walk(steps, solver), _batch(trainer)
     for part in (slice(i, i + batch) for i in range(0, n, batch)):
-        yield to_uint8(model.chain(keys[part], times, DDIM(), cond.at(part), progress=tick))
+        yield to_uint8(model.chain(keys[part], times, sampler, cond.at(part), progress=tick))
 
 
 def drawing_steps(trainer: Trainer, n: int, steps: int) -> int:
@@ -142,13 +142,17 @@ def drawing_steps(trainer: Trainer, n: int, steps: int) -> int:
 
 def preview_steps(trainer: Trainer) -> int:
     """How many steps of a batch `save_grids` takes."""
-    return 2 * drawing_steps(trainer, PREVIEWS, _steps(trainer))
+    return 2 * drawing_steps(trainer, PREVIEWS, _preview(trainer)[0])
 
 
-def _steps(trainer: Trainer) -> int:
-    if trainer.config.bounds is not None:
-        return len(trainer.config.bounds)
-    return min(PREVIEW_STEPS, trainer.recipe.process.steps or PREVIEW_STEPS)
+def _preview(trainer: Trainer) -> tuple[int, str | None]:
+    """Steps and solver: those of `Model.walk`, but for mu, which would take all steps."""
+    config, few = trainer.config, EVALUATIONS
+    if config.bounds is not None:
+        return len(config.bounds), None
+    if config.parameterisation.needs_table:
+        return min(PREVIEW_STEPS, config.process.steps or PREVIEW_STEPS), "ddim"
+    return min(few, config.process.steps or few), None
 
 
 def _batch(trainer: Trainer) -> int:

@@ -126,7 +126,7 @@ def score(proxy: Proxy, trainer: Trainer, tick: Callable[[int], None]) -> dict[s
     began = time.monotonic()
     if proxy.real is None:
         proxy.real = _real(proxy.extractor, trainer, tick)
-    real, batches = proxy.real, look.draw(trainer, "proxy", proxy.images, proxy.steps, True, tick)
+    real, batches = proxy.real, look.draw(trainer, "proxy", proxy.images, proxy.steps, "ddim", True, tick)
     parts = list[Tensor]()
     for images in batches:
         parts.append(_seen(proxy.extractor, images, sum(map(len, parts))))

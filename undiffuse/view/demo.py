@@ -42,9 +42,9 @@ class Scale:
     training_steps: int | None = None  # None: as many as the preset says
     classifier_steps: int = 1500
     digits: int = 200
-    digit_chain: int = 150
+    digit_chain: int = 20
     samples: int = 64
-    chain: int = 100
+    chain: int = 10
     strips: int = 8
     slots: int = 10
     at: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -24,7 +24,8 @@ from undiffuse.machine import disk
 from undiffuse.measure.along import stops, x_0_along
 from undiffuse.measure.passes import Ticking, over_real, silent
 from undiffuse.model.classes import Label
-from undiffuse.model.model import Model, Steps, to_float, to_uint8
+from undiffuse.model.model import Model, to_float, to_uint8
+from undiffuse.model.walk import Steps
 from undiffuse.network.base import Conditioning
 from undiffuse.quality.feature.base import Extractor
 from undiffuse.quality.gather import gather
@@ -33,6 +34,7 @@ from undiffuse.quality.metric.distances import nearest
 from undiffuse.strict import whole
 
 Number = float | int  # said in full, because the tests' type checker does not take an int for a float
+Solver = str | Sampler | None
 Crop = tuple[int, int] | tuple[int, int, int, int]
 
 CHUNK = 1 << 23  # float64 values of the training set that are compared at once: 64 MiB
@@ -43,23 +45,24 @@ def progressive(
     n: int,
     seed: int = 0,
     steps: Steps = None,
-    slots: int = 20,
+    slots: int | None = None,
     progress: Callable[[int], None] | None = None,
-    solver: str | Sampler | None = None,
+    solver: Solver = None,
     label: Label = None,
 ) -> tuple[UInt8[Tensor, "n slots c h w"], Float[Tensor, "slots"]]:
     """x̂_0 at `slots` times along the chain of `model.sample`, given the same, and those times (Fig. 6).
 
-    The slots are evenly spread and the last holds the finished samples; on 1000 steps, 20 slots are the authors'
-    indices 950, 900, …, 0. Costs `slots` network evaluations more than sampling.
+    There are 20 slots, or as many as steps if these are fewer. They are evenly spread, and the last holds the finished
+    samples; on 1000 steps, 20 slots are the authors' indices 950, 900, …, 0. Costs `slots` network evaluations more
+    than sampling.
     """
     n = model.count(whole("n", n, 1), label)
-    told, times = model.told(label, n, seed).conditioning.to(model.device), model.times(steps)
-    total = len(times) - 1
-    at = stops(total, slots, "slots")
+    told, way = model.told(label, n, seed).conditioning.to(model.device), model.walk(steps, solver)
+    total = len(way.times) - 1
+    at = stops(total, min(20, total) if slots is None else slots, "slots")
     keys = Key(seed).fold("sample").rows(n)
-    seen = x_0_along(model, keys, times, model.sampler(solver), at, told, progress)
-    return seen, torch.stack([times[total - r] for r in at])
+    seen = x_0_along(model, keys, way.times, way.sampler, at, told, progress)
+    return seen, torch.stack([way.times[total - r] for r in at])
 
 
 def shared(
@@ -69,7 +72,7 @@ def shared(
     at: Sequence[Number] = (1.0, 0.75, 0.5, 0.25),
     steps: Steps = None,
     progress: Callable[[int], None] | None = None,
-    solver: str | Sampler | None = None,
+    solver: Solver = None,
     label: Label = None,
 ) -> tuple[UInt8[Tensor, "at n c h w"], Float[Tensor, "at"]]:
     """n samples for each t of `at` that have x_t in common, and those times (Fig. 7).
@@ -79,7 +82,7 @@ def shared(
     """
     model.refuse_distilled("a latent on the way")
     n, told = whole("n", n, 1), _one_class(model, label, seed)
-    branches, (times, *below) = _shared_grids(model, at, steps)
+    sampler, branches, (times, *below) = _shared_chains(model, at, steps, solver)
     latents = {}
 
     def keep(remaining: int, x: Tensor, t: Tensor) -> None:
@@ -87,7 +90,6 @@ def shared(
             latents[float(t[0])] = x.cpu()
 
     key = Key(seed).fold("shared")
-    sampler = model.sampler(solver)
     model.chain(key.rows(1), times, sampler, told, callback=keep, progress=progress)
     rows = []
     for t, rest in zip(branches, below, strict=True):
@@ -99,18 +101,21 @@ def shared(
     return torch.stack(rows), torch.tensor(branches, dtype=F64, device="cpu")
 
 
-def shared_steps(model: Model, at: Sequence[Number], steps: Steps = None) -> int:
+def shared_steps(model: Model, at: Sequence[Number], steps: Steps = None, solver: Solver = None) -> int:
     """How many steps of a chain `shared` takes."""
-    return sum(len(times) - 1 for times in _shared_grids(model, at, steps)[1])
+    return sum(len(times) - 1 for times in _shared_chains(model, at, steps, solver)[2])
 
 
-def _shared_grids(model: Model, at: Sequence[Number], steps: Steps) -> tuple[list[float], list[Float[Tensor, "_"]]]:
-    """Where the chain is left, and the times of the whole and of what follows each branch."""
+def _shared_chains(
+    model: Model, at: Sequence[Number], steps: Steps, solver: Solver
+) -> tuple[Sampler, list[float], list[Float[Tensor, "_"]]]:
+    """The solver, where the chain is left, and the times of the whole and of what follows each branch."""
     if not at:
         raise UsageError("no t was given; name the times at which the latent is shared, for example 0.5")
     branches = [_place(model, t, low=model.process.t_min) for t in at]
-    times = _with(model.times(steps), *branches)
-    return branches, [times, *(times[times <= t] for t in branches)]
+    way = model.walk(steps, solver, noisy=True)
+    times = _with(way.times, *branches)
+    return way.sampler, branches, [times, *(times[times <= t] for t in branches)]
 
 
 def interpolate(
@@ -122,7 +127,7 @@ def interpolate(
     seed: int = 0,
     steps: Steps = None,
     progress: Callable[[int], None] | None = None,
-    solver: str | Sampler | None = None,
+    solver: Solver = None,
     label: Label = None,
 ) -> UInt8[Tensor, "at lambdas c h w"]:
     """Denoised mixtures (1 − λ) x_t + λ x_t' of two pictures, a row for each t (Fig. 8; several t: Fig. 9).
@@ -146,10 +151,11 @@ def interpolate(
     mix = torch.tensor(lambdas, dtype=torch.float32, device="cpu").reshape(-1, 1, 1, 1)
     own, told = _row_of(lambdas), _one_class(model, label, seed).at([0] * len(lambdas))
     rows = []
-    for times in _interpolation_grids(model, at, steps):
+    sampler, grids = _interpolation_chains(model, at, steps, solver)
+    for times in grids:
         x_t, other = model.process.marginal(x_0, eps, times[:1].expand(2))
         start, keys = (1 - mix) * x_t + mix * other, key.fold("chain").rows(own)
-        rows.append(to_uint8(model.chain(keys, times, model.sampler(solver), told, start, progress=progress)))
+        rows.append(to_uint8(model.chain(keys, times, sampler, told, start, progress=progress)))
     return torch.stack(rows)
 
 
@@ -165,18 +171,20 @@ def _one_class(model: Model, label: Label, seed: int) -> Conditioning:
     return model.told(label, 1, seed).conditioning
 
 
-def interpolation_steps(model: Model, at: Sequence[Number], steps: Steps = None) -> int:
+def interpolation_steps(model: Model, at: Sequence[Number], steps: Steps = None, solver: Solver = None) -> int:
     """How many steps of a chain `interpolate` takes."""
-    return sum(len(times) - 1 for times in _interpolation_grids(model, at, steps))
+    return sum(len(times) - 1 for times in _interpolation_chains(model, at, steps, solver)[1])
 
 
-def _interpolation_grids(model: Model, at: Sequence[Number], steps: Steps) -> list[Float[Tensor, "_"]]:
-    """The times from each t of `at` down to 0."""
-    grids = []
+def _interpolation_chains(
+    model: Model, at: Sequence[Number], steps: Steps, solver: Solver
+) -> tuple[Sampler, list[Float[Tensor, "_"]]]:
+    """The solver, and the times from each t of `at` down to 0."""
+    way, grids = model.walk(steps, solver), []
     for t in (_place(model, t, low=0.0) for t in at):
-        times = _with(model.times(steps), t)
+        times = _with(way.times, t)
         grids.append(times[times <= t])
-    return grids
+    return way.sampler, grids
 
 
 def comparable(shape: tuple[int, int, int], source: Source, k: int, crop: Crop | None = None) -> None:

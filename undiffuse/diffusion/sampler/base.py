@@ -128,6 +128,8 @@ def sample(
     """
     count = len(keys.rows)
     x = process.prior_std * keys.fold("x_T").normal(*shape) if start is None else start
+    if len(times) < 2:
+        return x
     state, taken = None, ready(x, sampler.coefficients(process, times[:-1, None], times[1:, None]))
     for i in range(len(times) - 1):
         remaining = len(times) - 1 - i

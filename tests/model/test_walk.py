@@ -1,0 +1,88 @@
+"""The chain that is walked where nobody names a solver, and the one where somebody does."""
+
+import importlib
+
+import pytest
+import torch
+
+from tests.model.test_model import bright
+from tests.view.test_explore import gaussian, model
+from undiffuse.config import plain
+from undiffuse.diffusion.denoiser import Mu
+from undiffuse.diffusion.grid import Even, Karras, LogSnr
+from undiffuse.diffusion.process import Cosine, Edm
+from undiffuse.diffusion.sampler.ancestral import Ancestral
+from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.sampler.dpmpp import DpmppSde
+from undiffuse.diffusion.sampler.unipc import Unipc
+from undiffuse.errors import UsageError
+from undiffuse.key import Key
+from undiffuse.model.fit import fit
+from undiffuse.model.load import load
+from undiffuse.model.model import to_uint8
+from undiffuse.model.walk import best
+
+
+def test_few_steps_of_a_fast_solver_unless_one_is_named():
+    toy = gaussian(1000)
+    times, sampler, said = toy.walk()
+    assert torch.equal(times, LogSnr().times(toy.process, 10)) and sampler == Unipc(order=2)
+    what, other = said.split("; ")
+    assert what == "10 evaluations of unipc-2 on the log-snr grid"
+    assert other == "--solver ancestral for all 1,000 steps of Algorithm 2"
+    assert torch.equal(toy.sample(3, seed=4), to_uint8(toy.chain(Key(4).fold("sample").rows(3), times, sampler)))
+    assert len(toy.walk(60).times) == 61 and toy.walk(1).said.startswith("1 evaluation of unipc-2 on")
+    assert torch.equal(toy.walk(5, grid="karras").times, Karras().times(toy.process, 5))
+    assert toy.walk((1.0, 0.5)).times.tolist() == [1, 0.5, 0] and toy.walk((1.0, 0.5)).sampler == sampler
+    assert best(Cosine(4), None, None)[1] == 4  # a table has no more
+    assert toy.walk(noisy=True).sampler == DpmppSde()
+
+
+def test_a_named_solver_takes_all_steps_on_the_grid_of_the_process():
+    toy = gaussian(100)
+    for named, expected in (({"solver": "ancestral"}, Ancestral(toy.config.variance)), ({"eta": 0.5}, None)):
+        if expected is None:
+            named["solver"], expected = "ddim", DDIM(0.5)
+        times, sampler, said = toy.walk(**named)
+        assert torch.equal(times, Even().times(toy.process, 100)) and (sampler, said) == (expected, "")
+    with pytest.raises(UsageError, match="eta = 0.5 belongs to the sampler ddim, not to ancestral"):
+        toy.walk(eta=0.5)
+    with pytest.raises(UsageError, match="steps = 101 is not possible; this model takes 1 to 100"):
+        toy.walk(101)
+
+
+def test_a_fitted_grid_is_taken_where_there_is_one_of_that_length(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path))
+    known = bright()
+    found = fit(known, 4)
+    known.meta["fit"] = plain(found)
+    times, _, said = known.walk()
+    assert torch.equal(times, found.grid.times(known.process, 10)) and "on the fitted grid; " in said
+    assert torch.equal(known.walk(41).times, LogSnr().times(known.process, 41))  # longer than any fitted one
+    assert isinstance(best(Edm(), None, None)[0], Karras)  # the one that suits the process
+
+
+def test_mu_takes_all_steps_of_its_table_and_says_why():
+    toy = model(lambda x, t: x, 20)
+    object.__setattr__(toy.config, "parameterisation", Mu())
+    times, sampler, said = toy.walk()
+    assert len(times) == 21 and sampler == Ancestral(toy.config.variance)
+    assert said == "this model predicts mu, which holds for steps of 1/T only: all steps of Algorithm 2"
+
+
+def test_the_shipped_model_has_a_grid_of_its_own():
+    shipped = load("fashion-mnist")
+    assert shipped.fit is not None and torch.equal(shipped.walk().times, shipped.times(10, "fitted"))
+
+
+def test_commands_say_what_nobody_named(call, tmp_path):
+    toys = importlib.import_module("tests.cli.toy")
+    made, line = toys.save(tmp_path / "toy.safetensors"), "evaluations of unipc-2 on the log-snr grid"
+    code, _, err = call("sample", made, "-n", 2, "--npz", tmp_path / "a.npz")
+    assert code == 0 and err.splitlines()[0] == f"10 {line}; --solver ancestral for all 12 steps of Algorithm 2"
+    code, _, err = call("sample", made, "-n", 2, "--npz", tmp_path / "b.npz", "--solver", "ancestral")
+    assert code == 0 and line not in err
+    code, _, err = call("progressive", made, "-n", 1, "--steps", 4, "--out", tmp_path / "x.png")
+    assert code == 0 and f"4 {line}" in err
+    code, _, err = call("shared", made, "-n", 2, "--out", tmp_path / "y.png")
+    assert code == 0 and "10 evaluations of dpmpp-sde on the log-snr grid" in err

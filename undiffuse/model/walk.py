@@ -1,0 +1,86 @@
+"""Which chain is walked where nobody names a solver: few evaluations of the one that bench/solvers.py found best."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, SupportsIndex
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.diffusion.grid import GRIDS, Even, Grid, LogSnr, suited
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.sampler.ancestral import Ancestral
+from undiffuse.diffusion.sampler.base import Sampler, named
+from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.errors import UsageError
+from undiffuse.model import distilled, fitted
+from undiffuse.model.fitted import Fit
+from undiffuse.model.recipe import ModelConfig
+
+SOLVER, EVALUATIONS = "unipc-2", 10
+NOISY = "dpmpp-sde"  # where chains from one latent are to differ
+MU = "this model predicts mu, which holds for steps of 1/T only: all steps of Algorithm 2"
+
+Steps = SupportsIndex | Sequence[float | int] | Tensor | None  # as in `Model.times`
+
+
+class Walk(NamedTuple):
+    """The times and the solver of a chain. `said` tells of both where nobody named them."""
+
+    times: Float[Tensor, "times"]
+    sampler: Sampler
+    said: str = ""
+
+
+def best(process: Process, fit: Fit | None, steps: int | None) -> tuple[Grid, int]:
+    """A grid, and so many steps or as many as are enough: the fitted one where there is one of that length."""
+    steps = min(EVALUATIONS, process.steps or EVALUATIONS) if steps is None else steps
+    if fit is not None and 1 <= steps <= len(fit.grid.walks):
+        return fit.grid, steps
+    own = suited(process)  # what is even in t suits a table, and no solver of few steps
+    return LogSnr() if isinstance(own, Even) else own, steps
+
+
+def words(process: Process, grid: Grid, steps: int, solver: str) -> str:
+    """`10 evaluations of unipc-2 on the fitted grid; --solver ancestral for all 1,000 steps of Algorithm 2`."""
+    name = fitted.NAME if isinstance(grid, fitted.Fitted) else GRIDS.name_of(grid)
+    whole = f"all {process.steps:,} steps of " if process.steps else ""
+    count = f"{steps:,} evaluation{'s' * (steps > 1)}"
+    return f"{count} of {solver} on the {name} grid; --solver ancestral for {whole}Algorithm 2"
+
+
+def sampler(config: ModelConfig, solver: str | Sampler | None, eta: float | int | None = None) -> Sampler:
+    """See `Model.sampler`."""
+    if config.bounds is not None:
+        if solver in (None, "ddim", DDIM()) and not eta:
+            return DDIM()
+        distilled.refuse(config.bounds, f"solver {solver if isinstance(solver, str) else type(solver).__name__}")
+    solver = solver or "ancestral"
+    if isinstance(solver, Sampler):
+        return solver
+    if solver == "ancestral" and eta is None:
+        return Ancestral(config.variance)
+    return named(solver, eta)
+
+
+def are_times(steps: Steps) -> bool:
+    """Whether the times themselves are given, and not their number."""
+    return isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0
+
+
+def listed(process: Process, steps: Any) -> Float[Tensor, "times"]:
+    """Times as a user lists them, and 0. Raises UsageError for those that a chain cannot walk."""
+    try:
+        steps = [float(t) for t in steps]  # pyright: ignore[reportGeneralTypeIssues]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"times {steps!r} are not possible; give numbers") from error
+    given = list(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
+    if not given or not all(process.t_min <= t <= 1 for t in given):
+        raise UsageError(
+            f"times {', '.join(f'{t:g}' for t in steps) or 'none'} are not possible; give one or more from 1, "
+            f"which is noise, down to {process.t_min:g}"
+        )
+    if any(s >= t for t, s in zip(given, given[1:], strict=False)):
+        raise UsageError(f"times {', '.join(f'{t:g}' for t in steps)} do not fall strictly; sort or thin them")
+    return torch.tensor([*given, 0.0], dtype=F64, device="cpu")
