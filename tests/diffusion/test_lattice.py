@@ -130,6 +130,7 @@ SET = [
     "network.channels=8",
     "network.fourier=[127.5, 255]",
     "train.batch=4",
+    "train.channels_last=false",  # whose bits are others
     "data.labels=true",
 ]
 

@@ -46,21 +46,24 @@ class Muon(Adam):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         (group,) = self.param_groups
-        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for weight in filter(is_matrix, group["params"]):
-            gradient, weight.grad = weight.grad, None  # so that Adam passes it by
-            if gradient is None:
-                continue
-            self.begin(weight)
-            self.state[weight]["step"] += 1
-            momentum = self.state[weight]["momentum"].lerp_(gradient, 1 - MOMENTUM)
-            direction = gradient.lerp(momentum, MOMENTUM).flatten(1)  # of Nesterov
-            alike[direction.shape].append((weight, direction))
-        for shape, pairs in alike.items():  # those of one shape at once, which on a card is a tenth of the launches
-            weights, directions = zip(*pairs, strict=True)
-            for weight, direction in zip(weights, orthogonal(torch.stack(directions)), strict=True):
+            if weight.grad is not None:
+                alike[len(weight), weight[0].numel()].append(weight)
+        for shape, weights in alike.items():  # those of one shape at once, which on a card is a tenth of the launches
+            directions = orthogonal(torch.stack([self._direction(weight) for weight in weights]))
+            for weight, direction in zip(weights, directions, strict=True):
                 weight.sub_(direction.view(weight.shape), alpha=group["lr"] * max(shape) ** 0.5)
         super().step()
+
+    def _direction(self, weight: Tensor) -> Float[Tensor, "n m"]:
+        """The momentum, as Nesterov looks ahead. Takes the gradient away, so that Adam passes the weight by."""
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        self.begin(weight)
+        self.state[weight]["step"] += 1
+        momentum = self.state[weight]["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(momentum, MOMENTUM).flatten(1)
 
 
 def is_matrix(weight: Tensor) -> bool:
