@@ -18,7 +18,7 @@ from undiffuse.machine import disk, dist, log, sink
 from undiffuse.model.classes import drawn, told_of
 from undiffuse.model.model import to_float, to_uint8
 from undiffuse.model.recipe import Recipe
-from undiffuse.model.walk import EVALUATIONS
+from undiffuse.model.walk import best
 from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.training.trainer import Trainer
 
@@ -147,12 +147,12 @@ def preview_steps(trainer: Trainer) -> int:
 
 def _preview(trainer: Trainer) -> tuple[int, str | None]:
     """Steps and solver: those of `Model.walk`, but for mu, which would take all steps."""
-    config, few = trainer.config, EVALUATIONS
+    config = trainer.config
     if config.bounds is not None:
         return len(config.bounds), None
     if config.parameterisation.needs_table:
         return min(PREVIEW_STEPS, config.process.steps or PREVIEW_STEPS), "ddim"
-    return min(few, config.process.steps or few), None
+    return best(config.process, None, None)[1], None
 
 
 def _batch(trainer: Trainer) -> int:

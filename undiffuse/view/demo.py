@@ -55,6 +55,7 @@ class Scale:
     curve_chain: int | None = None  # None: all steps, as in the paper
 
 
+ALL = "--solver ancestral"  # steps, as in the paper
 FULL = Scale()
 QUICK = Scale(
     training_steps=3,
@@ -304,12 +305,16 @@ def _bits(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Secti
 def _abbreviated(out: Path, model: Model, scale: Scale) -> Section:
     whole = model.process.steps
     rows = (
-        ("digits", f"{scale.digit_chain} steps a sample", f"`undiffuse sample {out / 'digits'} -n 200 --out digits`"),
-        ("samples", f"{scale.chain} of {whole} steps", "`undiffuse sample fashion-mnist -n 64 --out samples`"),
+        (
+            "digits",
+            f"{scale.digit_chain} steps a sample",
+            f"`undiffuse sample {out / 'digits'} -n 200 {ALL} --out digits`",
+        ),
+        ("samples", f"{scale.chain} of {whole} steps", f"`undiffuse sample fashion-mnist -n 64 {ALL} --out samples`"),
         (
             "progressive generation, interpolation",
             f"{scale.chain} of {whole} steps",
-            "`undiffuse progressive` and `undiffuse interpolate`, without --steps",
+            f"`undiffuse progressive` and `undiffuse interpolate`, with {ALL}",
         ),
         (
             "bits/dim",
