@@ -78,7 +78,8 @@ def test_the_shipped_model_has_a_grid_of_its_own():
 def test_commands_say_what_nobody_named(call, tmp_path):
     toys = importlib.import_module("tests.cli.toy")
     made, line = toys.save(tmp_path / "toy.safetensors"), "evaluations of unipc-2 on the log-snr grid"
-    code, _, err = call("sample", made, "-n", 2, "--npz", tmp_path / "a.npz")
+    code, out, err = call("sample", made, "-n", 2, "--npz", tmp_path / "a.npz")
+    assert "solver  unipc-2\n" in out  # a name that draws the same when it is given
     assert code == 0 and err.splitlines()[0] == f"10 {line}; --solver ancestral for all 12 steps of Algorithm 2"
     code, _, err = call("sample", made, "-n", 2, "--npz", tmp_path / "b.npz", "--solver", "ancestral")
     assert code == 0 and line not in err

@@ -83,7 +83,6 @@ def sample(
     - `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
     - `undiffuse sample fashion-mnist --seeds 5,17,40-99 --out chosen`
     """
-    from undiffuse.diffusion.sampler.base import SAMPLERS
     from undiffuse.machine import dist
     from undiffuse.view import draw
 
@@ -96,9 +95,18 @@ def sample(
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
     if not dist.is_first():
         return
-    taken: dict[str, Any] = {"steps": len(job.times) - 1, "solver": solver or SAMPLERS.name_of(job.solver)}
+    taken: dict[str, Any] = {"steps": len(job.times) - 1, "solver": solver or _name(job)}
     taken |= {"seed": job.seed, **({} if precision is None else {"precision": loaded.precision})}
     show({"images": job.n, **taken, **said(job.told, loaded), **written, **_channels(out, loaded)}, as_json)
+
+
+def _name(job: "Job") -> str:
+    """Of its solver, with the order, without which a name may mean another."""
+    from undiffuse.config import plain
+    from undiffuse.diffusion.sampler.base import SAMPLERS
+
+    order = plain(job.solver).get("order")
+    return SAMPLERS.name_of(job.solver) + (f"-{order}" if order else "")
 
 
 def _seed(seed: int, seeds: str | None, n: int | None) -> "Seed":
