@@ -10,6 +10,8 @@ from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall, Learned, M
 from undiffuse.diffusion.objective import Simple, Vlb
 from undiffuse.diffusion.process import Linear
 from undiffuse.errors import UsageError
+from undiffuse.machine.tensorfile import read_weights
+from undiffuse.model.load import shipped
 from undiffuse.model.recipe import Recipe, load_recipe, presets
 
 PAPER = ["celebahq-256", "cifar10", "lsun-bedroom", "lsun-bedroom-large", "lsun-cat", "lsun-church"]
@@ -39,6 +41,14 @@ def test_a_preset_survives_its_file_and_builds_what_it_says(name):
     assert count == recipe.expected["parameters"]
     untrained = name == "emoji-32"
     assert recipe.about and (untrained or recipe.expected.keys() & {"source", "measured_by", "measured_in"})
+
+
+def test_the_files_in_the_package_say_their_recipe_in_words_of_this_version():
+    """Else --init and `distill`, which read them strictly, refuse what the user has just installed."""
+    assert set(shipped()) >= {"fashion-mnist", "fashion-mnist-likelihood"}
+    for name, path in shipped().items():
+        recipe = parse(Recipe, read_weights(path)[1]["recipe"], name)
+        assert recipe.process == load_recipe(name).process and recipe.network == load_recipe(name).network
 
 
 @pytest.mark.parametrize("name", TABLE_2)
