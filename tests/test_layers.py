@@ -27,7 +27,8 @@ ROWS = tuple(
         ("network", "base block attention resample unet"),
         (
             "diffusion",
-            "numbers process grid density gaussian lattice denoiser objective importance likelihood flow sampler/ fit",
+            "numbers process grid density gaussian lattice denoiser windows objective importance likelihood flow "
+            "sampler/ fit",
         ),
         (
             "data",
@@ -43,8 +44,9 @@ ROWS = tuple(
             "distill",
         ),
         ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
+        ("codec", "coder tail plan trellis container chain stream tailfit tables"),
         ("view", "report explore draw pieces results ranking subject report_run compare_runs demo"),
-        ("cli", "options tools train sample figures fit distill measure evaluate report data main"),
+        ("cli", "options tools train sample figures fit distill measure evaluate encode codec report data main"),
     )
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.

@@ -25,8 +25,8 @@ from undiffuse.network.base import NETWORKS
 
 ROOT = Path(__file__).parent.parent
 NAV = [
-    "Home", "Getting started", "Concepts", "Evaluation", "The paper", "Command line", "Python", "API", "Extending",
-    "Architecture", "Reliability", "Many processes", "Benchmarks", "Contributing", "Changelog",
+    "Home", "Getting started", "Concepts", "Evaluation", "The paper", "The codec", "Format of coded images",
+    "Command line", "Python", "API", "Extending", "Architecture", "Reliability", "Many processes", "Benchmarks", "Contributing", "Changelog",
 ]  # fmt: skip
 TABLES = [PROCESSES, PARAMETERISATIONS, VARIANCES, NETWORKS, OBJECTIVES, SAMPLERS, FORMATS, PROCEDURAL, SINKS]
 

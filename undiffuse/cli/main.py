@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from undiffuse import __version__
-from undiffuse.cli import data, distill, evaluate, figures, fit, measure, report, sample, tools, train
+from undiffuse.cli import codec, data, distill, encode, evaluate, figures, fit, measure, report, sample, tools, train
 from undiffuse.cli.train import again
 from undiffuse.errors import Error, MemoryExhausted, NotFiniteError, is_out_of_memory
 
@@ -36,8 +36,9 @@ def every(
     """Denoising diffusion for images: train on your own pictures, sample and measure."""
 
 
-for group in (train, sample, figures, fit, distill, measure, evaluate, report):
+for group in (train, sample, figures, fit, distill, measure, evaluate, encode, report):
     group.register(app)
+app.add_typer(codec.app, name="codec")
 app.add_typer(data.app, name="data")
 tools.register(app)
 

@@ -1,7 +1,8 @@
 """What was fitted to the weights of a model, and is kept beside them by their hash: the times of chains.
 
-`undiffuse fit` writes `RUN/fit/SHA256.json`, or into the user's cache for what is no run folder that can be written; an
-exported file has it in its metadata. A checkpoint is sealed, and has nothing added to it.
+`undiffuse fit` writes `RUN/fit/SHA256.json` and `undiffuse codec fit` `SHA256.codec.json` beside it, or into the user's
+cache for what is no run folder that can be written; an exported file has both in its metadata. A checkpoint is sealed,
+and has nothing added to it.
 """
 
 import os
@@ -24,6 +25,7 @@ from undiffuse.machine.tensorfile import FORMAT, refuse_newer
 
 NAME = "fitted"  # as the grid of a command
 FOLDER = "fit"
+CODEC = ".codec"  # the kind of a codec's tables
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,31 @@ def places(run: Path | None) -> list[Path]:
     return [disk.cache_folder() / FOLDER, *([] if run is None else [run / FOLDER])]
 
 
+def any_kept(run: Path | None) -> bool:
+    """Whether it is worth while to hash the weights."""
+    return any(folder.is_dir() and any(folder.iterdir()) for folder in places(run))
+
+
+def found(run: Path | None, digest: str, kind: str = "") -> Path | None:
+    """Where what was fitted to the weights of that hash is kept; `kind` is "" for the grid."""
+    return next((path for folder in places(run) if (path := folder / f"{digest}{kind}.json").exists()), None)
+
+
 def find(run: Path | None, digest: str) -> Fit | None:
-    """What was fitted to the weights of that hash."""
-    for folder in places(run):
-        if (path := folder / f"{digest}.json").exists():
-            return parsed(disk.read_json(path), digest, str(path))
-    return None
+    """The grid that was fitted to the weights of that hash."""
+    path = found(run, digest)
+    return None if path is None else parsed(disk.read_json(path), digest, str(path))
 
 
-def keep(fit: Fit, run: Path | None) -> Path:
+def raw(run: Path | None, digest: str, kind: str = "") -> Any:
+    """As plain data, unread. Raises Corrupt."""
+    path = found(run, digest, kind)
+    return None if path is None else disk.read_json(path)
+
+
+def keep(fit: Any, run: Path | None, kind: str = "") -> Path:
     """Beside the weights where that is possible, else in the cache. Raises StorageError."""
-    cached = disk.cache_folder() / FOLDER / f"{fit.weights}.json"
+    cached = disk.cache_folder() / FOLDER / f"{fit.weights}{kind}.json"
     if run is None or not os.access(run, os.W_OK):
         disk.write_json(cached, plain(fit))
         return cached

@@ -18,7 +18,7 @@ from undiffuse.interop.torchfile import PICKLES
 from undiffuse.machine import dist, log, store
 from undiffuse.machine.device import choose
 from undiffuse.machine.tensorfile import begins_as_weights, read_weights, write_weights
-from undiffuse.model import average
+from undiffuse.model import average, fitted
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.model.weights import clean, digest_of_weights, weights_of
@@ -188,7 +188,13 @@ def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """One safetensors file that `load` reads: weights, config and history. Raises Corrupt for what is not finite."""
     tensors, meta = as_written(model, dtype), {**model.meta, "model": plain(model.config)}
     _fitting(model.config, tensors)  # refuses what `load` would, such as a network inside of another
-    if fit := model.fit:  # to what the file holds, which may be rounded
-        written = digest_of_weights({name: tensor.float() for name, tensor in tensors.items()})
-        meta["fit"] = plain(replace(fit, weights=written))
+    fit, digest = model.fit, model.digest()
+    tables = fitted.raw(model.run, digest, fitted.CODEC) or meta.get("codec")
+    written = digest_of_weights({name: tensor.float() for name, tensor in tensors.items()})
+    for name, found in (("fit", None if fit is None else plain(fit)), ("codec", tables)):
+        meta.pop(name, None)
+        if (
+            isinstance(found, Mapping) and found.get("weights") == digest
+        ):  # to what the file holds, which may be rounded
+            meta[name] = {**found, "weights": written}
     write_weights(path, tensors, meta)

@@ -121,8 +121,7 @@ class Model:
     @cached_property
     def fit(self) -> Fit | None:
         """What was fitted to these weights, by `undiffuse fit`. Raises UsageError if `meta` has that of others."""
-        there = any(folder.is_dir() and any(folder.iterdir()) for folder in fitted.places(self.run))
-        found = fitted.find(self.run, self.digest()) if there else None
+        found = fitted.find(self.run, self.digest()) if fitted.any_kept(self.run) else None
         if found is None and (said := self.meta.get("fit")):
             return fitted.parsed(said, self.digest(), "the grid in the file of this model")
         return found

@@ -1,0 +1,284 @@
+"""The codec of shipped models in whole files: against the model's own bound, and against other formats.
+
+    python bench/codec.py fashion-mnist --data fashion-mnist
+
+The first 96 test images, as one archive and as files of their own, with loss and without. Their size stands beside
+the model's bound for the same distortion: of 1,000 steps as `undiffuse nll --rate-distortion` has it, and in continuous
+time from x̂_0 at 128 times, ½ ∫ mse dSNR. Other formats (Pillow, with the extra `pictures`) are asked for many
+qualities, and their size at equal PSNR is read off: as single files, less a flat image of that size, and as one mosaic.
+Prefixes are those of the single files. Times are medians, of one image and with one thread. What is there for the same
+weights is not measured again. Writes `bench/codec-NAME.json`, and the table `codec-NAME` and a plot of docs/codec.md.
+"""
+
+import argparse
+import io
+import json
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from bits import MOSAIC, rivals
+from jaxtyping import UInt8
+from machine import machine, made_of, publish
+from torch import Tensor
+
+import undiffuse
+from undiffuse.codec import tables
+from undiffuse.codec.stream import Codec
+from undiffuse.data.source import Source, open_source
+from undiffuse.figure import line_plot, picture
+from undiffuse.machine import disk
+from undiffuse.measure import nll
+
+HERE = Path(__file__).parent
+PREFIXES = (15, 20, 30, 40, 50, 80, 120, 200)
+PSNRS = (25, 30, 35, 40, 45)
+LOSSY: dict[str, list[dict[str, Any]]] = {
+    "JPEG": [{"quality": q, "optimize": True} for q in range(1, 101, 3)],
+    "WebP": [{"quality": q, "method": 6} for q in range(0, 101, 4)],
+    "AVIF": [{"quality": q, "speed": 0} for q in range(0, 101, 5)],
+    "JPEG2000": [{"quality_mode": "dB", "quality_layers": [q], "no_jp2": True} for q in range(18, 56, 2)],
+    "JXL": [{"quality": q, "effort": 9} for q in range(0, 101, 4)],
+}
+Row = dict[str, Any]
+Images = UInt8[Tensor, "n c h w"]
+
+
+def off(found: Images, images: Images) -> float:
+    """Root mean square, in grey levels."""
+    return float((found.double() - images.double()).square().mean().sqrt())
+
+
+def psnr(rmse: float) -> float:
+    return float(20 * np.log10(255 / max(rmse, 1e-9)))
+
+
+def coded(codec: Codec, images: Images) -> Row:
+    """Whole files, with loss and without."""
+    found: Row = {}
+    for name, lossless in (("lossy", False), ("lossless", True)):
+        archive, singles = codec.encode(images, lossless=lossless), files(codec, images, lossless)
+        again = codec.decode(archive)
+        got = again.lossless() if lossless else again.mean()
+        assert got is not None
+        row = {"archive": len(archive) / len(images), "single": float(np.mean([len(file) for file in singles]))}
+        found[name] = row | {"rmse": off(got, images), "bits": bits(codec, archive)}
+    return found
+
+
+def files(codec: Codec, images: Images, lossless: bool = False) -> list[bytes]:
+    return [codec.encode(image[None], lossless=lossless) for image in images]
+
+
+def bits(codec: Codec, archive: bytes) -> float:
+    """Of the paths and scales of an image, without header, checks and lossless end."""
+    parsed = codec.decode(archive).parsed
+    count = sum(len(path) for group in parsed.groups for path in group.paths)
+    count += sum(3 * len(row) for group in parsed.groups for row in group.scales[1:])
+    return count / parsed.header.count
+
+
+def bound(codec: Codec, source: Source, images: Images) -> list[Row]:
+    """Bits an image that were received and RMSE of x̂_0, of a chain of 1,000 steps and in continuous time."""
+    query = nll.Nll(images=len(images), draws=None, steps=1000, batch=96)
+    curve = nll.terms_of(codec.model, source, query).rate_distortion()
+    rows = [{"of": "1000 steps", "bits": row["rate"] * codec.plan.values, "rmse": row["rmse"]} for row in curve[::5]]
+    rows.append({"of": "1000 steps", "bits": curve[-1]["rate"] * codec.plan.values, "rmse": curve[-1]["rmse"]})
+    nodes = tables.measured(codec.model, images, count=128)
+    logsnr = codec.model.process.logsnr(torch.tensor([node.t for node in nodes], dtype=torch.float64)).numpy()
+    fine = np.linspace(logsnr[0], logsnr[-1], 20_000)
+    mse = np.exp(np.interp(fine, logsnr, np.log([node.square for node in nodes])))
+    slope = mse * np.exp(fine)
+    rate = np.concatenate([[0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(fine))])
+    rate *= codec.plan.values / 2 / np.log(2)
+    return rows + [
+        {"of": "continuous", "bits": float(rate[i]), "rmse": float(127.5 * mse[i] ** 0.5)}
+        for i in range(0, len(fine), 100)
+    ]
+
+
+def bits_at(rows: list[Row], of: str, rmse: float) -> float:
+    """Of the bound, at a distortion; the last one where it does not come so near."""
+    chosen = sorted((row["rmse"], row["bits"]) for row in rows if row["of"] == of)
+    return float(np.interp(np.log(rmse), np.log([x for x, _ in chosen]), [y for _, y in chosen]))
+
+
+def prefixes(codec: Codec, images: Images) -> list[Row]:
+    """What single files show after so many bytes."""
+    rows, whole = [], files(codec, images)
+    for size in PREFIXES:
+        some = [(codec.decode(file[:size]), image) for file, image in zip(whole, images, strict=True)]
+        mean, drawn = (
+            torch.cat([make(found) for found, _ in some]) for make in (lambda d: d.mean(), lambda d: d.drawn())
+        )
+        rows.append({"bytes": size, "rmse": off(mean, images), "drawn": off(drawn, images)})
+    return rows
+
+
+def other(images: Images, kind: str) -> list[Row]:
+    """Bytes an image by PSNR: single files, and one mosaic."""
+    columns, lines = MOSAIC
+    n, c, h, w = images.shape
+    sheet = images.reshape(lines, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(1, c, lines * h, columns * w)
+    flat = torch.full_like(images[:1], 128)
+    rows = []
+    for options in LOSSY[kind]:
+        found = [saved(image, kind, options) for image in images]
+        tiles = {"bytes": float(np.mean([size for size, _ in found])), "flat": saved(flat[0], kind, options)[0]}
+        tiles["psnr"] = psnr(off(torch.stack([image for _, image in found]), images))
+        size, whole = saved(sheet[0], kind, options)
+        rows.append(tiles | {"mosaic": size / n, "mosaic_psnr": psnr(off(whole[None], sheet))})
+    return rows
+
+
+def saved(image: UInt8[Tensor, "c h w"], kind: str, options: dict[str, Any]) -> tuple[int, UInt8[Tensor, "c h w"]]:
+    buffer = io.BytesIO()
+    original = picture(image)
+    original.save(buffer, kind, **options)
+    from PIL import Image
+
+    with Image.open(buffer) as opened:
+        pixels = np.asarray(opened.convert(original.mode)).reshape(image.shape[1], image.shape[2], -1)
+    return len(buffer.getvalue()), torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def equal(rows: list[Row], at: float, size: str, quality: str) -> float | None:
+    """Bytes at a PSNR: the least that reaches it, by the line between its neighbours."""
+    points = sorted((row[quality], row[size]) for row in rows)
+    best = np.minimum.accumulate([b for _, b in points][::-1])[::-1]
+    xs = [q for q, _ in points]
+    return float(np.interp(at, xs, best)) if xs[0] <= at <= xs[-1] else None
+
+
+def ours_at(codec: Codec, images: Images) -> list[Row]:
+    """Single files and archives of every number of steps."""
+    rows = []
+    for steps in range(4, codec.plan.steps + 1, 2):
+        archive = codec.encode(images, steps)
+        singles = [codec.encode(image[None], steps) for image in images]
+        got = torch.cat([codec.decode(file).mean() for file in singles])
+        row = {"steps": steps, "bytes": float(np.mean([len(file) for file in singles])), "psnr": psnr(off(got, images))}
+        rows.append(
+            row | {"mosaic": len(archive) / len(images), "mosaic_psnr": psnr(off(codec.decode(archive).mean(), images))}
+        )
+    return rows
+
+
+def seconds(codec: Codec, images: Images) -> Row:
+    """One image, medians of nine."""
+    torch.set_num_threads(1)
+    data = codec.encode(images[:1])
+    return {
+        "encode": _median(lambda i: codec.encode(images[i : i + 1])),
+        "decode": _median(lambda _: codec.decode(data).mean()),
+    }
+
+
+def _median(run: Callable[[int], Any]) -> float:
+    times = []
+    for i in range(9):
+        began = time.perf_counter()
+        run(i)
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def table(result: Row) -> str:
+    coded_, rows = result["coded"], result["bound"]
+    lossy, exact, values = coded_["lossy"], coded_["lossless"], result["values"]
+    lines = ["| bytes an image, whole files | archive of 96 | single files |", "|---|---|---|"]
+    lines.append(f"| with loss, {lossy['rmse']:.2f} grey levels off | {lossy['archive']:.0f} | {lossy['single']:.0f} |")
+    for of in ("1000 steps", "continuous"):
+        ideal = bits_at(rows, of, lossy["rmse_float"]) / 8
+        cells = " | ".join(f"{lossy[kind] / ideal:.3f}" for kind in ("archive", "single"))
+        lines.append(f"| over the bound of {of.replace('1000', '1,000')}, {ideal:.0f} bytes | {cells} |")
+    lines.append(f"| lossless | {exact['archive']:.0f} | {exact['single']:.0f} |")
+    lines += ["", "| lossless, bits a value | as files | together |", "|---|---|---|"]
+    lines.append(f"| undiffuse | {8 * exact['single'] / values:.2f} | {8 * exact['archive'] / values:.2f} |")
+    lines += [f"| {kind} | {row['files']:.2f} | {row['mosaic']:.2f} |" for kind, row in result["rivals"].items()]
+    lines += ["", f"| bytes at equal PSNR, dB | {' | '.join(map(str, PSNRS))} |", "|---|" + "---|" * len(PSNRS)]
+    for title, size, quality in (("single files", "bytes", "psnr"), ("together", "mosaic", "mosaic_psnr")):
+        for kind, found in {"undiffuse": result["ours"], **result["others"]}.items():
+            cells = [equal(found, at, size, quality) for at in PSNRS]
+            lines.append(f"| {kind}, {title} | {' | '.join('–' if x is None else f'{x:.0f}' for x in cells)} |")
+    found = result["others"]
+    for kind in found:
+        less = [row | {"bytes": row["bytes"] - row["flat"]} for row in found[kind]]
+        cells = [equal(less, at, "bytes", "psnr") for at in PSNRS]
+        lines.append(f"| {kind}, less a flat image | {' | '.join('–' if x is None else f'{x:.0f}' for x in cells)} |")
+    lines += [
+        "",
+        "| first bytes of a single file | RMSE of the mean | RMSE drawn on | bound of 1,000 steps, bytes |",
+        "|---|---|---|---|",
+    ]
+    for row in result["prefixes"]:
+        ideal = bits_at(rows, "1000 steps", row["rmse"]) / 8
+        lines.append(f"| {row['bytes']} | {row['rmse']:.1f} | {row['drawn']:.1f} | {ideal:.0f} |")
+    took = result["seconds"]
+    lines += ["", f"One image, one thread: encoded in {took['encode']:.2f} s, decoded in {took['decode']:.2f} s."]
+    return "\n".join([*lines, "", f"{result['machine']['processor']}, {result['date']}; `{result['command']}`."])
+
+
+def plot(result: Row) -> str:
+    series = [
+        ("undiffuse", result["ours"], "bytes", "psnr"),
+        ("undiffuse, archive", result["ours"], "mosaic", "mosaic_psnr"),
+    ]
+    series += [(kind, rows, "bytes", "psnr") for kind, rows in result["others"].items()]
+    lines = []
+    for name, rows, size, quality in series:
+        points = sorted((row[size], row[quality]) for row in rows if row[quality] < 56)
+        lines.append((name, [x for x, _ in points], [y for _, y in points]))
+    return line_plot(lines, x="bytes an image", y="PSNR", title="Size and quality of whole files", log_x=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="a shipped model")
+    parser.add_argument("--data", required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    model = undiffuse.load(given.name, "cpu")
+    codec, test = Codec(model, tables.of(model)), open_source(given.data, channels=model.image_shape[0], split="test")
+    count, path = int(np.prod(MOSAIC)), HERE / f"codec-{given.name}.json"
+    images = test.gather(torch.arange(count, dtype=torch.int64, device="cpu"))[0]
+    result: Row = json.loads(path.read_text()) if path.exists() else {}
+    of = made_of(given.name) | {"tables": codec.plan.ident.hex()}
+    result = result if result.get("made_of") == of else {}
+
+    def with_float() -> Row:
+        found = coded(codec, images)
+        chain, step = zip(*codec.decode(codec.encode(images)).chains, strict=True)
+        x_0 = torch.cat([each.estimate(n) for each, n in zip(chain, step, strict=True)])
+        found["lossy"]["rmse_float"] = float((127.5 * (x_0 + 1) - images).square().mean().sqrt())
+        return found
+
+    parts: dict[str, Callable[[], Any]] = {
+        "coded": with_float,
+        "seconds": lambda: seconds(codec, images),
+        "prefixes": lambda: prefixes(codec, images),
+        "ours": lambda: ours_at(codec, images),
+        "others": lambda: {kind: other(images, kind) for kind in LOSSY},
+        "rivals": lambda: rivals(images),
+        "bound": lambda: bound(codec, test, images),
+    }
+    for name, part in parts.items():
+        if name not in result:
+            result |= {name: part(), "values": codec.plan.values, "machine": machine(), "made_of": of, "seed": 0}
+            result |= {
+                "command": f"python bench/codec.py {given.name} --data {given.data}",
+                "date": date.today().isoformat(),
+            }
+            disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+            print(name, flush=True)
+    publish("codec.md", f"codec-{given.name}", table(result))
+    disk.write_atomic(HERE.parent / "docs" / "images" / f"codec-{given.name}.svg", plot(result).encode())
+
+
+if __name__ == "__main__":
+    main()

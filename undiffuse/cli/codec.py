@@ -1,0 +1,176 @@
+"""The commands about coded images: what is in a file, what it shows at each size, and the tables of a model."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.encode import FileArg, ModelOpt, parsed_of, reader
+from undiffuse.cli.options import (
+    DataArg,
+    DeviceOpt,
+    ModelArg,
+    OutOpt,
+    OverwriteOpt,
+    ReadOpt,
+    SkipBadOpt,
+    SplitOpt,
+    WeightsOpt,
+    open_like,
+    open_model,
+    ticking,
+    writable,
+)
+from undiffuse.cli.tools import JsonOpt, show
+from undiffuse.errors import Corrupt, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+app = typer.Typer(
+    help="Coded images: what a file holds, its quality at every size, and the tables of a model.", no_args_is_help=True
+)
+
+
+@app.command()
+def info(file: FileArg, model: ModelOpt = None, device: DeviceOpt = "cpu", as_json: JsonOpt = False) -> None:
+    """Say what a coded file holds: its images, layers and bytes, and whether it is whole.
+
+    Example:
+
+    \b
+    - `undiffuse codec info shirt.udf`
+    """
+    codec, data = reader(file, model, device)
+    parsed = parsed_of(file, codec, data)
+    header, plan = parsed.header, codec.plan
+    h, w = header.size or codec.model.image_shape[1:]
+    layers = list[dict[str, Any]]()
+    for number, first in ((number, first) for first, number in plan.starts().items() if first < header.steps):
+        last = min(first + plan.layers[number], header.steps)
+        whole = sum(done > number for done in parsed.layers)
+        bits = sum(len(path) for group in parsed.groups for path in group.paths[first:last])
+        off = 127.5 * plan.square[last] ** 0.5 if last < plan.steps else None
+        layers.append(
+            {"layer": number + 1, "steps": last - first, "bytes": round(bits / 8, 1), "groups": whole, "rmse": off}
+        )
+    result = {"images": header.count, "size": f"{w}x{h}", "bytes": len(data), "status": parsed.status}
+    result["lossless"] = sum(map(len, parsed.ends)) if parsed.ends else None
+    result |= {"why": parsed.why or None, "tables": header.ident.hex(), "seed": header.seed, "label": header.label}
+    if not as_json:
+        for each in layers:
+            off = (
+                ""
+                if each["rmse"] is None
+                else f", then off by {each['rmse']:.1f} grey levels in images like the model's"
+            )
+            result[f"layer {each['layer']}"] = f"{each['steps']} steps, {each['bytes']} bytes{off}"
+    show(result | {"layers": layers}, as_json)
+
+
+@app.command()
+def fit(
+    model: ModelArg,
+    data: DataArg,
+    images: Annotated[int, typer.Option("--images", "-n", help="How many are looked at, 64 evaluations each")] = 256,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of a file: evaluations to write or to read it")] = 24,
+    memory: Annotated[
+        int,
+        typer.Option("--memory", help="Bits that a value depends on: 10, 12, 14 or 16; 2 more take 4 times the search"),
+    ] = 12,
+    split: SplitOpt = "train",
+    skip_bad: SkipBadOpt = False,
+    reading: ReadOpt = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make them anew where there are some")] = False,
+    weights: WeightsOpt = None,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+) -> None:
+    """Make the tables that `undiffuse encode` needs of a model, once.
+
+    Images like those of its training tell how far off the model is at every time; one pass finds the steps of a file
+    and how many bits each gets. The tables are kept as fitted grids are, and go with `undiffuse export` to a file. A
+    file can be read only with the tables that it was made with.
+
+    Example:
+
+    \b
+    - `undiffuse codec fit runs/photos photos/`
+    """
+    from undiffuse.codec import tables
+    from undiffuse.machine import log
+    from undiffuse.model import fitted
+
+    loaded = open_model(model, device, weights=weights)
+    there = fitted.raw(loaded.run, loaded.digest(), fitted.CODEC) or loaded.meta.get("codec")
+    if there and not overwrite:
+        show({"tables": "there already", "ident": tables.of(loaded).ident.hex()}, as_json)
+        return
+    source = open_like(loaded, data, split, skip_bad, reading)
+    some = source.gather(_first(len(source), images))[0]
+    if not as_json:
+        log.say(tables.cost(loaded, len(some)))
+    with ticking(tables.turns(len(some), steps), "fitting", as_json) as tick:
+        plan = tables.fit(loaded, some, steps, memory, tick)
+    bits = sum(plan.bits[step][len(plan.bits[step]) // 2] for step in range(plan.steps))
+    kept = {"ident": plan.ident.hex(), "steps": plan.steps, "bits_an_image": bits, "usual": plan.usual}
+    show({"tables": tables.keep(plan, loaded), **kept}, as_json)
+
+
+@app.command()
+def strip(
+    file: FileArg,
+    out: OutOpt,
+    model: ModelOpt = None,
+    sizes: Annotated[
+        str, typer.Option("--bytes", help="After how many bytes to look")
+    ] = "20,30,50,80,120,200,400,800,1600",
+    image: Annotated[int, typer.Option("--image", help="Which image of a file of many")] = 0,
+    overwrite: OverwriteOpt = False,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+) -> None:
+    """Draw what a file shows after so many bytes: the mean above, a picture drawn on from it below.
+
+    Example:
+
+    \b
+    - `undiffuse codec strip shirt.udf --out strip.png`
+    """
+    import torch
+
+    from undiffuse.figure import encoded, enlarged, grid
+    from undiffuse.machine import disk
+
+    writable(out, overwrite)
+    codec, data = reader(file, model, device)
+    try:
+        wanted = sorted({int(part) for part in sizes.split(",")})
+    except ValueError as error:
+        raise UsageError(f'--bytes "{sizes}" is no list of numbers; give for example 20,50,100') from error
+    shown, columns = list[int](), list[Any]()
+    if wanted[0] < 1:
+        raise UsageError(f"--bytes {wanted[0]} is not possible; give 1 or more")
+    for size in [*(each for each in wanted if each < len(data)), len(data)]:
+        try:
+            found = codec.decode(data[:size])
+        except Corrupt:  # nothing is in so few bytes
+            continue
+        if not 0 <= image < found.parsed.header.count:
+            raise UsageError(f"image {image} is not there; the file has 0 to {found.parsed.header.count - 1}")
+        shown.append(size)
+        columns.append((found.mean()[image], found.drawn()[image]))
+    if not columns:
+        codec.decode(data)
+    pictures = torch.stack([each[row] for row in (0, 1) for each in columns])
+    disk.write_atomic(out, encoded(grid(pictures, len(columns), enlarged(pictures.shape[-1])), out))
+    show({"bytes": ", ".join(map(str, shown)), "out": out}, as_json)
+
+
+def _first(there: int, wanted: int) -> "Tensor":
+    """Indices spread over a data set, so that its order does not matter."""
+    import torch
+
+    if wanted < 1:
+        raise UsageError(f"--images {wanted} is not possible; give 1 or more")
+    count = min(there, wanted)
+    return torch.arange(count, dtype=torch.int64, device="cpu") * there // count

@@ -1,0 +1,319 @@
+"""Images to coded files and back."""
+
+from math import log10
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.options import (
+    DeviceOpt,
+    LabelOpt,
+    ModelArg,
+    OverwriteOpt,
+    SeedOpt,
+    SplitOpt,
+    WeightsOpt,
+    open_like,
+    open_model,
+    refuse_below_file,
+    ticking,
+    writable,
+)
+from undiffuse.cli.tools import JsonOpt, show
+from undiffuse.errors import Corrupt, NoSplit, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from undiffuse.codec.container import Parsed
+    from undiffuse.codec.stream import Codec, Decoded
+    from undiffuse.model.model import Model
+
+FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="A file that `undiffuse encode` wrote")]
+ModelOpt = Annotated[
+    str | None, typer.Option("--model", help="The model that made the file; a shipped one is found by itself")
+]
+DRAWINGS = {"flow": ("unipc-2", 10), "ancestral": ("ancestral", 50)}
+
+
+def encode(
+    model: ModelArg,
+    source: Annotated[str, typer.Argument(metavar="IMAGE|DATA", help="A picture, or a data set for one file of many")],
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, such as cat.udf")],
+    n: Annotated[
+        int | None, typer.Option("--images", "-n", help="The first images of a data set; all unless given")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Fewer steps make a smaller and coarser file; all of the tables unless given"),
+    ] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Keep every value: after fewer steps, the rest is coded as it is")
+    ] = False,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Crop and resize to the size of the model's images; else windows are used")
+    ] = False,
+    label: LabelOpt = None,
+    split: SplitOpt = "test",
+    seed: SeedOpt = 0,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Decode the file in another process before it is kept")
+    ] = True,
+    overwrite: OverwriteOpt = False,
+    weights: WeightsOpt = None,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+) -> None:
+    """Write an image as a coded file that can be read from any of its first bytes on.
+
+    The model is the knowledge that file and reader share: in a file are only the bits that tell this image from what
+    the model would draw. Images like those of its training take the fewest. A picture of another size is coded in
+    windows; a data set becomes one file, of which the first part holds all images at lower quality.
+
+    Examples:
+
+    \b
+    - `undiffuse encode fashion-mnist shirt.png shirt.udf`
+    - `undiffuse encode fashion-mnist fashion-mnist -n 64 test.udf`
+    - `undiffuse encode runs/photos cat.png cat.udf --lossless`
+    """
+    from undiffuse.codec import tables
+    from undiffuse.codec.stream import GROUP, Codec
+    from undiffuse.machine import disk
+
+    _writable(out, overwrite)
+    loaded = open_model(model, device, weights=weights)
+    codec, images = Codec(loaded, tables.of(loaded)), _images(loaded, source, split, n, resize)
+    number = None if label is None or loaded.classes is None else loaded.classes.number(label)
+    loaded.told(label, len(images))  # refuses what is no label
+    with ticking(codec.turns(len(images), codec.plan.tail.step if lossless else steps), "encoding", as_json) as tick:
+        data = codec.encode(images, steps, GROUP, seed, number, lossless, tick)
+    found = _best(codec.decode(data))
+    result = {"images": len(images), "bytes": len(data)} | _distance(found, images) | {"as_png": _png_bytes(images)}
+    if len(images) > 1:
+        result["bytes_an_image"] = round(len(data) / len(images), 1)
+    _warn(codec, images, len(data), result["as_png"])
+    if check:
+        _check(out.name, data, found, model, device, weights)
+    disk.write_atomic(out, data)
+    show(result | {"out": out}, as_json)
+
+
+def decode(
+    file: FileArg,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .png; for a file of many a folder, or a .npz")],
+    model: ModelOpt = None,
+    how: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            help="mean: the least error; flow or ancestral: drawn on from the bits, which looks more like a picture",
+        ),
+    ] = "mean",
+    realism: Annotated[
+        float, typer.Option("--realism", help="With --as flow or ancestral: 0 is the mean, 1 what is drawn")
+    ] = 1.0,
+    size: Annotated[int | None, typer.Option("--bytes", help="Read only the first bytes, as of a file cut off")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Decode what is good of a file that is cut off or damaged")
+    ] = False,
+    overwrite: OverwriteOpt = False,
+    weights: WeightsOpt = None,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+) -> None:
+    """Read a coded file, whole or as far as it is there.
+
+    A file that is cut off is read with --partial; one that is damaged up to where it is. Without it both are refused
+    with exit code 5.
+
+    Examples:
+
+    \b
+    - `undiffuse decode shirt.udf shirt.png`
+    - `undiffuse decode shirt.udf early.png --bytes 60 --as flow`
+    - `undiffuse decode cat.udf cat.png --model runs/photos`
+    """
+    from undiffuse.codec.tail import Differs
+    from undiffuse.machine import dist, log
+
+    if how not in ("mean", *DRAWINGS):
+        raise UsageError(f"--as {how} is not known; give mean, {' or '.join(DRAWINGS)}")
+    codec, data = reader(file, model, device, weights, size)
+    parsed = parsed_of(file, codec, data)
+    _refuse_place(out, parsed.header.count > 1, overwrite)
+    if parsed.status != "complete" and not (partial or (size is not None and parsed.status == "partial")):
+        raise Corrupt(f"{file}: {parsed.why}; give --partial to decode what is good of it")
+    with ticking(
+        codec.turns(parsed.header.count, parsed.header.steps, parsed.header.group), "decoding", as_json
+    ) as tick:
+        found = codec.decode(data, tick)
+    differs = ""
+    try:
+        images = _best(found) if how == "mean" else found.drawn(*DRAWINGS[how], realism)
+    except Differs as error:
+        images, differs = found.mean(), f"{file}: {error}; {out} is what can be decoded, and is not lossless"
+    written = _written(images, out)
+    if differs:
+        raise Differs(differs)
+    if parsed.status != "complete" and dist.is_first():
+        log.warn(f"{file}: {parsed.why}; what is before that is decoded")
+    show({"images": len(images), "status": parsed.status, "bytes": len(data), **written}, as_json)
+
+
+def _best(found: "Decoded") -> "Tensor":
+    """The images as they were where the file has them, else the mean. Raises Differs."""
+    exact = found.lossless()
+    return found.mean() if exact is None else exact
+
+
+def _images(model: "Model", source: str, split: str, n: int | None, resize: bool) -> "Tensor":
+    """uint8 [n, c, h, w]: a picture at its own size, or a set whose images are of one."""
+    import torch
+
+    from undiffuse.data import picture
+    from undiffuse.data.source import open_raw
+
+    c = model.image_shape[0]
+    is_file = Path(source).is_file()
+    if is_file:
+        try:
+            open_raw(source, split, model.data.reading)
+        except NoSplit:  # a picture has none, and is no set
+            split = "train"
+    if not is_file or n is not None or resize:
+        found = open_like(model, [source], split, skip_bad=False)
+        count = len(found) if n is None else n
+        if not 1 <= count <= len(found):
+            raise UsageError(f"{count} images are not possible; {source} has 1 to {len(found)}")
+        return found.gather(torch.arange(count, dtype=torch.int64, device="cpu"))[0]
+    raw = open_raw(source, split, model.data.reading)
+    images = [
+        torch.from_numpy(picture.fit(raw[i].image.permute(1, 2, 0).numpy(), None, c).copy()) for i in range(len(raw))
+    ]
+    if len({image.shape for image in images}) > 1:
+        raise UsageError(f"the images of {source} differ in size; give one at a time, or --resize")
+    return torch.stack(images).permute(0, 3, 1, 2)
+
+
+def _writable(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; give the name of a file")
+    refuse_below_file(out)
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} is there already; give another name, or --overwrite to replace it")
+
+
+def _refuse_place(out: Path, many: bool, overwrite: bool) -> None:
+    """Before anything is decoded."""
+    if out.suffix.lower() == ".npz":
+        return writable(out, overwrite, picture=False)
+    if not many:
+        if out.suffix.lower() != ".png":
+            raise UsageError(f"{out} would not keep the image as it is; give the name of a .png or a .npz")
+        return writable(out, overwrite)
+    refuse_below_file(out)
+    if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
+        raise UsageError(f"{out} is there already; give a new folder or a .npz, or --overwrite")
+
+
+def _written(images: "Tensor", out: Path) -> dict[str, Any]:
+    from undiffuse.figure import picture, png
+    from undiffuse.machine import arrayfile, disk
+
+    if out.suffix.lower() == ".npz":
+        arrayfile.write_arrays(out, {"arr_0": images.permute(0, 2, 3, 1).contiguous().numpy()})
+    elif len(images) == 1:
+        disk.write_atomic(out, png(picture(images[0])))
+    else:
+        disk.make_folder(out)
+        for i, image in enumerate(images):
+            disk.write_atomic(out / f"{i:05d}.png", png(picture(image)))
+    return {"out": out}
+
+
+def reader(
+    file: Path, model: str | None, device: str, weights: str | None = None, size: int | None = None
+) -> "tuple[Codec, bytes]":
+    """What reads a file, and its first bytes."""
+    from undiffuse.codec import tables
+    from undiffuse.machine.disk import reading
+
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; give the name of a file")
+    if size is not None and size < 1:
+        raise UsageError(f"--bytes {size} is not possible; give 1 or more")
+    with reading(file) as opened:
+        data = opened.read() if size is None else opened.read(size)
+    try:
+        return tables.for_file(
+            data, None if model is None else open_model(model, device, weights=weights), device
+        ), data
+    except Corrupt as error:
+        raise Corrupt(f"{file}: {error}") from error
+
+
+def parsed_of(file: Path, codec: "Codec", data: bytes) -> "Parsed":
+    """What a file says. Raises Corrupt, with its name."""
+    from undiffuse.codec.container import parse
+
+    try:
+        return parse(data, codec.plan, codec.model.image_shape)
+    except Corrupt as error:
+        raise Corrupt(f"{file}: {error}") from error
+
+
+def _distance(found: "Tensor", images: "Tensor") -> dict[str, float]:
+    """Root mean square error in grey levels, and PSNR in dB."""
+    square = float((found.double() - images.double()).square().mean())
+    return {"rmse": round(square**0.5, 3)} | ({"psnr": round(float(-10 * log10(square / 255**2)), 2)} if square else {})
+
+
+def _png_bytes(images: "Tensor") -> int:
+    from undiffuse.figure import picture, png
+
+    return sum(len(png(picture(image))) for image in images)
+
+
+def _warn(codec: "Codec", images: "Tensor", size: int, png: int) -> None:
+    """Of images that the model was not made for."""
+    from undiffuse.machine import log
+
+    each = 8 * size / len(images) * codec.plan.values / images[0].numel()
+    if each > 1.2 * codec.plan.usual:
+        log.warn(
+            f"{each:.0f} bits for each {codec.plan.values} values, and 99 of 100 images like the model's take at most "
+            f"{codec.plan.usual}: it does not know such images; a PNG takes {png:,} bytes, and this file {size:,}"
+        )
+
+
+def _check(name: str, data: bytes, images: "Tensor", model: str, device: str, weights: str | None) -> None:
+    """Decodes the bytes in a fresh process. Raises Corrupt where that does not lead to the same picture."""
+    import subprocess
+    import sys
+    import tempfile
+
+    import numpy as np
+
+    off, said = None, "no word"
+    with tempfile.TemporaryDirectory() as folder:
+        file, place = Path(folder) / name, Path(folder) / "check.npz"
+        file.write_bytes(data)
+        command = [sys.executable, "-m", "undiffuse", "decode", str(file), str(place), "--model", model]
+        command += ["--device", device, "--json", *([] if weights is None else ["--weights", weights])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            with np.load(place) as found:
+                off = float(np.square(found["arr_0"].astype(float) - images.permute(0, 2, 3, 1).numpy()).mean() ** 0.5)
+        elif done.stderr.strip():
+            said = done.stderr.strip().splitlines()[-1].removeprefix("undiffuse: ")
+    if off is None or off > 0.1:
+        why = f"could not decode it ({said})" if off is None else f"decoded it {off:.2f} grey levels off"
+        raise Corrupt(f"{name} is not kept: another process {why}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to the application."""
+    app.command()(encode)
+    app.command()(decode)

@@ -1,0 +1,292 @@
+"""Images to files and back: Algorithms 3 and 4 of DDPM with bits on disk."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from undiffuse.codec import container, tail, trellis
+from undiffuse.codec.chain import Chain, Order, wanted_scales
+from undiffuse.codec.container import Group, Header, Parsed, canvas
+from undiffuse.codec.plan import DELTA_BITS, LEAST, SCALES, Plan
+from undiffuse.diffusion.denoiser import Prediction
+from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.sampler.base import sample
+from undiffuse.errors import UsageError
+from undiffuse.key import Key, Keys
+from undiffuse.model.model import Model, to_float, to_uint8
+from undiffuse.network.base import NOTHING, Conditioning
+
+GROUP = 16  # images of an archive that share their paths
+Tick = Callable[[int], None] | None
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A model with its tables."""
+
+    model: Model
+    plan: Plan
+
+    def turns(self, n: int, steps: int | None = None, group: int = GROUP) -> int:
+        """How often `encode` ticks, and `decode` of what it makes."""
+        return -(-n // group) * (self.plan.steps if steps is None else steps)
+
+    def encode(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        steps: int | None = None,
+        group: int = GROUP,
+        seed: int = 0,
+        label: int | None = None,
+        lossless: bool = False,
+        tick: Tick = None,
+    ) -> bytes:
+        """A file of one image or of many; of fewer steps than all, it is smaller and coarser.
+
+        A lossless one has as many steps as its tables say, and then each value. `tick(1)` is called after each step of
+        a group. Raises UsageError.
+        """
+        self._refuse(images)
+        self._refuse_numbers(group, seed, label)
+        n, pair = len(images), tuple(images.shape[2:])
+        if lossless and steps is not None:
+            raise UsageError(
+                f"{steps} steps were given for a lossless file, which takes {self.plan.tail.step}; leave them out"
+            )
+        steps = self.plan.tail.step if lossless else self.plan.steps if steps is None else steps
+        if not 1 <= steps <= self.plan.steps:
+            raise UsageError(f"{steps} steps are not possible; the tables of this model have 1 to {self.plan.steps}")
+        size = None if pair == self.model.image_shape[1:] else (pair[0], pair[1])
+        header = Header(self.plan.ident, steps, n, min(group, n), size, seed, label, lossless)
+        seen = list[list[Float[Tensor, "b c h w"]]]() if lossless else None
+        groups = self.groups(images, header, tick, seen)
+        ends = [self._end(images, *each) for each in zip(header.groups(), groups, seen or [], strict=False)]
+        return container.pack(header, groups, self.plan, ends)
+
+    def _end(
+        self, images: UInt8[Tensor, "n c h w"], some: range, group: Group, seen: Sequence[Float[Tensor, "b c h w"]]
+    ) -> bytes:
+        """What makes a group lossless."""
+        pixels = images[some.start : some.stop]
+        m = _levels(seen[-1], pixels.shape[2], pixels.shape[3])
+        return tail.encode(self.plan.tail, pixels.numpy(), m, group.scales[-1])
+
+    def groups(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        header: Header,
+        tick: Tick = None,
+        seen: list[list[Float[Tensor, "b c h w"]]] | None = None,
+    ) -> list[Group]:
+        """The bits of images, before they are packed; into `seen` goes x̂_0 before each step and after the last one."""
+        keys, cond = Key(header.seed).rows(len(images)), self._told(header.label, len(images))
+        images, found = _on_canvas(images, canvas(header.size, self.model.image_shape)), list[Group]()
+        for some in header.groups():
+            part = slice(some.start, some.stop)
+            estimates = list[Float[Tensor, "b c h w"]]()
+            found.append(self._encoded(images[part], keys[part], header.steps, cond.at(part), tick, estimates))
+            if seen is not None:
+                seen.append(estimates)
+        return found
+
+    def layers_of(self, group: Group) -> list[int]:
+        """Of each step."""
+        starts = self.plan.starts().items()
+        return [max(k for start, k in starts if start <= n) for n in range(len(group.paths))]
+
+    def bits(self, group: Group, values: int) -> list[int]:
+        """Of each image of a group."""
+        rows = [self.plan.budgets(n, group.scales[k], values) for n, k in enumerate(self.layers_of(group))]
+        return [sum(column) for column in zip(*rows, strict=True)]
+
+    def decode(self, data: bytes, tick: Tick = None) -> "Decoded":
+        """What a file says, as far as it is there. Raises Corrupt where nothing of it can be used."""
+        parsed = container.parse(data, self.plan, self.model.image_shape)
+        header, shape = parsed.header, canvas(parsed.header.size, self.model.image_shape)
+        keys, cond = Key(header.seed).rows(header.count), self._told(header.label, header.count)
+        chains = list[tuple[Chain, int]]()
+        for some, found in zip(header.groups(), parsed.groups, strict=True):
+            part = slice(some.start, some.stop)
+            chain = Chain(self.model, self.plan, keys[part], shape, cond.at(part))
+            chains.append((chain, self._decoded(chain, found, tick)))
+        return Decoded(parsed, chains, self.model, self.plan)
+
+    def _refuse(self, images: UInt8[Tensor, "n c h w"]) -> None:
+        c, most = self.model.image_shape[0], container.MOST_SIDE
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != c or not images.numel():
+            raise UsageError(
+                f"images of shape {list(images.shape)} and {images.dtype} cannot be encoded by this model; give uint8 "
+                f"of shape [n, {c}, h, w]"
+            )
+        values = len(images) * prod(canvas((images.shape[2], images.shape[3]), self.model.image_shape))
+        if len(images) > container.MOST_IMAGES or max(images.shape[2:]) > most or values > container.MOST_VALUES:
+            raise UsageError(
+                f"{len(images)} images of {images.shape[2]}×{images.shape[3]} are more than a file holds: "
+                f"{container.MOST_IMAGES} images, sides of {most}, and {container.MOST_VALUES} values; give fewer"
+            )
+
+    def _refuse_numbers(self, group: int, seed: int, label: int | None) -> None:
+        """What a header cannot say, or the model does not know."""
+        classes = self.model.config.classes or 0
+        for what, value, low, high in (
+            ("images a group", group, 1, container.MOST_GROUP),
+            ("seed", seed, 0, container.MOST_SEED),
+            ("class", label, 0, classes - 1),
+        ):
+            if value is not None and not low <= value <= high:
+                there = f"give {low} to {high}" if high >= low else "this model was trained without classes"
+                raise UsageError(f"{what} {value} is not possible; {there}")
+
+    def _told(self, label: int | None, n: int) -> Conditioning:
+        if label is None:
+            return NOTHING
+        return Conditioning(torch.full((n,), label, dtype=torch.int64, device="cpu"))
+
+    def _encoded(
+        self,
+        images: UInt8[Tensor, "b c h w"],
+        keys: Keys,
+        steps: int,
+        cond: Conditioning,
+        tick: Tick,
+        seen: list[Float[Tensor, "b c h w"]],
+    ) -> Group:
+        truth, shape = to_float(images.to(self.model.device)), (images.shape[1], images.shape[2], images.shape[3])
+        chain, starts, found = (
+            Chain(self.model, self.plan, keys, shape, cond),
+            self.plan.starts(),
+            Group(),
+        )
+        values = prod(shape)
+        for number in range(steps):
+            seen.append(x_0 := chain.estimate(number))
+            if number in starts:
+                found.scales.append(_near(found, wanted_scales(self.plan, number, x_0, truth)))
+            scales = found.scales[-1]
+            step, order = chain.step(number, x_0, scales), Order.of(chain.keys, number, values)
+            linear, square = (order.along(each) for each in step.weights(truth))
+            bits = self.plan.budgets(number, scales, values)
+            ends = trellis.edges(values, bits, self.plan.memory)
+            flat = ((linear * order.signs).flatten().numpy(), square.flatten().numpy())
+            path = trellis.search(*flat, ends, sum(bits), self.plan.memory)
+            found.paths.append(path)
+            chain.move(step, self._noise(chain, order, number, path, scales, values)[0])
+            if tick is not None:
+                tick(1)
+        seen.append(chain.estimate(steps))
+        return found
+
+    def _decoded(self, chain: Chain, found: Group, tick: Tick) -> int:
+        """Walks as many steps as there are, and returns their number."""
+        starts, values, layer = self.plan.starts(), prod(chain.shape), 0
+        for number, path in enumerate(found.paths):
+            layer = starts.get(number, layer)
+            scales = found.scales[layer]
+            order = Order.of(chain.keys, number, values)
+            z, share = self._noise(chain, order, number, path, scales, values)
+            if share < 0.5:  # mostly noise: the estimate before the step is the better one
+                return number
+            chain.move(chain.step(number, chain.estimate(number), scales), z)
+            if tick is not None:
+                tick(1)
+        return len(found.paths)
+
+    def _noise(
+        self, chain: Chain, order: Order, number: int, path: np.ndarray, scales: list[int], values: int
+    ) -> tuple[Float[Tensor, "b d"], float]:
+        """z of a step, and of which share of the values the path speaks."""
+        ends = trellis.edges(values, self.plan.budgets(number, scales, values), self.plan.memory)
+        said = torch.from_numpy(trellis.read(path, ends, self.plan.memory))
+        total = len(scales) * values
+        if len(said) == total:
+            return order.back(said.view(len(scales), values) * order.signs), 1.0
+        z = order.along(chain.rest(number).cpu()) * order.signs
+        z.view(-1)[: len(said)] = said
+        return order.back(z * order.signs), len(said) / total
+
+
+def _near(found: Group, wanted: list[int]) -> list[int]:
+    """As near to the scales that are wanted as three bits each allow; all 0 in the first layer, which has none."""
+    if not found.scales:
+        return [0] * len(wanted)
+    most = LEAST + 2**DELTA_BITS - 1
+    return [
+        max(-SCALES, min(SCALES, before + max(LEAST, min(most, scale - before))))
+        for before, scale in zip(found.scales[-1], wanted, strict=True)
+    ]
+
+
+def _levels(x_0: Float[Tensor, "b c hh ww"], height: int, width: int) -> Float[np.ndarray, "b c h w"]:
+    """An estimate in grey levels, without what was added around it."""
+    return ((x_0[:, :, :height, :width].cpu().double() + 1) * 127.5).numpy()
+
+
+def _on_canvas(images: UInt8[Tensor, "n c h w"], shape: tuple[int, int, int]) -> UInt8[Tensor, "n c hh ww"]:
+    """Small ones are continued to the right and below by their last pixels."""
+    rows, columns = (
+        torch.arange(most, dtype=torch.int64, device="cpu").clamp(max=side - 1)
+        for most, side in zip(shape[1:], images.shape[2:], strict=True)
+    )
+    return images[:, :, rows][:, :, :, columns]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Where the bits of a file lead; what is made of it is chosen here."""
+
+    parsed: Parsed
+    chains: list[tuple[Chain, int]]
+    model: Model
+    plan: Plan
+
+    def lossless(self) -> UInt8[Tensor, "n c h w"] | None:
+        """The images as they were, of a whole file that has them.
+
+        Raises `tail.Differs` where this machine's arithmetic does not lead to the numbers of the one that wrote it.
+        """
+        if not self.parsed.ends:
+            return None
+        h, w = self.parsed.header.size or self.model.image_shape[1:]
+        found = [
+            tail.decode(self.plan.tail, end, _levels(chain.estimate(step), h, w), group.scales[-1])
+            for end, group, (chain, step) in zip(self.parsed.ends, self.parsed.groups, self.chains, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(found))
+
+    def mean(self) -> UInt8[Tensor, "n c h w"]:
+        """x̂_0: the least mean square error."""
+        return self._cut(torch.cat([chain.estimate(step).cpu() for chain, step in self.chains]))
+
+    def drawn(self, solver: str = "unipc-2", steps: int = 10, realism: float = 1.0) -> UInt8[Tensor, "n c h w"]:
+        """Where a solver leads from there in that many steps: a picture, where the mean is one of many at once.
+
+        `realism` 0 is the mean, and what lies between both is between them: the least error at a distance from what
+        pictures are (Freirich, Michaeli & Meir 2021). Raises UsageError.
+        """
+        if not 0 <= realism <= 1:
+            raise UsageError(f"realism = {realism:g} is not possible; give 0 (the mean) to 1")
+        images = []
+        for chain, step in self.chains:
+            start = chain.times[step]
+            own = self.model.times(min(40, self.model.process.steps or 40), "log-snr")[:-1]
+            below = own[own < start]
+            pick = torch.linspace(0, len(below) - 1, min(steps - 1, len(below)), dtype=F64, device="cpu").round().long()
+            times = torch.cat([start[None], below[pick], torch.zeros(1, dtype=F64, device="cpu")])
+
+            def denoise(x_t: Tensor, t: Tensor, chain: Chain = chain) -> Prediction:
+                return chain.denoise(x_t, t, chain.cond)
+
+            keys = chain.keys.to(chain.device)
+            sampler = self.model.sampler(solver)
+            x = sample(sampler, denoise, chain.process, keys, chain.shape, times, start=chain.x)
+            images.append((chain.estimate(step) + realism * (x - chain.estimate(step)) if realism < 1 else x).cpu())
+        return self._cut(torch.cat(images))
+
+    def _cut(self, x: Float[Tensor, "n c hh ww"]) -> UInt8[Tensor, "n c h w"]:
+        h, w = self.parsed.header.size or x.shape[2:]
+        return to_uint8(x[:, :, :h, :w])
