@@ -7,12 +7,15 @@ the model's bound for the same distortion: of 1,000 steps as `undiffuse nll --ra
 time from x̂_0 at 128 times, ½ ∫ mse dSNR. Other formats (Pillow, with the extra `pictures`) are asked for many
 qualities, and their size at equal PSNR is read off: as single files, less a flat image of that size, and as one mosaic.
 Prefixes are those of the single files. Times are medians, of one image and with one thread. What is there for the same
-weights is not measured again. Writes `bench/codec-NAME.json`, and the table `codec-NAME` and a plot of docs/codec.md.
+weights is not measured again. Writes `bench/codec-NAME.json`, and table `codec-NAME`, plot and strip of docs/codec.md.
 """
 
 import argparse
 import io
 import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -36,7 +39,7 @@ from undiffuse.machine import disk
 from undiffuse.measure import nll
 
 HERE = Path(__file__).parent
-PREFIXES = (15, 20, 30, 40, 50, 80, 120, 200)
+PREFIXES = (20, 30, 40, 50, 80, 120, 200)
 PSNRS = (25, 30, 35, 40, 45)
 LOSSY: dict[str, list[dict[str, Any]]] = {
     "JPEG": [{"quality": q, "optimize": True} for q in range(1, 101, 3)],
@@ -237,6 +240,15 @@ def plot(result: Row) -> str:
     return line_plot(lines, x="bytes an image", y="PSNR", title="Size and quality of whole files", log_x=True)
 
 
+def strip(codec: Codec, image: Images, out: Path) -> None:
+    """What the first test image shows after so many bytes, as `undiffuse codec strip` draws it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "one.udf"
+        file.write_bytes(codec.encode(image))
+        command = [sys.executable, "-m", "undiffuse", "codec", "strip", str(file), "--out", str(out), "--overwrite"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a shipped model")
@@ -276,6 +288,7 @@ def main() -> None:
             }
             disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
             print(name, flush=True)
+    strip(codec, images[:1], HERE.parent / "docs" / "images" / f"codec-{given.name}-strip.png")
     publish("codec.md", f"codec-{given.name}", table(result))
     disk.write_atomic(HERE.parent / "docs" / "images" / f"codec-{given.name}.svg", plot(result).encode())
 

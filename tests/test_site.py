@@ -26,7 +26,8 @@ from undiffuse.network.base import NETWORKS
 ROOT = Path(__file__).parent.parent
 NAV = [
     "Home", "Getting started", "Concepts", "Evaluation", "The paper", "The codec", "Format of coded images",
-    "Command line", "Python", "API", "Extending", "Architecture", "Reliability", "Many processes", "Benchmarks", "Contributing", "Changelog",
+    "Command line", "Python", "API", "Extending", "Architecture", "Reliability", "Many processes", "Benchmarks",
+    "Contributing", "Changelog",
 ]  # fmt: skip
 TABLES = [PROCESSES, PARAMETERISATIONS, VARIANCES, NETWORKS, OBJECTIVES, SAMPLERS, FORMATS, PROCEDURAL, SINKS]
 

@@ -63,7 +63,8 @@ def info(file: FileArg, model: ModelOpt = None, device: DeviceOpt = "cpu", as_js
                 if each["rmse"] is None
                 else f", then off by {each['rmse']:.1f} grey levels in images like the model's"
             )
-            result[f"layer {each['layer']}"] = f"{each['steps']} steps, {each['bytes']} bytes{off}"
+            steps = f"{each['steps']} step{'s' * (each['steps'] > 1)}"
+            result[f"layer {each['layer']}"] = f"{steps}, {each['bytes']} bytes{off}"
     show(result | {"layers": layers}, as_json)
 
 

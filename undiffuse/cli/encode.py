@@ -46,7 +46,7 @@ def encode(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", help="Fewer steps make a smaller and coarser file; all of the tables unless given"),
+        typer.Option("--steps", help="Fewer steps make a smaller and coarser file; all unless given"),
     ] = None,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Keep every value: after fewer steps, the rest is coded as it is")
@@ -91,8 +91,7 @@ def encode(
         data = codec.encode(images, steps, GROUP, seed, number, lossless, tick)
     found = _best(codec.decode(data))
     result = {"images": len(images), "bytes": len(data)} | _distance(found, images) | {"as_png": _png_bytes(images)}
-    if len(images) > 1:
-        result["bytes_an_image"] = round(len(data) / len(images), 1)
+    result |= {"bytes_an_image": round(len(data) / len(images), 1)} if len(images) > 1 else {}
     _warn(codec, images, len(data), result["as_png"])
     if check:
         _check(out.name, data, found, model, device, weights)

@@ -231,6 +231,8 @@ def _ends(data: bytes, place: int, count: int) -> tuple[list[bytes], int | None]
             place, shift = place + 1, shift + 7
             if data[place - 1] < 128:
                 break
+        if place + size > len(data):
+            return found, None
         found.append(data[place : place + size])
         place += size
     return found, place + 4

@@ -1,0 +1,83 @@
+"""Samples of distilled models, beside those that their teacher draws in as many evaluations.
+
+    undiffuse distill fashion-mnist fashion-mnist --steps 2 --minutes 90 --out runs/two
+    python bench/distilled.py runs/two
+
+1,000 samples of each, judged as in `bench/choose.py`. The teacher is the shipped model with its default solver on the
+grid that is fitted to it; 8 and 50 evaluations stand beside. Rows of other runs stay. Writes `bench/distilled.json` and
+the table `distilled` of docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from choose import EXTRACTORS, distances
+from machine import machine, made_of, publish
+
+import undiffuse
+from undiffuse.machine import disk
+
+HERE = Path(__file__).parent
+TEACHER, SAMPLES, BATCH = "fashion-mnist", 1000, 125
+BESIDE = (8, 50)
+Row = dict[str, Any]
+
+
+def trained(run: Path) -> Row:
+    """What a run has seen."""
+    meta = undiffuse.load(run, "cpu").meta
+    return {"images": meta["images"], "updates": meta["step"]}
+
+
+def table(result: Row) -> str:
+    lines = [
+        "| evaluations | model | images seen in distillation | FD-classifier | FD-EffLite0 |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(result["rows"], key=lambda row: (row["evaluations"], row["model"])):
+        seen = f"{row['images']:,}" if row.get("images") else ""
+        scores = f"{row['classifier-28']:.3f} | {row['efflite0']:.1f}"
+        lines.append(f"| {row['evaluations']} | {row['model']} | {seen} | {scores} |")
+    ran = f"{result['machine']['processor']}, torch {result['machine']['torch']}, {result['date']}"
+    return "\n".join([*lines, "", f"{SAMPLES:,} samples each; {ran}; `{result['command']}`."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where features are kept")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    path, of = HERE / "distilled.json", made_of(TEACHER, *EXTRACTORS)
+    result: Row = json.loads(path.read_text()) if path.exists() else {}
+    result = result if result.get("made_of") == of else {"rows": []}
+    teacher = undiffuse.load(TEACHER, "cpu")
+
+    def note(model: undiffuse.Model, name: str, steps: int, more: Row) -> None:
+        asked = {"model": name, "evaluations": steps, "weights": model.digest()[:16]}
+        if any(asked.items() <= row.items() for row in result["rows"]):
+            return
+        row = asked | more | distances(model.sample(SAMPLES, steps, batch=BATCH), given.work)
+        print(json.dumps(row), flush=True)
+        result["rows"].append(row)
+        result.update({"made_of": of, "machine": machine(), "seed": 0, "date": date.today().isoformat()})
+        result["command"] = "python bench/distilled.py RUN …"
+        disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+        publish("benchmarks.md", "distilled", table(result))
+
+    for run in given.runs:
+        model = undiffuse.load(run, "cpu")
+        steps = len(model.times()) - 1
+        note(model, "distilled", steps, trained(run))
+        note(teacher, "teacher", steps, {})
+    for steps in BESIDE:
+        note(teacher, "teacher", steps, {})
+
+
+if __name__ == "__main__":
+    main()
