@@ -260,8 +260,8 @@ def main() -> None:
     count, path = int(np.prod(MOSAIC)), HERE / f"codec-{given.name}.json"
     images = test.gather(torch.arange(count, dtype=torch.int64, device="cpu"))[0]
     result: Row = json.loads(path.read_text()) if path.exists() else {}
-    of = made_of(given.name) | {"tables": codec.plan.ident.hex()}
-    result = result if result.get("made_of") == of else {}
+    of, ident = made_of(given.name), codec.plan.ident.hex()
+    result = result if (result.get("made_of"), result.get("tables")) == (of, ident) else {}
 
     def with_float() -> Row:
         found = coded(codec, images)
@@ -282,6 +282,7 @@ def main() -> None:
     for name, part in parts.items():
         if name not in result:
             result |= {name: part(), "values": codec.plan.values, "machine": machine(), "made_of": of, "seed": 0}
+            result["tables"] = ident
             result |= {
                 "command": f"python bench/codec.py {given.name} --data {given.data}",
                 "date": date.today().isoformat(),

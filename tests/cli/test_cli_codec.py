@@ -148,7 +148,7 @@ def test_a_file_is_checked_in_another_process(call, folder, place, tmp_path):
 @pytest.mark.parametrize(
     "answer, words",
     [
-        ((5, "undiffuse: it is damaged\n"), r"could not decode it \(undiffuse: it is damaged\)"),
+        ((5, "undiffuse: it is damaged\n"), r"could not decode it \(it is damaged\)"),
         ((1, ""), r"could not decode it \(no word\)"),
         ((0, ""), r"decoded it [0-9.]+ grey levels off"),
     ],

@@ -63,13 +63,13 @@ class Codec:
             raise UsageError(f"{steps} steps are not possible; the tables of this model have 1 to {self.plan.steps}")
         size = None if pair == self.model.image_shape[1:] else (pair[0], pair[1])
         header = Header(self.plan.ident, steps, n, min(group, n), size, seed, label, lossless)
-        seen = list[list[Float[Tensor, "b c h w"]]]() if lossless else None
+        seen = list[list[Float[Tensor, "_ c hh ww"]]]() if lossless else None
         groups = self.groups(images, header, tick, seen)
         ends = [self._end(images, *each) for each in zip(header.groups(), groups, seen or [], strict=False)]
         return container.pack(header, groups, self.plan, ends)
 
     def _end(
-        self, images: UInt8[Tensor, "n c h w"], some: range, group: Group, seen: Sequence[Float[Tensor, "b c h w"]]
+        self, images: UInt8[Tensor, "n c h w"], some: range, group: Group, seen: Sequence[Float[Tensor, "_ c hh ww"]]
     ) -> bytes:
         """What makes a group lossless."""
         pixels = images[some.start : some.stop]
@@ -81,7 +81,7 @@ class Codec:
         images: UInt8[Tensor, "n c h w"],
         header: Header,
         tick: Tick = None,
-        seen: list[list[Float[Tensor, "b c h w"]]] | None = None,
+        seen: list[list[Float[Tensor, "_ c hh ww"]]] | None = None,
     ) -> list[Group]:
         """The bits of images, before they are packed; into `seen` goes x̂_0 before each step and after the last one."""
         keys, cond = Key(header.seed).rows(len(images)), self._told(header.label, len(images))
