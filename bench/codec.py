@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -32,21 +33,23 @@ from torch import Tensor
 
 import undiffuse
 from undiffuse.codec import tables
-from undiffuse.codec.stream import Codec
+from undiffuse.codec.container import Group, Header, pack
+from undiffuse.codec.stream import GROUP, Codec
 from undiffuse.data.source import Source, open_source
 from undiffuse.figure import line_plot, picture
 from undiffuse.machine import disk
 from undiffuse.measure import nll
+from undiffuse.model.model import to_uint8
 
 HERE = Path(__file__).parent
 PREFIXES = (20, 30, 40, 50, 80, 120, 200)
 PSNRS = (25, 30, 35, 40, 45)
 LOSSY: dict[str, list[dict[str, Any]]] = {
-    "JPEG": [{"quality": q, "optimize": True} for q in range(1, 101, 3)],
-    "WebP": [{"quality": q, "method": 6} for q in range(0, 101, 4)],
-    "AVIF": [{"quality": q, "speed": 0} for q in range(0, 101, 5)],
-    "JPEG2000": [{"quality_mode": "dB", "quality_layers": [q], "no_jp2": True} for q in range(18, 56, 2)],
-    "JXL": [{"quality": q, "effort": 9} for q in range(0, 101, 4)],
+    "JPEG": [{"quality": q, "optimize": True} for q in range(1, 101, 6)],
+    "WebP": [{"quality": q, "method": 6} for q in range(0, 101, 7)],
+    "AVIF": [{"quality": q, "speed": 4} for q in range(0, 101, 10)],
+    "JPEG2000": [{"quality_mode": "dB", "quality_layers": [q], "no_jp2": True} for q in range(18, 56, 4)],
+    "JXL": [{"quality": q, "effort": 9} for q in range(0, 101, 7)],
 }
 Row = dict[str, Any]
 Images = UInt8[Tensor, "n c h w"]
@@ -159,16 +162,28 @@ def equal(rows: list[Row], at: float, size: str, quality: str) -> float | None:
 
 
 def ours_at(codec: Codec, images: Images) -> list[Row]:
-    """Single files and archives of every number of steps."""
-    rows = []
-    for steps in range(4, codec.plan.steps + 1, 2):
-        archive = codec.encode(images, steps)
-        singles = [codec.encode(image[None], steps) for image in images]
-        got = torch.cat([codec.decode(file).mean() for file in singles])
-        row = {"steps": steps, "bytes": float(np.mean([len(file) for file in singles])), "psnr": psnr(off(got, images))}
-        rows.append(
-            row | {"mosaic": len(archive) / len(images), "mosaic_psnr": psnr(off(codec.decode(archive).mean(), images))}
-        )
+    """Single files and archives of every number of steps, whose bits are the first ones of all steps."""
+    rows = [{"steps": steps} for steps in range(2, codec.plan.steps + 1)]
+    singles = [shorter(codec, image[None]) for image in images]
+    together = shorter(codec, images)
+    for number, row in enumerate(rows):
+        size, found = zip(*(each[number] for each in singles), strict=True)
+        row |= {"bytes": float(np.mean(size)), "psnr": psnr(off(torch.cat(found), images))}
+        size, found = together[number]
+        row |= {"mosaic": size / len(images), "mosaic_psnr": psnr(off(found, images))}
+    return rows
+
+
+def shorter(codec: Codec, images: Images) -> list[tuple[int, Images]]:
+    """Bytes and the mean of files of two steps to all."""
+    plan, seen, rows = codec.plan, list[list[Tensor]](), []
+    header = Header(plan.ident, plan.steps, len(images), min(GROUP, len(images)))
+    groups = codec.groups(images, header, None, seen)
+    for steps in range(2, plan.steps + 1):
+        layers = sum(first < steps for first in plan.starts())
+        some = [Group(group.scales[:layers], group.paths[:steps]) for group in groups]
+        found = torch.cat([estimates[steps] for estimates in seen])
+        rows.append((len(pack(replace(header, steps=steps), some, plan)), to_uint8(found)))
     return rows
 
 

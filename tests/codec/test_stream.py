@@ -356,7 +356,7 @@ def test_images_that_are_none_of_the_model_are_refused(images):
 
 def test_more_images_than_a_file_holds_are_refused():
     with pytest.raises(
-        UsageError, match="^5000 images of 12×12 are more than a file holds, 4096 of 16384×16384; give f"
+        UsageError, match="^5000 images of 12×12 are more than a file holds: 4096 images, sides of 16384, "
     ):
         CODEC.encode(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(5000, 1, 12, 12))
     with pytest.raises(UsageError, match="1 images of 2×16385 are more than a file holds"):

@@ -90,13 +90,12 @@ def encode(
     with ticking(codec.turns(len(images), codec.plan.tail.step if lossless else steps), "encoding", as_json) as tick:
         data = codec.encode(images, steps, GROUP, seed, number, lossless, tick)
     found = _best(codec.decode(data))
-    result = {"images": len(images), "bytes": len(data)} | _distance(found, images) | {"as_png": _png_bytes(images)}
-    result |= {"bytes_an_image": round(len(data) / len(images), 1)} if len(images) > 1 else {}
-    _warn(codec, images, len(data), result["as_png"])
+    result, png = _result(data, found, images), _png_bytes(images)
+    _warn(codec, images, len(data), png)
     if check:
         _check(out.name, data, found, model, device, weights)
     disk.write_atomic(out, data)
-    show(result | {"out": out}, as_json)
+    show(result | {"as_png": png, "out": out}, as_json)
 
 
 def decode(
@@ -261,6 +260,12 @@ def parsed_of(file: Path, codec: "Codec", data: bytes) -> "Parsed":
         return parse(data, codec.plan, codec.model.image_shape)
     except Corrupt as error:
         raise Corrupt(f"{file}: {error}") from error
+
+
+def _result(data: bytes, found: "Tensor", images: "Tensor") -> dict[str, Any]:
+    """What a file takes, and how far its picture is off."""
+    each = {"bytes_an_image": round(len(data) / len(images), 1)} if len(images) > 1 else {}
+    return {"images": len(images), "bytes": len(data)} | each | _distance(found, images)
 
 
 def _distance(found: "Tensor", images: "Tensor") -> dict[str, float]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from undiffuse.codec.coder import TOTAL_BITS, Decoder, Encoder
-from undiffuse.errors import Corrupt, Error
+from undiffuse.errors import Corrupt
 
 UNIT = 512  # of P, in a grey level
 STEP_BITS = 6  # an eighth of a level is 2^6 units
@@ -31,10 +31,8 @@ ACTIVITY = (6, 10, 14, 20, 30, 46)  # sixteenths: how far off the values around 
 NEUTRAL = 3  # the activity of what nothing is around
 
 
-class Differs(Error):
+class Differs(Corrupt):
     """This machine does not come to the same whole numbers, so that what follows them cannot be read."""
-
-    exit_code = 5
 
 
 @dataclass(frozen=True)
