@@ -252,7 +252,7 @@ def plot(result: Row) -> str:
     for name, rows, size, quality in series:
         points = sorted((row[size], row[quality]) for row in rows if row[quality] < 56)
         lines.append((name, [x for x, _ in points], [y for _, y in points]))
-    return line_plot(lines, x="bytes an image", y="PSNR", title="Size and quality of whole files", log_x=True)
+    return line_plot(lines, x="bytes an image", y="PSNR", title="Files", log_x=True)
 
 
 def strip(codec: Codec, image: Images, out: Path) -> None:

@@ -120,7 +120,7 @@ def test_the_readme_quotes_what_auto_says():
 def test_the_pages_show_what_there_is():
     """At least one command of each kind is on the first page."""
     shown = {line.split()[1] for line in lines(PAGES[0]) if line.startswith("undiffuse ")}
-    assert shown == {*BRIEF, "data", "export", "import", "inspect", "verify"}
+    assert shown == {*BRIEF, "codec", "data", "decode", "encode", "export", "import", "inspect", "verify"}
     assert {line for line in lines(PAGES[0]) if not line.startswith("undiffuse ")} == {
         "make demo", "make test", "make site", "pip install ."
     }  # fmt: skip

@@ -232,7 +232,7 @@ def test_tables_in_the_cache_go_before_those_of_the_file(bare, tmp_path):
 def test_saving_does_not_make_tables_of_other_weights_those_of_a_model(bare, tmp_path):
     """As of a model that was trained on from a file with tables."""
     stale = replace(bare, meta={**bare.meta, "codec": plain(plan(values=64, weights="1" * 64))})
-    with pytest.raises(UsageError, match=r"are of other weights \(111111111111\) than those of this model"):
+    with pytest.raises(UsageError, match=r"is of other weights \(111111111111\) than those of this model"):
         tables.of(stale)
     with pytest.raises(UsageError, match="other weights|no codec is fitted"):
         save(stale, tmp_path / "stale.safetensors")
@@ -267,7 +267,7 @@ def test_tables_that_are_damaged_or_of_a_later_version_are_refused(bare):
 
 
 def test_tables_in_the_file_of_a_model_that_are_no_object_are_refused(bare):
-    with pytest.raises(Corrupt, match="are damaged: they are no JSON object; make them with `undiffuse codec fit --ov"):
+    with pytest.raises(Corrupt, match="is damaged: it is no JSON object; make it anew with `undiffuse codec fit --ov"):
         tables.of(replace(bare, meta={"codec": [1]}))
 
 
