@@ -229,6 +229,16 @@ def test_tables_in_the_cache_go_before_those_of_the_file(bare, tmp_path):
     assert tables.of(load(tmp_path / "with.safetensors", "cpu")) == mine
 
 
+def test_tables_that_are_made_anew_do_not_hide_those_in_the_file(bare, cache):
+    """Files that were written with them are still read."""
+    old, new = (plan(values=64, weights=bare.digest(), usual=usual) for usual in (5, 6))
+    both = replace(bare, meta={**bare.meta, "codec": plain(old)})
+    assert tables.of(both) == old
+    tables.keep(new, both)
+    assert tables.of(both) == new == tables.of(both, new.ident) and tables.of(both, old.ident) == old
+    assert tables.of(both, b"none") == new
+
+
 def test_saving_does_not_make_tables_of_other_weights_those_of_a_model(bare, tmp_path):
     """As of a model that was trained on from a file with tables."""
     stale = replace(bare, meta={**bare.meta, "codec": plain(plan(values=64, weights="1" * 64))})

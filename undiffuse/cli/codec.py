@@ -58,11 +58,8 @@ def info(file: FileArg, model: ModelOpt = None, device: DeviceOpt = "cpu", as_js
     result |= {"why": parsed.why or None, "tables": header.ident.hex(), "seed": header.seed, "label": header.label}
     if not as_json:
         for each in layers:
-            off = (
-                ""
-                if each["rmse"] is None
-                else f", then off by {each['rmse']:.1f} grey levels in images like the model's"
-            )
+            known = each["rmse"] is not None
+            off = f", then off by {each['rmse']:.1f} grey levels in images like the model's" if known else ""
             steps = f"{each['steps']} step{'s' * (each['steps'] > 1)}"
             result[f"layer {each['layer']}"] = f"{steps}, {each['bytes']} bytes{off}"
     show(result | {"layers": layers}, as_json)

@@ -19,6 +19,7 @@ from undiffuse.cli.options import (
     refuse_below_file,
     ticking,
     writable,
+    writable_file,
 )
 from undiffuse.cli.tools import JsonOpt, show
 from undiffuse.errors import Corrupt, NoSplit, UsageError
@@ -82,7 +83,7 @@ def encode(
     from undiffuse.codec.stream import GROUP, Codec
     from undiffuse.machine import disk
 
-    _writable(out, overwrite)
+    writable_file(out, overwrite)
     loaded = open_model(model, device, weights=weights)
     codec, images = Codec(loaded, tables.of(loaded)), _images(loaded, source, split, n, resize)
     number = None if label is None or loaded.classes is None else loaded.classes.number(label)
@@ -143,9 +144,8 @@ def decode(
     _refuse_place(out, parsed.header.count > 1, overwrite)
     if parsed.status != "complete" and not (partial or (size is not None and parsed.status == "partial")):
         raise Corrupt(f"{file}: {parsed.why}; give --partial to decode what is good of it")
-    with ticking(
-        codec.turns(parsed.header.count, parsed.header.steps, parsed.header.group), "decoding", as_json
-    ) as tick:
+    turns = codec.turns(parsed.header.count, parsed.header.steps, parsed.header.group)
+    with ticking(turns, "decoding", as_json) as tick:
         found = codec.decode(data, tick)
     differs = ""
     try:
@@ -195,14 +195,6 @@ def _images(model: "Model", source: str, split: str, n: int | None, resize: bool
     return torch.stack(images).permute(0, 3, 1, 2)
 
 
-def _writable(out: Path, overwrite: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; give the name of a file")
-    refuse_below_file(out)
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} is there already; give another name, or --overwrite to replace it")
-
-
 def _refuse_place(out: Path, many: bool, overwrite: bool) -> None:
     """Before anything is decoded."""
     if out.suffix.lower() == ".npz":
@@ -244,10 +236,9 @@ def reader(
         raise UsageError(f"--bytes {size} is not possible; give 1 or more")
     with reading(file) as opened:
         data = opened.read() if size is None else opened.read(size)
+    given = None if model is None else open_model(model, device, weights=weights)
     try:
-        return tables.for_file(
-            data, None if model is None else open_model(model, device, weights=weights), device
-        ), data
+        return tables.for_file(data, given, device), data
     except Corrupt as error:
         raise Corrupt(f"{file}: {error}") from error
 

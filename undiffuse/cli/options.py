@@ -149,6 +149,12 @@ def writable_page(path: Path, overwrite: bool) -> None:
     _refuse_there(path, overwrite)
 
 
+def writable_file(path: Path, overwrite: bool) -> None:
+    """The same for a file of any name."""
+    _refuse_folder(path)
+    _refuse_there(path, overwrite)
+
+
 def _refuse_folder(path: Path) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")

@@ -86,6 +86,17 @@ def varint(number: int) -> bytes:
     return bytes([*found, number])
 
 
+def take_varint(data: bytes, place: int) -> tuple[int, int] | None:
+    """The number there and where it ends; None where it is cut off, or longer than any that is written."""
+    found = shift = 0
+    while place < len(data) and shift <= 28:
+        found |= (data[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+        if data[place - 1] < 128:
+            return found, place
+    return None
+
+
 @cache
 def _crc8_table() -> tuple[int, ...]:
     table = []
@@ -126,14 +137,10 @@ def parse_header(data: bytes) -> tuple[Header, int]:
 
     def number(least: int, most: int, what: str) -> int:
         nonlocal place
-        found = shift = 0
-        while True:
-            if place >= len(data) or shift > 28:
-                raise Corrupt(f"the file is cut off or damaged in its header, where {what} stands")
-            found |= (data[place] & 127) << shift
-            place, shift = place + 1, shift + 7
-            if data[place - 1] < 128:
-                break
+        taken = take_varint(data, place)
+        if taken is None:
+            raise Corrupt(f"the file is cut off or damaged in its header, where {what} stands")
+        found, place = taken
         if not least <= found <= most:
             raise Corrupt(f"the file is damaged: its header says {what} {found}, and {least} to {most} are possible")
         return found
@@ -223,14 +230,7 @@ def _ends(data: bytes, place: int, count: int) -> tuple[list[bytes], int | None]
     """The lossless ends from there on, and where the file ends; None if it does before them."""
     found = list[bytes]()
     for _ in range(count):
-        size = shift = 0
-        while True:
-            if place >= len(data) or shift > 28:
-                return found, None
-            size |= (data[place] & 127) << shift
-            place, shift = place + 1, shift + 7
-            if data[place - 1] < 128:
-                break
+        size, place = take_varint(data, place) or (0, len(data) + 1)
         if place + size > len(data):
             return found, None
         found.append(data[place : place + size])

@@ -157,12 +157,8 @@ class Codec:
         seen: list[Float[Tensor, "b c h w"]],
     ) -> Group:
         truth, shape = to_float(images.to(self.model.device)), (images.shape[1], images.shape[2], images.shape[3])
-        chain, starts, found = (
-            Chain(self.model, self.plan, keys, shape, cond),
-            self.plan.starts(),
-            Group(),
-        )
-        values = prod(shape)
+        chain = Chain(self.model, self.plan, keys, shape, cond)
+        starts, found, values = self.plan.starts(), Group(), prod(shape)
         for number in range(steps):
             seen.append(x_0 := chain.estimate(number))
             if number in starts:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key
+from undiffuse.machine import disk
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.model import fitted
 from undiffuse.model.load import load, shipped
@@ -216,10 +218,10 @@ def for_file(data: bytes, model: Model | None = None, device: str = "cpu") -> Co
     """What reads a file: that of a model, or of the shipped one whose tables made it. Raises UsageError, Corrupt."""
     header, _ = parse_header(data)
     if model is not None:
-        return Codec(model, of(model))
+        return Codec(model, of(model, header.ident))
     for name in shipped():
         own = load(name, device)
-        if own.meta.get("codec") and (plan := of(own)).ident == header.ident:
+        if own.meta.get("codec") and (plan := of(own, header.ident)).ident == header.ident:
             return Codec(own, plan)
     raise UsageError(
         f"no shipped model made this file (tables {header.ident.hex()}; shipped: {', '.join(shipped())}); give the one "
@@ -232,21 +234,30 @@ def keep(plan: Plan, model: Model) -> Path:
     return fitted.keep(plan, model.run, fitted.CODEC)
 
 
-def of(model: Model) -> Plan:
-    """The tables that are kept for a model, or are in its file. Raises UsageError where there are none."""
-    digest = model.digest()
-    path = fitted.found(model.run, digest, fitted.CODEC)
-    where = "the codec in the file of this model" if path is None else str(path)
-    found = model.meta.get("codec") if path is None else fitted.raw(model.run, digest, fitted.CODEC)
-    if found is None:
+def of(model: Model, ident: bytes | None = None) -> Plan:
+    """The tables that are kept for a model or are in its file; of both, those of that identifier, if one is given.
+
+    Tables that were made anew do not hide those of an exported file, with which files may have been written. Raises
+    UsageError where there are none.
+    """
+    path, found = fitted.found(model.run, model.digest(), fitted.CODEC), list[Plan]()
+    if path is not None:
+        found.append(_parsed(disk.read_json(path), model, str(path)))
+    if "codec" in model.meta and (path is None or ident not in (None, found[0].ident)):
+        found.append(_parsed(model.meta["codec"], model, "the codec in the file of this model"))
+    if not found:
         raise UsageError("no codec is fitted to this model; make its tables with `undiffuse codec fit MODEL DATA`")
+    return next((plan for plan in found if plan.ident == ident), found[0])
+
+
+def _parsed(found: Any, model: Model, where: str) -> Plan:
     if not isinstance(found, Mapping):
         raise Corrupt(f"{where} is damaged: it is no JSON object; make it anew with `undiffuse codec fit --overwrite`")
     refuse_newer(Path(where), found.get("format"))
-    plan = parse(Plan, found, where)
+    plan, digest = parse(Plan, found, where), model.digest()
     if plan.weights != digest:
         raise UsageError(
             f"{where} is of other weights ({plan.weights[:12]}) than those of this model ({digest[:12]}); make one "
-            "with `undiffuse codec fit`"
+            "with `undiffuse codec fit --overwrite`"
         )
     return plan.check(where)

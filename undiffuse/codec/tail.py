@@ -196,8 +196,13 @@ def _check(steps: Int[np.ndarray, "*x"]) -> int:
     return zlib.crc32(steps.astype("<i4").tobytes()) & 255
 
 
+def symbol_of(off: int) -> int:
+    """Of a value so many levels off, in the direction of the sign."""
+    return max(-MOST - 1, min(MOST + 1, off)) + MOST + 1
+
+
 def _put(coder: Encoder, table: Sequence[int], off: int) -> None:
-    coder.put(table, max(-MOST - 1, min(MOST + 1, off)) + MOST + 1)
+    coder.put(table, symbol_of(off))
     if abs(off) > MOST:
         _put_number(coder, abs(off) - MOST - 1)
 

@@ -1,6 +1,6 @@
 """The tables of a lossless end, from images that were coded: how far off the estimate was, and how that shows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import log2
 from typing import NamedTuple
@@ -34,8 +34,7 @@ def fit(step: int, square: float, shape: Sequence[float], seen: Sequence[Seen]) 
     tail = replace(tail, activity=_activity(tail, seen))
     counts = np.zeros((SPREADS, FRACTIONS, SYMBOLS))
     for at, value in _walked(tail, seen):
-        symbol = max(-MOST - 1, min(MOST + 1, at.sign * (value - at.level))) + MOST + 1
-        counts[tails.row_of(tail, at), at.fraction, symbol] += 1
+        counts[tails.row_of(tail, at), at.fraction, tails.symbol_of(at.sign * (value - at.level))] += 1
     return replace(tail, tables=_frequencies(counts + PRIOR * _priors()))
 
 
@@ -50,7 +49,7 @@ def bits(tail: Tail, seen: Sequence[Seen]) -> float:
     total = 0.0
     for at, value in _walked(tail, seen):
         table, off = tails.table_of(tail, at), at.sign * (value - at.level)
-        symbol = max(-MOST - 1, min(MOST + 1, off)) + MOST + 1
+        symbol = tails.symbol_of(off)
         total += TOTAL_BITS - log2(table[symbol + 1] - table[symbol])
         if abs(off) > MOST:
             total += 4 + (abs(off) - MOST).bit_length()
@@ -62,8 +61,8 @@ def _walked(tail: Tail, seen: Sequence[Seen]) -> list[tuple[Around, int]]:
     for each in seen:
         p, values = _units(each), iter(each.pixels.transpose(1, 2, 0).reshape(-1).tolist())
 
-        def code(at: Around, values: "object" = values) -> int:
-            found.append((at, value := next(values)))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        def code(at: Around, values: Iterator[int] = values) -> int:
+            found.append((at, value := next(values)))
             return value
 
         tails.walk(tail, p, tails.spreads_of(tail, p, each.scale), code)

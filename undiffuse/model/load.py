@@ -192,9 +192,7 @@ def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
     tables = fitted.raw(model.run, digest, fitted.CODEC) or meta.get("codec")
     written = digest_of_weights({name: tensor.float() for name, tensor in tensors.items()})
     for name, found in (("fit", None if fit is None else plain(fit)), ("codec", tables)):
-        meta.pop(name, None)
-        if (
-            isinstance(found, Mapping) and found.get("weights") == digest
-        ):  # to what the file holds, which may be rounded
+        meta.pop(name, None)  # it is of what the file holds, whose weights may be rounded
+        if isinstance(found, Mapping) and found.get("weights") == digest:
             meta[name] = {**found, "weights": written}
     write_weights(path, tensors, meta)
