@@ -4,8 +4,9 @@
 
 `--data` is where the data is, if it has no name. Samples are drawn by `undiffuse sample` into `--work`, as
 `NAME-WEIGHTS-ancestral-STEPS-SEED.npz` with a JSON beside each that says how and where; of the chain of all steps those
-of one seed. What is there is not drawn again, so that a card may draw them elsewhere. Writes `bench/scores-NAME.json`,
-with the protocol of each row, and a table of docs/benchmarks.md.
+of one seed. What is there is not drawn again, so that a card may draw them elsewhere, and a chain that was scored with
+the same weights, number and seeds is not scored again. Writes `bench/scores-NAME.json`, with the protocol of each row,
+and a table of docs/benchmarks.md.
 """
 
 import argparse
@@ -106,11 +107,15 @@ def main() -> None:
         model, data = load(options.name, "cpu"), options.data or options.name
         features = FEATURES[model.image_shape[0]]
         command = f"python bench/scores.py {options.name} --n {options.n} --seeds {options.seeds}"
+        of = made_of(options.name, *features)
+        before = result["chains"] if (result.get("made_of"), result.get("n")) == (of, options.n) else {}
         result = {"command": command + (f" --data {data}" if options.data else ""), "date": date.today().isoformat()}
-        result |= {"n": options.n, "made_of": made_of(options.name, *features), "machine": machine(), "chains": {}}
+        result |= {"n": options.n, "made_of": of, "machine": machine(), "chains": before}
         options.work.mkdir(parents=True, exist_ok=True)
         for name, steps in CHAINS.items():
             seeds = range(1 if steps == model.process.steps else options.seeds)
+            if before.get(name, {}).get("seeds") == list(seeds):
+                continue
             every = [
                 samples(model, options.name, steps, options.n, seed, options.batch, options.work) for seed in seeds
             ]

@@ -44,7 +44,7 @@ ROWS = tuple(
             "distill",
         ),
         ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
-        ("codec", "coder tail plan trellis container chain stream tailfit tables"),
+        ("codec", "coder tail plan trellis container chain stream tailfit tables ledger exact"),
         ("view", "report explore draw pieces results ranking subject report_run compare_runs demo"),
         ("cli", "options tools train sample figures fit distill measure evaluate encode codec report data main"),
     )

@@ -358,7 +358,7 @@ COMMANDS = commands(APP, "undiffuse")
 def test_the_commands():
     assert {"undiffuse train", "undiffuse demo", "undiffuse import", "undiffuse data build"} < COMMANDS.keys()
     groups = (cli.app, cli.data.app, cli.codec.app)
-    assert len(COMMANDS) == sum(len(group.registered_commands) for group in groups) == 29
+    assert len(COMMANDS) == sum(len(group.registered_commands) for group in groups) == 30
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from undiffuse.codec.container import Parsed
-    from undiffuse.codec.stream import Codec, Decoded
+    from undiffuse.codec.stream import Codec
     from undiffuse.model.model import Model
 
 FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="A file that `undiffuse encode` wrote")]
@@ -89,8 +89,8 @@ def encode(
     number = None if label is None or loaded.classes is None else loaded.classes.number(label)
     loaded.told(label, len(images))  # refuses what is no label
     with ticking(codec.turns(len(images), codec.plan.tail.step if lossless else steps), "encoding", as_json) as tick:
-        data = codec.encode(images, steps, GROUP, seed, number, lossless, tick)
-    found = _best(codec.decode(data))
+        written = codec.write(images, steps, GROUP, seed, number, lossless, tick)
+    data, found = written.data, written.shown
     result, png = _result(data, found, images), _png_bytes(images)
     _warn(codec, images, len(data), png)
     if check:
@@ -149,7 +149,8 @@ def decode(
         found = codec.decode(data, tick)
     differs = ""
     try:
-        images = _best(found) if how == "mean" else found.drawn(*DRAWINGS[how], realism)
+        exact = found.lossless() if how == "mean" else None
+        images = exact if exact is not None else found.mean() if how == "mean" else found.drawn(*DRAWINGS[how], realism)
     except Differs as error:
         images, differs = found.mean(), f"{file}: {error}; {out} is what can be decoded, and is not lossless"
     written = _written(images, out)
@@ -158,12 +159,6 @@ def decode(
     if parsed.status != "complete" and dist.is_first():
         log.warn(f"{file}: {parsed.why}; what is before that is decoded")
     show({"images": len(images), "status": parsed.status, "bytes": len(data), **written}, as_json)
-
-
-def _best(found: "Decoded") -> "Tensor":
-    """The images as they were where the file has them, else the mean. Raises Differs."""
-    exact = found.lossless()
-    return found.mean() if exact is None else exact
 
 
 def _images(model: "Model", source: str, split: str, n: int | None, resize: bool) -> "Tensor":

@@ -22,6 +22,7 @@ MAGIC, VERSION = b"\xfdU", 1
 ARCHIVE, SIZED, SEEDED, LABELLED, LOSSLESS = 1, 2, 4, 8, 16  # flags
 MOST_IMAGES, MOST_GROUP, MOST_SIDE, MOST_VALUES = 1 << 12, 64, 1 << 14, 1 << 26
 MOST_SEED, MOST_CLASS = (1 << 32) - 1, 1 << 20
+SMALL = 1 << 18  # values of a file of which any first part is a picture, for what is hardly there says how large it is
 Bits = UInt8[np.ndarray, "_"]
 Status = Literal["complete", "partial", "damaged"]
 
@@ -190,7 +191,7 @@ def pack(header: Header, groups: Sequence[Group], plan: Plan, ends: Sequence[byt
 def parse(data: bytes, plan: Plan, own: Shape) -> Parsed:
     """What a file says, as far as it is whole and good; `own` is the shape of the model's images.
 
-    Raises Corrupt where not even its first layer is.
+    Raises Corrupt where its first layer is damaged, or where a large file is cut off in it.
     """
     header, place = parse_header(data)
     if header.ident != plan.ident:
@@ -214,12 +215,13 @@ def parse(data: bytes, plan: Plan, own: Shape) -> Parsed:
     full = whole and len(data) == end
     if full and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "big"):
         return Parsed(header, found.groups, "complete", found.layers, ends)
-    if not found.layers[0]:
+    if not found.layers[0] and (found.damaged or whole or values * header.count > SMALL):
         raise Corrupt(f"nothing can be decoded: {found.why or WRONG}")
     if full:
         return Parsed(header, found.groups, "damaged", found.layers, why=WRONG)
     status: Status = "damaged" if found.damaged else "partial"
-    why = found.why or ("it is cut off in its CRC-32" if end else "it is cut off in what makes it lossless")
+    why = found.why + ", so that nothing of it is checked" * (not found.layers[0])
+    why = why or ("it is cut off in its CRC-32" if end else "it is cut off in what makes it lossless")
     return Parsed(header, found.groups, status, found.layers, why=why)
 
 

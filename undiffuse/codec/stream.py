@@ -26,6 +26,14 @@ Tick = Callable[[int], None] | None
 
 
 @dataclass(frozen=True)
+class Written:
+    """A file, and the images that it decodes to."""
+
+    data: bytes
+    shown: UInt8[Tensor, "n c h w"]
+
+
+@dataclass(frozen=True)
 class Codec:
     """A model with its tables."""
 
@@ -46,6 +54,19 @@ class Codec:
         lossless: bool = False,
         tick: Tick = None,
     ) -> bytes:
+        """A file: see `write`."""
+        return self.write(images, steps, group, seed, label, lossless, tick).data
+
+    def write(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        steps: int | None = None,
+        group: int = GROUP,
+        seed: int = 0,
+        label: int | None = None,
+        lossless: bool = False,
+        tick: Tick = None,
+    ) -> Written:
         """A file of one image or of many; of fewer steps than all, it is smaller and coarser.
 
         A lossless one has as many steps as its tables say, and then each value. `tick(1)` is called after each step of
@@ -63,18 +84,32 @@ class Codec:
             raise UsageError(f"{steps} steps are not possible; the tables of this model have 1 to {self.plan.steps}")
         size = None if pair == self.model.image_shape[1:] else (pair[0], pair[1])
         header = Header(self.plan.ident, steps, n, min(group, n), size, seed, label, lossless)
-        seen = list[list[Float[Tensor, "_ c hh ww"]]]() if lossless else None
-        groups = self.groups(images, header, tick, seen)
-        ends = [self._end(images, *each) for each in zip(header.groups(), groups, seen or [], strict=False)]
-        return container.pack(header, groups, self.plan, ends)
+        seen = list[list[Float[Tensor, "_ c hh ww"]]]()
+        groups = self.groups(images, header, tick, seen, last=True)
+        return self.packed(images, header, groups, [x_0 for (x_0,) in seen])
 
-    def _end(
-        self, images: UInt8[Tensor, "n c h w"], some: range, group: Group, seen: Sequence[Float[Tensor, "_ c hh ww"]]
-    ) -> bytes:
-        """What makes a group lossless."""
-        pixels = images[some.start : some.stop]
-        m = _levels(seen[-1], pixels.shape[2], pixels.shape[3])
-        return tail.encode(self.plan.tail, pixels.numpy(), m, group.scales[-1])
+    def packed(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        header: Header,
+        groups: Sequence[Group],
+        ends: Sequence[Float[Tensor, "_ c hh ww"]],
+    ) -> Written:
+        """The file of groups of bits that lead to these estimates; where the header says so, without loss."""
+        h, w = images.shape[2:]
+        if not header.lossless:
+            shown = to_uint8(torch.cat([x_0[:, :, :h, :w].cpu() for x_0 in ends]))
+            return Written(container.pack(header, groups, self.plan), shown)
+        rest = [
+            tail.encode(self.plan.tail, images[some.start : some.stop].numpy(), _levels(x_0, h, w), group.scales[-1])
+            for some, group, x_0 in zip(header.groups(), groups, ends, strict=True)
+        ]
+        return Written(container.pack(header, groups, self.plan, rest), images)
+
+    def first(self, group: Group, steps: int) -> Group:
+        """The bits of its first steps, which are those of a shorter file."""
+        layers = sum(start < steps for start in self.plan.starts())
+        return Group(group.scales[:layers], group.paths[:steps])
 
     def groups(
         self,
@@ -82,8 +117,12 @@ class Codec:
         header: Header,
         tick: Tick = None,
         seen: list[list[Float[Tensor, "_ c hh ww"]]] | None = None,
+        last: bool = False,
     ) -> list[Group]:
-        """The bits of images, before they are packed; into `seen` goes x̂_0 before each step and after the last one."""
+        """The bits of images, before they are packed.
+
+        Into `seen` goes x̂_0 of each group before each step and after the last one, or that `last` one alone.
+        """
         keys, cond = Key(header.seed).rows(len(images)), self._told(header.label, len(images))
         images, found = _on_canvas(images, canvas(header.size, self.model.image_shape)), list[Group]()
         for some in header.groups():
@@ -91,7 +130,7 @@ class Codec:
             estimates = list[Float[Tensor, "b c h w"]]()
             found.append(self._encoded(images[part], keys[part], header.steps, cond.at(part), tick, estimates))
             if seen is not None:
-                seen.append(estimates)
+                seen.append(estimates[-1:] if last else estimates)
         return found
 
     def layers_of(self, group: Group) -> list[int]:
@@ -162,7 +201,7 @@ class Codec:
         for number in range(steps):
             seen.append(x_0 := chain.estimate(number))
             if number in starts:
-                found.scales.append(_near(found, wanted_scales(self.plan, number, x_0, truth)))
+                found.scales.append(near(found, wanted_scales(self.plan, number, x_0, truth)))
             scales = found.scales[-1]
             step, order = chain.step(number, x_0, scales), Order.of(chain.keys, number, values)
             linear, square = (order.along(each) for each in step.weights(truth))
@@ -206,7 +245,7 @@ class Codec:
         return order.back(z * order.signs), len(said) / total
 
 
-def _near(found: Group, wanted: list[int]) -> list[int]:
+def near(found: Group, wanted: list[int]) -> list[int]:
     """As near to the scales that are wanted as three bits each allow; all 0 in the first layer, which has none."""
     if not found.scales:
         return [0] * len(wanted)

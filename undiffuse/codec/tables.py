@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
+from math import log, log2, prod
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ class Node:
         v = self.square * 2 ** (scale / 4) * np.array(self.shape)
         return values / 2 * float(np.array(self.mass) @ np.log2(1 + rise * v))
 
+    def kl_fitted(self, rise: float, values: int) -> float:
+        """The same without h."""
+        return values / 2 * log2(1 + rise * self.square)
+
+    def kl_equal(self, rise: float, values: int) -> float:
+        """The same where p has the variance of q, as in Eq. 5 of DDPM."""
+        return values * rise * self.square / (2 * log(2))
+
 
 @torch.no_grad()
 def measured(
@@ -91,17 +99,23 @@ def _node(t: float, sums: Tensor, total: int) -> Node:
     return Node(t, float(mean), tuple((shape / (mass @ shape)).tolist()), tuple(mass.tolist()))
 
 
-def _snr(process: Process, nodes: Sequence[Node]) -> list[float]:
+def snr_of(process: Process, nodes: Sequence[Node]) -> list[float]:
+    """At the time of each."""
     return process.logsnr(torch.tensor([node.t for node in nodes], dtype=F64, device="cpu")).exp().tolist()
 
 
-def shortest(nodes: Sequence[Node], process: Process, values: int, steps: int, waste: float) -> list[Node]:
+Cost = Callable[[Node, float, int], float]
+
+
+def shortest(
+    nodes: Sequence[Node], process: Process, values: int, steps: int, waste: float, cost: Cost = Node.kl
+) -> list[Node]:
     """The nodes that `steps` steps, from the first one to the last one, walk in the fewest bits."""
-    snr, n = _snr(process, nodes), len(nodes)
+    snr, n = snr_of(process, nodes), len(nodes)
     costs = np.full((n, n), np.inf)
     for i, node in enumerate(nodes):
         for j in range(i + 1, n):
-            costs[i, j] = (1 + waste) * node.kl(snr[j] - snr[i], values)
+            costs[i, j] = (1 + waste) * cost(node, snr[j] - snr[i], values)
     least, came = np.full(n, np.inf), list[np.ndarray]()
     least[0] = 0
     for _ in range(min(steps, n - 1)):
@@ -112,6 +126,11 @@ def shortest(nodes: Sequence[Node], process: Process, values: int, steps: int, w
     for before in reversed(came):
         path.append(int(before[path[-1]]))
     return [nodes[i] for i in reversed(path)]
+
+
+def ending(nodes: Sequence[Node]) -> int:
+    """The first node at which x̂_0 is off by no more than END, or the last one."""
+    return next((i for i, node in enumerate(nodes) if 127.5 * node.square**0.5 <= END), len(nodes) - 1)
 
 
 def layers(steps: int) -> tuple[int, ...]:
@@ -132,12 +151,12 @@ def plan(
     memory: int = 12,
 ) -> Plan:
     """The tables of a chain that ends where x̂_0 is off by END, or at the last node."""
-    end = next((i for i, node in enumerate(nodes) if 127.5 * node.square**0.5 <= END), len(nodes) - 1)
+    end = ending(nodes)
     if end < steps:
         raise UsageError(f"{steps} steps are more than the {end} times that were measured; give fewer")
     waste = WASTE[memory]
     *walk, last = shortest(nodes[: end + 1], process, values, steps, waste)
-    rises = [b - a for a, b in pairwise(_snr(process, [*walk, last]))]
+    rises = [b - a for a, b in pairwise(snr_of(process, [*walk, last]))]
     costs = [
         [node.kl(rise, values, k) for k in range(-SCALES, SCALES + 1)] for rise, node in zip(rises, walk, strict=True)
     ]
@@ -204,10 +223,9 @@ def ended(
         parts, bits = list[tailfit.Seen](), 0
         for group, estimates in zip(groups, seen, strict=True):
             m = ((estimates[step] + 1) * 127.5).numpy()
-            before = Group(group.scales, group.paths[:step])
+            before = codec.first(group, step)
             bits += sum(codec.bits(before, made.values))
-            scales = group.scales[codec.layers_of(before)[-1]]
-            parts += [tailfit.Seen(pixels[len(parts) + i], m[i], scales[i]) for i in range(len(m))]
+            parts += [tailfit.Seen(pixels[len(parts) + i], m[i], before.scales[-1][i]) for i in range(len(m))]
         tail = tailfit.fit(step, made.square[step], made.shape[step], parts)
         found.append((bits / len(parts) + tailfit.bits(tail, parts), tail))
     least = min(total for total, _ in found)
