@@ -6,9 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from undiffuse.data.source import open_source
+from tests.codec.plans import gaussian, gaussian_images, gaussian_plan
+from undiffuse.codec.stream import Codec, Decoded
+from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.denoiser import FixedSmall, V
 from undiffuse.diffusion.process import Cosine
+from undiffuse.figure import enlarged, grid
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
@@ -51,7 +54,8 @@ def test_the_report_says_what_is_abbreviated_and_that_a_quick_run_means_nothing(
     assert "only to see that it works" in html
     cells = re.findall(r"<td>(.*?)</td>", html)
     assert {"4 of 20 steps", "4 images, 2 of 20 terms each", "2 images"} <= set(cells)
-    assert html.count("<h2>") == 6
+    assert html.count("<h2>") == 7
+    assert "None can be made: no codec is fitted to this model" in html
 
 
 def test_the_same_command_again_goes_on_with_the_training_that_is_there(quick):
@@ -79,6 +83,24 @@ def test_each_claim_can_fail():
     missing = torch.tensor([0, *[20] * 9])
     bad = demo.Verdict(0.969, 0.799, missing, threshold=20.0, nearest=19.0, copies=1)
     assert list(bad.checks().values()) == [False] * 4
+
+
+def test_coded_files_are_seen_at_every_size(tmp_path, monkeypatch):
+    model = gaussian((1, 8, 8))
+    monkeypatch.setattr(demo.tables, "of", lambda _: gaussian_plan(model))
+    images = gaussian_images(3, (1, 8, 8))
+    section = demo._coded(tmp_path, model, ArraySource(images), demo.Scale(coded=2, bytes=(9, 30)))
+    file = (tmp_path / "image.udf").read_bytes()
+    codec = Codec(model, gaussian_plan(model))
+    assert file == codec.encode(images[:1])
+    (frames,) = section.frames
+    assert [label for label, _ in frames.pictures] == ["9", "30", "all"]
+    second = codec.encode(images[1:2])
+    for size, (_, figure) in zip((9, 30, None), frames.pictures, strict=True):
+        found = [codec.decode(each[:size]) for each in (file, second)]
+        rows = [images[:2], *(torch.cat([make(each) for each in found]) for make in (Decoded.mean, Decoded.drawn))]
+        assert figure.content.tobytes() == grid(torch.cat(rows), 2, 3 * enlarged(8)).tobytes()
+    assert section.facts[0][1] == f"{(len(file) + len(second)) / 2:.0f}"
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from undiffuse.figure import grid, line_plot
-from undiffuse.view.report import MANY, POLICY, Figure, Listing, Section, Table, render, write_report
+from undiffuse.view.report import MANY, POLICY, Figure, Frames, Listing, Section, Table, render, write_report
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 SHEET = grid(torch.arange(6 * 3 * 4, dtype=torch.uint8).reshape(6, 1, 3, 4), columns=3)
 PLOT = line_plot([("", [0, 1], [1, 0])], "rate", "RMSE", "Curve")
 SECTIONS = (
@@ -116,6 +116,22 @@ def test_listings_commands_a_gallery_and_strong_cells():
     assert page.texts["li"] == ["a <b>", "c"]
     assert [attributes["class"] for tag, attributes in page.tags if tag == "i"] == ["key-1", "key-2"]
     assert (page.texts["strong"], page.texts["td"]) == (["1", "3"], ["FD", "2", "KD", "4"])
+
+
+def test_of_frames_one_is_chosen_without_a_script():
+    frames = Frames(
+        tuple((f"<{size}>", Figure(SHEET, rows=("one", "two"))) for size in (20, 50, 80)), "after `n` bytes"
+    )
+    html = render([Section("Files", frames=(frames, frames))])
+    page = Page(html)
+    buttons = [attributes for tag, attributes in page.tags if tag == "input"]
+    assert [button["name"] for button in buttons] == ["s0f0"] * 3 + ["s0f1"] * 3  # two rows, each with its own choice
+    assert ["checked" in button for button in buttons] == [False, True, False] * 2
+    labels = [attributes["for"] for tag, attributes in page.tags if tag == "label"]
+    assert labels == [button["id"] for button in buttons] and len(set(labels)) == 6
+    assert page.texts["label"] == ["<20>", "<50>", "<80>"] * 2 and page.texts["figcaption"] == ["after ", " bytes"] * 2
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 6 and "<script" not in html
+    assert ".frames input:checked ~ .sheet { display: grid }" in html
 
 
 def test_paper_is_never_dark():

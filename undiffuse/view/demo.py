@@ -15,11 +15,14 @@ from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from undiffuse.codec import tables
+from undiffuse.codec.stream import Codec, Decoded
 from undiffuse.data.format.named import GARMENTS
 from undiffuse.data.loader import Loader
 from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.likelihood import Terms
-from undiffuse.figure import grid, png
+from undiffuse.errors import UsageError
+from undiffuse.figure import enlarged, grid, picture, png
 from undiffuse.key import Key
 from undiffuse.machine import disk, log
 from undiffuse.machine.device import making_float32
@@ -29,7 +32,7 @@ from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import load_recipe
 from undiffuse.training.loop import Budget, train
 from undiffuse.view import draw, explore, pieces
-from undiffuse.view.report import Figure, Section, Table, write_report
+from undiffuse.view.report import Figure, Frames, Section, Table, write_report
 
 SURE = 0.9  # the probability from which a digit counts as recognised
 Say = Callable[[str], None]
@@ -51,6 +54,8 @@ class Scale:
     mixtures: int = 9
     bits_images: int = 64
     draws: int = 50
+    coded: int = 5
+    bytes: tuple[int, ...] = (12, 20, 30, 50, 80, 120, 200)
     curve_images: int = 16
     curve_chain: int | None = None  # None: all steps, as in the paper
 
@@ -70,6 +75,8 @@ QUICK = Scale(
     mixtures=3,
     bits_images=4,
     draws=2,
+    coded=1,
+    bytes=(20,),
     curve_images=2,
     curve_chain=10,
 )
@@ -90,6 +97,7 @@ def run_demo(out: Path, quick: bool = False, model: Model | None = None, say: Sa
         _progressive(out, model, scale),
         _interpolation(out, model, held_out, scale),
         _bits(out, model, held_out, scale),
+        _coded(out, model, held_out, scale),
         _abbreviated(out, model, scale),
     ]
     took = log.duration(time.monotonic() - started)
@@ -299,6 +307,37 @@ def _bits(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Secti
         facts=(("bits/dim, at most", f"{summary['bits_per_dim']:.2f}"),),
         figures=(_keep(out, "rate-distortion.svg", pieces.rate_distortion(curve, caption)),),
         tables=(pieces.terms(summary), pieces.table_4(nll.table(terms))),
+    )
+
+
+def _coded(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Section:
+    title = "As files"
+    try:
+        codec = Codec(model, tables.of(model))
+    except UsageError as error:  # a model of one's own, whose tables were not made
+        return Section(title, f"None can be made: {error}.")
+    images, frames = held_out.images[: scale.coded], list[tuple[str, Figure]]()
+    with _ticking(codec.turns(len(images), group=1) * (len(scale.bytes) + 2), "coded files") as tick:
+        files = [codec.encode(image[None], tick=tick) for image in images]
+        for size in (*scale.bytes, None):
+            seen = [codec.decode(file[:size], tick) for file in files]
+            mean, drawn = (torch.cat([make(each) for each in seen]) for make in (Decoded.mean, Decoded.drawn))
+            sheet = grid(torch.cat([images, mean, drawn]), len(images), 3 * enlarged(images.shape[-1]))
+            figure = Figure(sheet, rows=("image", "mean", "drawn on"))
+            frames.append(("all" if size is None else f"{size}", figure))
+    disk.write_atomic(out / "image.udf", files[0])
+    size = sum(map(len, files)) / len(files)
+    caption = f"{len(images)} held-out images after so many bytes of their files; the first file is `image.udf`."
+    return Section(
+        title,
+        "`undiffuse encode` writes the bits that tell an image from what the model would draw (Algorithms 3 and 4 of "
+        "the paper). Any first part of a file is a picture: the estimate of the least error, or one that is drawn on "
+        "from the same bits.",
+        facts=(
+            ("bytes of a file, in the mean", f"{size:.0f}"),
+            ("of a PNG of the same image", f"{sum(len(png(picture(image))) for image in images) / len(images):.0f}"),
+        ),
+        frames=(Frames(tuple(frames), caption),),
     )
 
 

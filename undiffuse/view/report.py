@@ -62,6 +62,16 @@ svg { display: block; width: 100%; height: auto; max-width: 42rem; overflow: vis
 .columns span, .rows span { flex: 1 1 0; display: flex; align-items: center; justify-content: center }
 .columns span, .rows span { color: var(--soft); font-size: clamp(.55rem, 1.9vw, .78rem); white-space: nowrap }
 .columns span { min-width: 0 } .rows span { justify-content: flex-end; padding-right: .5rem }
+.frames { display: grid; grid-template-columns: repeat(var(--count), minmax(0, 1fr)); row-gap: .2rem }
+.frames input, .frames label { grid-column: var(--at); justify-self: center }
+.frames .frame { display: contents } .frames input { grid-row: 1; margin: 0; cursor: pointer; accent-color: #3f78d8 }
+.frames::before { content: ""; grid-row: 1; grid-column: 1 / -1; align-self: center; width: 100%; height: 2px }
+.frames::before { background: var(--edge); z-index: 0 } .frames input { z-index: 1; align-self: center }
+.frames label { grid-row: 2; color: var(--soft); font-size: clamp(.55rem, 1.9vw, .82rem); cursor: pointer }
+.frames input:checked + label { color: var(--ink); font-weight: 600 }
+.frames .sheet { grid-row: 3; grid-column: 1 / -1; display: none; width: 100%; margin-top: .6rem }
+.frames input:checked ~ .sheet { display: grid }
+.frames figcaption { grid-row: 4; grid-column: 1 / -1 }
 .table { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } caption { text-align: left; font-size: .88rem }
 caption { margin-bottom: .3rem }
@@ -78,6 +88,8 @@ footer { margin-top: 3rem; font-size: .85rem }
   h2 { margin-top: 1.6rem; break-after: avoid } section > p { break-after: avoid; break-inside: avoid }
   p, figcaption { orphans: 3; widows: 3 }
   figure, .facts div, .list, pre, tr { break-inside: avoid } thead { display: table-header-group }
+  .frames { grid-template-columns: repeat(3, minmax(0, 1fr)) } .frames::before, .frames input { display: none }
+  .frames .frame { display: block; width: 100% } .frames .sheet { display: grid }
   .table { overflow: visible } table { font-size: .9em } td, th { white-space: normal }
   .gallery { grid-template-columns: repeat(2, minmax(0, 1fr)) } .gallery svg text { font-size: 20px }
   code { background: #eee } img { print-color-adjust: exact; -webkit-print-color-adjust: exact }
@@ -105,6 +117,14 @@ class Figure:
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     legend: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """Pictures of which one is seen, chosen along a row of buttons, by arrow keys too; on paper all of them are."""
+
+    pictures: tuple[tuple[str, Figure], ...]
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,6 +165,7 @@ class Section:
     listings: tuple[Listing, ...] = ()
     commands: tuple[str, ...] = ()
     least: str = "18rem"
+    frames: tuple[Frames, ...] = ()
 
 
 def write_report(path: Path, sections: Sequence[Section], title: str = "undiffuse", lead: str = "") -> None:
@@ -201,6 +222,7 @@ def _section(number: int, section: Section) -> str:
         figures = "".join(map(_figure, section.gallery))
         parts.append(f'<div class="gallery" style="--least: {section.least}">{figures}</div>')
     parts += [_figure(figure) for figure in section.figures]
+    parts += [_frames(f"s{number}f{i}", frames) for i, frames in enumerate(section.frames)]
     parts += [_table(table) for table in section.tables]
     if section.listings:
         parts.append(f'<div class="lists">{"".join(map(_listing, section.listings))}</div>')
@@ -221,11 +243,26 @@ def _figure(figure: Figure) -> str:
     caption = f"<figcaption>{_inline(figure.caption)}</figcaption>" if figure.caption else ""
     if isinstance(figure.content, str):
         return f"<figure>{figure.content}{_legend(figure.legend)}{caption}</figure>"
-    data = base64.b64encode(png(figure.content)).decode()
-    width, height = figure.content.size
+    return f"<figure>{_sheet(figure, figure.content)}{caption}</figure>"
+
+
+def _sheet(figure: Figure, picture: Image.Image) -> str:
+    data = base64.b64encode(png(picture)).decode()
+    width, height = picture.size
     image = f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{escape(figure.caption)}">'
     sides = _labels("columns", figure.columns) + _labels("rows", figure.rows)
-    return f'<figure><div class="sheet" style="--width: {width}px">{sides}{image}</div>{caption}</figure>'
+    return f'<div class="sheet" style="--width: {width}px">{sides}{image}</div>'
+
+
+def _frames(name: str, frames: Frames) -> str:
+    parts, shown = list[str](), len(frames.pictures) // 2
+    for i, (label, figure) in enumerate(frames.pictures):
+        assert not isinstance(figure.content, str)
+        button = f'<input type="radio" name="{name}" id="{name}-{i}"{" checked" * (i == shown)}>'
+        text = f'<label for="{name}-{i}">{escape(label)}</label>'
+        parts.append(f'<div class="frame" style="--at: {i + 1}">{button}{text}{_sheet(figure, figure.content)}</div>')
+    caption = f"<figcaption>{_inline(frames.caption)}</figcaption>" if frames.caption else ""
+    return f'<figure class="frames" style="--count: {len(parts)}">{"".join(parts)}{caption}</figure>'
 
 
 def _legend(names: Sequence[str]) -> str:
