@@ -3,9 +3,9 @@
     python bench/codec.py fashion-mnist --data fashion-mnist
 
 The first 96 test images, as one archive and as files of their own, with loss and without. Their size stands beside
-the model's bound for the same distortion: of 1,000 steps as `undiffuse nll --rate-distortion` has it, and in continuous
-time from x̂_0 at 128 times, ½ ∫ mse dSNR. Other formats (Pillow, with the extra `pictures`) are asked for many
-qualities, and their size at equal PSNR is read off: as single files, less a flat image of that size, and as one mosaic.
+the model's bound for the same distortion, from x̂_0 at 128 times: of 1,000 steps, and in continuous time. Other formats
+(Pillow, with the extra `pictures`) are asked for many qualities, and their size at equal PSNR is read off: as single
+files, less a flat image of that size, and as one mosaic.
 Prefixes are those of the single files. Times are medians, of one image and with one thread. What is there for the same
 weights is not measured again. Writes `bench/codec-NAME.json`, and table `codec-NAME`, plot and strip of docs/codec.md.
 """
@@ -32,16 +32,16 @@ from machine import machine, made_of, publish
 from torch import Tensor
 
 import undiffuse
-from undiffuse.codec import tables
+from undiffuse.codec import ledger, tables
 from undiffuse.codec.container import Group, Header, pack
 from undiffuse.codec.stream import GROUP, Codec
-from undiffuse.data.source import Source, open_source
+from undiffuse.data.source import open_source
 from undiffuse.figure import line_plot, picture
 from undiffuse.machine import disk
-from undiffuse.measure import nll
 from undiffuse.model.model import to_uint8
 
 HERE = Path(__file__).parent
+NODES = 128  # at which x̂_0 is measured
 PREFIXES = (20, 30, 40, 50, 80, 120, 200)
 PSNRS = (25, 30, 35, 40, 45)
 LOSSY: dict[str, list[dict[str, Any]]] = {
@@ -89,23 +89,25 @@ def bits(codec: Codec, archive: bytes) -> float:
     return count / parsed.header.count
 
 
-def bound(codec: Codec, source: Source, images: Images) -> list[Row]:
-    """Bits an image that were received and RMSE of x̂_0, of a chain of 1,000 steps and in continuous time."""
-    query = nll.Nll(images=len(images), draws=None, steps=1000, batch=96)
-    curve = nll.terms_of(codec.model, source, query).rate_distortion()
-    rows = [{"of": "1000 steps", "bits": row["rate"] * codec.plan.values, "rmse": row["rmse"]} for row in curve[::5]]
-    rows.append({"of": "1000 steps", "bits": curve[-1]["rate"] * codec.plan.values, "rmse": curve[-1]["rmse"]})
-    nodes = tables.measured(codec.model, images, count=128)
-    logsnr = codec.model.process.logsnr(torch.tensor([node.t for node in nodes], dtype=torch.float64)).numpy()
-    fine = np.linspace(logsnr[0], logsnr[-1], 20_000)
-    mse = np.exp(np.interp(fine, logsnr, np.log([node.square for node in nodes])))
-    slope = mse * np.exp(fine)
-    rate = np.concatenate([[0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(fine))])
-    rate *= codec.plan.values / 2 / np.log(2)
-    return rows + [
-        {"of": "continuous", "bits": float(rate[i]), "rmse": float(127.5 * mse[i] ** 0.5)}
-        for i in range(0, len(fine), 100)
-    ]
+def bound(codec: Codec, images: Images) -> Row:
+    """Bits an image and RMSE of x̂_0, of a chain of 1,000 steps and in continuous time, and totals of shorter lists.
+
+    Totals go to where the tables end, as `ends` of both bounds do.
+    """
+    process, values = codec.model.process, codec.plan.values
+    nodes = tables.measured(codec.model, images, count=NODES)
+    curve = ledger.Curve.of(nodes, process, values)
+    both = {"1000 steps": curve.stepped(process, 1000), "continuous": curve.continuous()}
+    end = 127.5 * nodes[tables.ending(nodes)].square ** 0.5
+    return {
+        "rows": [
+            {"of": of, "bits": float(each.bits[i]), "rmse": float(each.rmse[i])}
+            for of, each in both.items()
+            for i in sorted({*range(0, len(each.bits), 100), *range(max(0, len(each.bits) - 1000), len(each.bits))})
+        ],
+        "totals": ledger.totals(nodes, process, values, (16, 24, 32, 50, 100)),
+        "ends": {of: each.at(end) for of, each in both.items()} | {"rmse": end},
+    }
 
 
 def bits_at(rows: list[Row], of: str, rmse: float) -> float:
@@ -207,7 +209,7 @@ def _median(run: Callable[[int], Any]) -> float:
 
 
 def table(result: Row) -> str:
-    coded_, rows = result["coded"], result["bound"]
+    coded_, rows = result["coded"], result["bound"]["rows"]
     lossy, exact, values = coded_["lossy"], coded_["lossless"], result["values"]
     lines = ["| bytes an image, whole files | archive of 96 | single files |", "|---|---|---|"]
     lines.append(f"| with loss, {lossy['rmse']:.2f} grey levels off | {lossy['archive']:.0f} | {lossy['single']:.0f} |")
@@ -237,9 +239,31 @@ def table(result: Row) -> str:
     for row in result["prefixes"]:
         ideal = bits_at(rows, "1000 steps", row["rmse"]) / 8
         lines.append(f"| {row['bytes']} | {row['rmse']:.1f} | {row['drawn']:.1f} | {ideal:.0f} |")
+    lines += ["", *first_bytes(result), "", *lists(result["bound"])]
     took = result["seconds"]
     lines += ["", f"One image, one thread: encoded in {took['encode']:.2f} s, decoded in {took['decode']:.2f} s."]
     return "\n".join([*lines, "", f"{result['machine']['processor']}, {result['date']}; `{result['command']}`."])
+
+
+def first_bytes(result: Row) -> list[str]:
+    """Of the archive."""
+    lines = ["| bytes an image of the archive | RMSE of the mean | over the bound of 1,000 steps |", "|---|---|---|"]
+    for row in result["ours"]:
+        if row["mosaic"] < 60:
+            rmse = 255 / 10 ** (row["mosaic_psnr"] / 20)
+            over = 8 * row["mosaic"] / bits_at(result["bound"]["rows"], "1000 steps", rmse)
+            lines.append(f"| {row['mosaic']:.1f} | {rmse:.1f} | {over:.2f} |")
+    return lines
+
+
+def lists(found: Row) -> list[str]:
+    """Bits by the formula."""
+    ends, heads = found["ends"], "equal variances | fitted | fitted by value"
+    lines = [f"| bits by the formula, to {found['ends']['rmse']:.2f} grey levels | {heads} |", "|---|---|---|---|"]
+    for row in found["totals"]:
+        lines.append(f"| {row['steps']} steps | {row['equal']:.0f} | {row['fitted']:.0f} | {row['by_value']:.0f} |")
+    names = {"1000 steps": "the chain of 1,000 steps", "continuous": "continuous time"}
+    return lines + [f"| {name} | {ends[of]:.0f} | | |" for of, name in names.items()]
 
 
 def plot(result: Row) -> str:
@@ -292,7 +316,7 @@ def main() -> None:
         "ours": lambda: ours_at(codec, images),
         "others": lambda: {kind: other(images, kind) for kind in LOSSY},
         "rivals": lambda: rivals(images),
-        "bound": lambda: bound(codec, test, images),
+        "bound": lambda: bound(codec, images),
     }
     for name, part in parts.items():
         if name not in result:

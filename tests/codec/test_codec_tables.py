@@ -17,13 +17,14 @@ from undiffuse.codec.container import Header
 from undiffuse.codec.plan import EXTRA, KNOTS, MOST_BITS, SCALES
 from undiffuse.codec.stream import Codec
 from undiffuse.config import plain
-from undiffuse.diffusion.denoiser import Mu
+from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall, Mu
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Cosine, Edm, Linear, Straight
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.model import fitted
 from undiffuse.model.load import load, save, shipped
 from undiffuse.model.model import Model
+from undiffuse.network.base import Conditioning
 
 RISING = tuple(0.4 + 0.1 * k for k in range(KNOTS))
 
@@ -32,6 +33,27 @@ RISING = tuple(0.4 + 0.1 * k for k in range(KNOTS))
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+class Named(torch.nn.Module):
+    """x̂_0 is 0.5 for class 1, −0.5 for class 0, and 0 untold."""
+
+    def forward(self, x, time, cond):
+        return torch.zeros_like(x) + (0.5 if cond.label is None else cond.label[:, None, None, None]) - 0.5
+
+
+def test_tables_are_of_images_that_are_told_their_class():
+    """Where files say it: half of the images are off by as much as their class says."""
+    base = gaussian((1, 4, 4))
+    model = Model(replace(base.config, classes=2), Denoiser(Named(), base.process, X0(), FixedSmall(), "logsnr"), {})
+    images = torch.cat([torch.full((4, 1, 4, 4), 64, dtype=torch.uint8), torch.full((4, 1, 4, 4), 191)]).byte()
+    told = Conditioning(torch.tensor([0] * 4 + [1] * 4))
+    off = (0.5 - 63.5 / 127.5) ** 2
+    assert [each.square for each in tables.measured(model, images, told, 3)] == pytest.approx([off] * 3, rel=1e-3)
+    assert [each.square for each in tables.measured(model, images, count=3)] == pytest.approx([0.5**2] * 3, rel=0.02)
+    seen = list[list[torch.Tensor]]()
+    Codec(model, gaussian_plan(base)).groups(images, Header(b"1234", 2, 8, 4), seen=seen, cond=told)
+    assert [part[0].unique().tolist() for part in seen] == [[-0.5], [0.5]]
 
 
 def node(t: float, v: float) -> tables.Node:

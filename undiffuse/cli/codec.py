@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.encode import FileArg, ModelOpt, parsed_of, reader
+from undiffuse.cli.encode import ClassOpt, FileArg, ModelOpt, class_of, parsed_of, reader
 from undiffuse.cli.options import (
     DataArg,
     DeviceOpt,
@@ -97,6 +97,8 @@ def fit(
     from undiffuse.codec import tables
     from undiffuse.machine import log
     from undiffuse.model import fitted
+    from undiffuse.model.classes import told_of
+    from undiffuse.network.base import NOTHING
 
     loaded = open_model(model, device, weights=weights)
     there = fitted.raw(loaded.run, loaded.digest(), fitted.CODEC) or loaded.meta.get("codec")
@@ -104,11 +106,14 @@ def fit(
         show({"tables": "there already", "ident": tables.of(loaded).ident.hex()}, as_json)
         return
     source = open_like(loaded, data, split, skip_bad, reading)
-    some = source.gather(_first(len(source), images))[0]
+    index = _first(len(source), images)
+    some, classes = source.gather(index)[0], loaded.classes
+    always = classes is not None and not classes.unlabelled  # then files of it are told a class
+    cond = told_of(classes, source, index).conditioning if always else NOTHING
     if not as_json:
         log.say(tables.cost(loaded, len(some)))
     with ticking(tables.turns(len(some), steps), "fitting", as_json) as tick:
-        plan = tables.fit(loaded, some, steps, memory, tick)
+        plan = tables.fit(loaded, some, steps, memory, tick, cond)
     bits = sum(plan.bits[step][len(plan.bits[step]) // 2] for step in range(plan.steps))
     kept = {"ident": plan.ident.hex(), "steps": plan.steps, "bits_an_image": bits, "usual": plan.usual}
     show({"tables": tables.keep(plan, loaded), **kept}, as_json)
@@ -169,6 +174,7 @@ def bench(
     model: ModelArg,
     data: DataArg,
     images: Annotated[int, typer.Option("--images", "-n", help="How many are coded, with means over them")] = 32,
+    label: ClassOpt = None,
     split: SplitOpt = "test",
     skip_bad: SkipBadOpt = False,
     reading: ReadOpt = None,
@@ -192,10 +198,10 @@ def bench(
 
     loaded = open_model(model, device, weights=weights)
     codec = Codec(loaded, tables.of(loaded))
-    source = open_like(loaded, data, split, skip_bad, reading)
+    number, source = class_of(loaded, label), open_like(loaded, data, split, skip_bad, reading)
     some = source.gather(_first(len(source), images))[0]
     with ticking(ledger.turns(codec, len(some)), "measuring", as_json) as tick:
-        found = ledger.compared(codec, some, tick)
+        found = ledger.compared(codec, some, tick, number)
     if not as_json:
         found = {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
     show(found, as_json)

@@ -8,7 +8,6 @@ import typer
 
 from undiffuse.cli.options import (
     DeviceOpt,
-    LabelOpt,
     ModelArg,
     OverwriteOpt,
     SeedOpt,
@@ -35,6 +34,10 @@ FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="A file that `undi
 ModelOpt = Annotated[
     str | None, typer.Option("--model", help="The model that made the file; a shipped one is found by itself")
 ]
+ClassOpt = Annotated[
+    str | None,
+    typer.Option("--label", help="The class of the images, by name or number, kept in the file; none unless given"),
+]
 DRAWINGS = {"flow": ("unipc-2", 10), "ancestral": ("ancestral", 50)}
 
 
@@ -55,7 +58,7 @@ def encode(
     resize: Annotated[
         bool, typer.Option("--resize", help="Crop and resize to the size of the model's images; else windows are used")
     ] = False,
-    label: LabelOpt = None,
+    label: ClassOpt = None,
     split: SplitOpt = "test",
     seed: SeedOpt = 0,
     check: Annotated[
@@ -86,8 +89,7 @@ def encode(
     writable_file(out, overwrite)
     loaded = open_model(model, device, weights=weights)
     codec, images = Codec(loaded, tables.of(loaded)), _images(loaded, source, split, n, resize)
-    number = None if label is None or loaded.classes is None else loaded.classes.number(label)
-    loaded.told(label, len(images))  # refuses what is no label
+    number = class_of(loaded, label)
     with ticking(codec.turns(len(images), codec.plan.tail.step if lossless else steps), "encoding", as_json) as tick:
         written = codec.write(images, steps, GROUP, seed, number, lossless, tick)
     data, found = written.data, written.shown
@@ -159,6 +161,16 @@ def decode(
     if parsed.status != "complete" and dist.is_first():
         log.warn(f"{file}: {parsed.why}; what is before that is decoded")
     show({"images": len(images), "status": parsed.status, "bytes": len(data), **written}, as_json)
+
+
+def class_of(model: "Model", label: str | None) -> int | None:
+    """The one class that a file says; None where it says none. Raises UsageError for what is no class."""
+    from undiffuse.model.classes import NONE
+
+    if label is None or model.classes is None or (label == NONE and NONE not in model.classes.names):
+        model.told(label, 1)
+        return None
+    return model.classes.number(label)
 
 
 def _images(model: "Model", source: str, split: str, n: int | None, resize: bool) -> "Tensor":

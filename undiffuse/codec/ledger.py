@@ -89,11 +89,15 @@ def totals(nodes: Sequence[Node], process: Process, values: int, counts: Sequenc
 
 
 def files(
-    codec: Codec, images: UInt8[Tensor, "n c h w"], group: int = GROUP, tick: Callable[[int], None] | None = None
+    codec: Codec,
+    images: UInt8[Tensor, "n c h w"],
+    group: int = GROUP,
+    tick: Callable[[int], None] | None = None,
+    label: int | None = None,
 ) -> dict[str, Any]:
     """Bytes an image of one file of these images, with loss and without, and how far the former is off."""
     n, began = len(images), time.perf_counter()
-    header, seen = Header(codec.plan.ident, codec.plan.steps, n, min(group, n)), list[list[Tensor]]()
+    header, seen = Header(codec.plan.ident, codec.plan.steps, n, min(group, n), label=label), list[list[Tensor]]()
     groups = codec.groups(images, header, tick, seen)
     lossy = codec.packed(images, header, groups, [estimates[-1] for estimates in seen])
     took, last = time.perf_counter() - began, codec.plan.tail.step
@@ -119,13 +123,17 @@ def turns(codec: Codec, n: int, group: int = GROUP) -> int:
 
 
 def compared(
-    codec: Codec, images: UInt8[Tensor, "n c h w"], tick: Callable[[int], None] | None = None
+    codec: Codec,
+    images: UInt8[Tensor, "n c h w"],
+    tick: Callable[[int], None] | None = None,
+    label: int | None = None,
 ) -> dict[str, float | int]:
     """What `undiffuse codec bench` prints: bytes an image, their ratio to both bounds, bits a value, and seconds."""
     values, steps = images[0].numel(), codec.model.process.steps or 1000
-    curve = Curve.of(tables.measured(codec.model, images, tick=tick), codec.model.process, values)
-    together = files(codec, images, tick=tick)
-    apart = [files(codec, image[None], 1, tick) for image in images]
+    nodes = tables.measured(codec.model, images, codec.told(label, len(images)), tick=tick)
+    curve = Curve.of(nodes, codec.model.process, values)
+    together = files(codec, images, GROUP, tick, label)
+    apart = [files(codec, image[None], 1, tick, label) for image in images]
     single = {name: float(np.mean([row[name] for row in apart])) for name in together}
     both = {"archive": together, "single": single}
     bounds = {f"{steps}_steps": curve.stepped(codec.model.process, steps), "continuous": curve.continuous()}
@@ -139,7 +147,7 @@ def compared(
         found[f"{kind.lower()}_lossless_bits"] = (
             8 * sum(size(image, kind, options) for image in images) / images.numel()
         )
-    data, began = codec.encode(images[:1]), time.perf_counter()
+    data, began = codec.encode(images[:1], label=label), time.perf_counter()
     codec.decode(data).mean()
     return found | {"encode_seconds": single["encode_seconds"], "decode_seconds": time.perf_counter() - began}
 

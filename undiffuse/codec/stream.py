@@ -118,12 +118,13 @@ class Codec:
         tick: Tick = None,
         seen: list[list[Float[Tensor, "_ c hh ww"]]] | None = None,
         last: bool = False,
+        cond: Conditioning | None = None,
     ) -> list[Group]:
-        """The bits of images, before they are packed.
+        """The bits of images, before they are packed; `cond` is said of them in place of the class of the header.
 
         Into `seen` goes x̂_0 of each group before each step and after the last one, or that `last` one alone.
         """
-        keys, cond = Key(header.seed).rows(len(images)), self._told(header.label, len(images))
+        keys, cond = Key(header.seed).rows(len(images)), cond or self.told(header.label, len(images))
         images, found = _on_canvas(images, canvas(header.size, self.model.image_shape)), list[Group]()
         for some in header.groups():
             part = slice(some.start, some.stop)
@@ -147,7 +148,7 @@ class Codec:
         """What a file says, as far as it is there. Raises Corrupt where nothing of it can be used."""
         parsed = container.parse(data, self.plan, self.model.image_shape)
         header, shape = parsed.header, canvas(parsed.header.size, self.model.image_shape)
-        keys, cond = Key(header.seed).rows(header.count), self._told(header.label, header.count)
+        keys, cond = Key(header.seed).rows(header.count), self.told(header.label, header.count)
         chains = list[tuple[Chain, int]]()
         for some, found in zip(header.groups(), parsed.groups, strict=True):
             part = slice(some.start, some.stop)
@@ -181,7 +182,8 @@ class Codec:
                 there = f"give {low} to {high}" if high >= low else "this model was trained without classes"
                 raise UsageError(f"{what} {value} is not possible; {there}")
 
-    def _told(self, label: int | None, n: int) -> Conditioning:
+    def told(self, label: int | None, n: int) -> Conditioning:
+        """A class, or none, of n images."""
         if label is None:
             return NOTHING
         return Conditioning(torch.full((n,), label, dtype=torch.int64, device="cpu"))

@@ -192,8 +192,12 @@ def fit(
     steps: int = STEPS,
     memory: int = 12,
     tick: Callable[[int], None] | None = None,
+    cond: Conditioning = NOTHING,
 ) -> Plan:
-    """What `undiffuse codec fit` keeps, from images like those that the model was trained on. Raises UsageError."""
+    """What `undiffuse codec fit` keeps, from images like those that the model was trained on.
+
+    `cond` is what files will say of them: their classes, if the model was never trained without. Raises UsageError.
+    """
     model.refuse_distilled("a codec")
     if model.config.parameterisation.needs_table:
         raise UsageError("mu prediction holds for steps of 1/T only, and files take few; train eps, x0 or v")
@@ -201,11 +205,12 @@ def fit(
         raise UsageError(f"{steps} steps are not possible; give 1 or more")
     if memory not in WASTE:
         raise UsageError(f"memory = {memory} is not possible; give {', '.join(map(str, WASTE))}")
-    found, values = measured(model, images, tick=tick), prod(model.image_shape)
+    found, values = measured(model, images, cond, tick=tick), prod(model.image_shape)
     made = plan(found, model.process, model.digest(), len(images), values, steps, memory)
     codec, some = Codec(model, made), images[:CODED]
     seen = list[list[Float[Tensor, "b c h w"]]]()  # of each group x̂_0 before every step and after the last one
-    groups = codec.groups(some, Header(made.ident, made.steps, len(some), GROUP), tick, seen)
+    header = Header(made.ident, made.steps, len(some), GROUP)
+    groups = codec.groups(some, header, tick, seen, cond=cond.at(slice(0, CODED)))
     usual = int(np.percentile([n for group in groups for n in codec.bits(group, values)], 99))
     return replace(made, usual=usual, tail=ended(made, codec, some, groups, seen))
 
