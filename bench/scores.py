@@ -97,22 +97,24 @@ def main() -> None:
     parser.add_argument("--data", help="the data, if the set has not the name of the model")
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, nargs="+", default=list(CHAINS.values()), help="of the chains")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("runs/scores"), help="where samples are kept")
     parser.add_argument("--table", action="store_true", help="only write the table again")
     options = parser.parse_args()
     out = HERE / f"scores-{options.name}.json"
-    result = json.loads(out.read_text()) if out.exists() else {}
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     if not options.table:
         model, data = load(options.name, "cpu"), options.data or options.name
         features = FEATURES[model.image_shape[0]]
         command = f"python bench/scores.py {options.name} --n {options.n} --seeds {options.seeds}"
         of = made_of(options.name, *features)
         before = result["chains"] if (result.get("made_of"), result.get("n")) == (of, options.n) else {}
+        command += "" if options.steps == list(CHAINS.values()) else f" --steps {' '.join(map(str, options.steps))}"
         result = {"command": command + (f" --data {data}" if options.data else ""), "date": date.today().isoformat()}
         result |= {"n": options.n, "made_of": of, "machine": machine(), "chains": before}
         options.work.mkdir(parents=True, exist_ok=True)
-        for name, steps in CHAINS.items():
+        for name, steps in ((name, steps) for name, steps in CHAINS.items() if steps in options.steps):
             seeds = range(1 if steps == model.process.steps else options.seeds)
             if before.get(name, {}).get("seeds") == list(seeds):
                 continue

@@ -84,25 +84,31 @@ def test_the_walk_is_the_cheapest_of_all(steps):
     nodes = [node(float(t), float(0.3 * t**3)) for t in times]
     snr = process.logsnr(torch.from_numpy(times)).exp().tolist()
 
-    def cost(walk) -> float:
-        return sum(1.1 * nodes[i].kl(snr[j] - snr[i], 50) + 1 for i, j in itertools.pairwise(walk))
+    fine = [node.kl(b - a, 50) for node, (a, b) in zip(nodes, itertools.pairwise(snr), strict=False)]
+
+    def cost(walk, early=None) -> float:
+        weights = [1 if early is None else 1 / (early + sum(fine[:i])) for i in range(7)]
+        return sum(weights[i] * nodes[i].kl(snr[j] - snr[i], 50) for i, j in itertools.pairwise(walk))
 
     every = [(0, *inner, 6) for inner in itertools.combinations(range(1, 6), steps - 1)]
     best = min(every, key=cost)
-    assert tables.shortest(nodes, process, 50, steps, 0.1) == [nodes[i] for i in best]
+    assert tables.shortest(nodes, process, 50, steps) == [nodes[i] for i in best]
     assert steps in (1, 6) or cost(best) < 0.98 * np.mean([cost(each) for each in every])
+    soon = min(every, key=lambda walk: cost(walk, 0.01))
+    assert tables.shortest(nodes, process, 50, steps, early=0.01) == [nodes[i] for i in soon]
+    assert steps != 3 or soon < best  # shorter steps at first
 
 
 @pytest.mark.parametrize("steps", range(1, 64))
 def test_layers_have_all_steps_and_the_last_step_is_one_of_its_own(steps):
     sizes = tables.layers(steps)
     assert sum(sizes) == steps and min(sizes) > 0
-    assert sizes[0] == min(4, steps) and max(sizes[1:], default=1) <= 3
-    assert steps <= 4 or sizes[-1] == 1
+    assert sizes[0] == min(8, max(1, steps // 4)) and max(sizes[1:], default=1) <= 4
+    assert steps < 2 or sizes[-1] == 1
 
 
 def test_layers_by_hand():
-    assert tables.layers(24) == (4, 3, 3, 3, 3, 3, 3, 1, 1) and tables.layers(9) == (4, 3, 1, 1)
+    assert tables.layers(32) == (8, 4, 4, 4, 4, 4, 3, 1) and tables.layers(9) == (2, 2, 2, 2, 1)
 
 
 def test_what_is_measured_is_what_the_denoiser_is_off():

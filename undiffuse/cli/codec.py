@@ -70,7 +70,7 @@ def fit(
     model: ModelArg,
     data: DataArg,
     images: Annotated[int, typer.Option("--images", "-n", help="How many are looked at, 64 evaluations each")] = 256,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of a file: evaluations to write or to read it")] = 24,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of a file: evaluations to write or to read it")] = 32,
     memory: Annotated[
         int,
         typer.Option("--memory", help="Bits that a value depends on: 10, 12, 14 or 16; 2 more take 4 times the search"),

@@ -81,7 +81,7 @@ def totals(nodes: Sequence[Node], process: Process, values: int, counts: Sequenc
     for count in counts:
         row: dict[str, Any] = {"steps": count}
         for name, cost in WAYS.items():
-            walk = shortest(some, process, values, count, 0.0, cost)
+            walk = shortest(some, process, values, count, cost)
             snr = snr_of(process, walk)
             row[name] = sum(cost(node, b - a, values) for node, (a, b) in zip(walk, pairwise(snr), strict=False))
         rows.append(row)

@@ -31,8 +31,9 @@ from undiffuse.model.load import load, shipped
 from undiffuse.model.model import Model, to_float
 from undiffuse.network.base import NOTHING, Conditioning
 
-NODES, IMAGES, STEPS, BATCH = 64, 256, 24, 64
-FIRST, LAYER = 4, 3  # steps of the first layer, which has no scale, and of the others
+NODES, IMAGES, STEPS, BATCH = 64, 256, 32, 64
+FIRST, LAYER = 8, 4  # steps of the first layer, which has no scale, and of the others, at most
+EARLY = 30.0  # bits; see `shortest`
 FLOOR = 0.05  # of h: no value is sure
 END = 0.6  # grey levels that x̂_0 is off at the end: below it the bits do little
 WASTE = {10: 0.125, 12: 0.095, 14: 0.075, 16: 0.06}  # bits of a path on top of its KL, by its memory
@@ -108,14 +109,25 @@ Cost = Callable[[Node, float, int], float]
 
 
 def shortest(
-    nodes: Sequence[Node], process: Process, values: int, steps: int, waste: float, cost: Cost = Node.kl
+    nodes: Sequence[Node],
+    process: Process,
+    values: int,
+    steps: int,
+    cost: Cost = Node.kl,
+    early: float | None = None,
 ) -> list[Node]:
-    """The nodes that `steps` steps, from the first one to the last one, walk in the fewest bits."""
+    """The nodes that `steps` steps, from the first one to the last one, walk in the fewest bits.
+
+    With `early`, a bit counts for less the more have been sent before, 1 / (early + bits), so that the first part of a
+    file is near its bound as well as the whole.
+    """
     snr, n = snr_of(process, nodes), len(nodes)
+    sent = np.cumsum([0.0, *(node.kl(b - a, values) for node, (a, b) in zip(nodes, pairwise(snr), strict=False))])
     costs = np.full((n, n), np.inf)
     for i, node in enumerate(nodes):
+        weight = 1.0 if early is None else 1 / (early + sent[i])
         for j in range(i + 1, n):
-            costs[i, j] = (1 + waste) * cost(node, snr[j] - snr[i], values)
+            costs[i, j] = weight * cost(node, snr[j] - snr[i], values)
     least, came = np.full(n, np.inf), list[np.ndarray]()
     least[0] = 0
     for _ in range(min(steps, n - 1)):
@@ -135,9 +147,9 @@ def ending(nodes: Sequence[Node]) -> int:
 
 def layers(steps: int) -> tuple[int, ...]:
     """Steps of each layer; the last step has a scale of its own, as it costs the most bits."""
-    sizes = [min(FIRST, steps)]
+    sizes, each = [min(FIRST, max(1, steps // 4))], min(LAYER, max(2, steps // 8))
     while (left := steps - sum(sizes)) > 0:
-        sizes.append(min(LAYER, left - 1) if left > 1 else 1)
+        sizes.append(min(each, left - 1) if left > 1 else 1)
     return tuple(sizes)
 
 
@@ -155,7 +167,7 @@ def plan(
     if end < steps:
         raise UsageError(f"{steps} steps are more than the {end} times that were measured; give fewer")
     waste = WASTE[memory]
-    *walk, last = shortest(nodes[: end + 1], process, values, steps, waste)
+    *walk, last = shortest(nodes[: end + 1], process, values, steps, early=EARLY)
     rises = [b - a for a, b in pairwise(snr_of(process, [*walk, last]))]
     costs = [
         [node.kl(rise, values, k) for k in range(-SCALES, SCALES + 1)] for rise, node in zip(rises, walk, strict=True)
