@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from bits import MOSAIC, rivals
 from jaxtyping import UInt8
-from machine import machine, made_of, publish
+from machine import TABLES, machine, made_of, publish
 from torch import Tensor
 
 import undiffuse
 from undiffuse.codec import ledger, tables
-from undiffuse.codec.container import Group, Header, pack
+from undiffuse.codec.container import Header, pack
 from undiffuse.codec.stream import GROUP, Codec
 from undiffuse.data.source import open_source
 from undiffuse.figure import line_plot, picture
@@ -112,8 +112,9 @@ def bound(codec: Codec, images: Images) -> Row:
 
 def bits_at(rows: list[Row], of: str, rmse: float) -> float:
     """Of the bound, at a distortion; the last one where it does not come so near."""
-    chosen = sorted((row["rmse"], row["bits"]) for row in rows if row["of"] == of)
-    return float(np.interp(np.log(rmse), np.log([x for x, _ in chosen]), [y for _, y in chosen]))
+    chosen = [row for row in rows if row["of"] == of]
+    found = (np.array([row[key] for row in chosen]) for key in ("bits", "rmse"))
+    return ledger.Bound(*found).at(rmse)
 
 
 def prefixes(codec: Codec, images: Images) -> list[Row]:
@@ -182,8 +183,7 @@ def shorter(codec: Codec, images: Images) -> list[tuple[int, Images]]:
     header = Header(plan.ident, plan.steps, len(images), min(GROUP, len(images)))
     groups = codec.groups(images, header, None, seen)
     for steps in range(2, plan.steps + 1):
-        layers = sum(first < steps for first in plan.starts())
-        some = [Group(group.scales[:layers], group.paths[:steps]) for group in groups]
+        some = [codec.first(group, steps) for group in groups]
         found = torch.cat([estimates[steps] for estimates in seen])
         rows.append((len(pack(replace(header, steps=steps), some, plan)), to_uint8(found)))
     return rows
@@ -299,8 +299,8 @@ def main() -> None:
     count, path = int(np.prod(MOSAIC)), HERE / f"codec-{given.name}.json"
     images = test.gather(torch.arange(count, dtype=torch.int64, device="cpu"))[0]
     result: Row = json.loads(path.read_text()) if path.exists() else {}
-    of, ident = made_of(given.name), codec.plan.ident.hex()
-    result = result if (result.get("made_of"), result.get("tables")) == (of, ident) else {}
+    of = made_of(given.name, TABLES + given.name)
+    result = result if result.get("made_of") == of else {}
 
     def with_float() -> Row:
         found = coded(codec, images)
@@ -321,7 +321,6 @@ def main() -> None:
     for name, part in parts.items():
         if name not in result:
             result |= {name: part(), "values": codec.plan.values, "machine": machine(), "made_of": of, "seed": 0}
-            result["tables"] = ident
             result |= {
                 "command": f"python bench/codec.py {given.name} --data {given.data}",
                 "date": date.today().isoformat(),

@@ -16,7 +16,6 @@ and the table `codec-edges` of docs/codec.md.
 
 import argparse
 import json
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,28 +24,28 @@ import numpy as np
 import torch
 from bits import RIVALS, size
 from jaxtyping import Float, UInt8
-from machine import machine, made_of, publish
+from machine import TABLES, machine, made_of, publish
 from PIL import Image
 from torch import Tensor, nn
 
 import undiffuse
 from undiffuse.codec import ledger, tables
-from undiffuse.codec.stream import Codec, Decoded
+from undiffuse.codec.stream import Codec
 from undiffuse.data.source import open_source
 from undiffuse.diffusion.windows import places
 from undiffuse.machine import disk
 from undiffuse.network.base import Conditioning
 
 HERE, SIDE, TILES, IMAGES = Path(__file__).parent, 128, 8, 32
-STEPS = (4, 10, 24)
+STEPS = (8, 16, 32)
 Row = dict[str, Any]
 Images = UInt8[Tensor, "n c h w"]
 
 
 def opened(folder: Path, channels: int) -> dict[str, UInt8[Tensor, "c h w"]]:
     """Each halved, by the mean of four pixels, until it is small."""
-    found = {}
-    for path in sorted(each for each in folder.iterdir() if each.suffix in (".png", ".jpg", ".tif")):
+    found, every = {}, folder.iterdir() if folder.is_dir() else ()
+    for path in sorted(each for each in every if each.suffix in (".png", ".jpg", ".tif")):
         with Image.open(path) as picture:
             small = picture.convert("L" if channels == 1 else "RGB")
             while max(small.size) > SIDE:
@@ -82,27 +81,24 @@ def seams(codec: Codec, photos: dict[str, UInt8[Tensor, "c h w"]]) -> list[Row]:
 
 def machines(codec: Codec, images: Images) -> Row:
     data = codec.encode(images)
-    before = ends(codec.decode(data))
 
-    def apart(how: Callable[[], Decoded]) -> float:
-        difference = 127.5 * (ends(how()).double() - before.double())
-        return float(difference.square().flatten(1).mean(1).sqrt().max())
+    def decoded() -> Float[Tensor, "n c h w"]:
+        return torch.cat([chain.estimate(step) for chain, step in codec.decode(data).chains])
 
-    def threads() -> Decoded:
-        torch.set_num_threads(2)
-        try:
-            return codec.decode(data)
-        finally:
-            torch.set_num_threads(1)
+    before = decoded()
 
-    def plainly() -> Decoded:
-        with torch.backends.mkldnn.flags(enabled=False):
-            return codec.decode(data)
+    def apart(other: Float[Tensor, "n c h w"]) -> float:
+        return float((127.5 * (other.double() - before.double())).square().flatten(1).mean(1).sqrt().max())
 
-    found, network = {"two threads": apart(threads), "torch's own convolutions": apart(plainly)}, codec.model.denoiser
-    inner, network.network = network.network, OneByOne(network.network)
-    found["batches of one"] = apart(lambda: codec.decode(data))
-    network.network = inner
+    torch.set_num_threads(2)
+    found = {"two threads": apart(decoded())}
+    torch.set_num_threads(1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        found["torch's own convolutions"] = apart(decoded())
+    denoiser, inner = codec.model.denoiser, codec.model.denoiser.network
+    denoiser.network = OneByOne(inner)
+    found["batches of one"] = apart(decoded())
+    denoiser.network = inner
     return found
 
 
@@ -116,10 +112,6 @@ class OneByOne(nn.Module):
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         rows = (slice(i, i + 1) for i in range(len(x)))
         return torch.cat([self.network(x[row], time[row], cond.at(row)) for row in rows])
-
-
-def ends(found: Decoded) -> Float[Tensor, "n c h w"]:
-    return torch.cat([chain.estimate(step) for chain, step in found.chains])
 
 
 def unknown(codec: Codec, photos: dict[str, UInt8[Tensor, "c h w"]]) -> Row:
@@ -173,9 +165,13 @@ def main() -> None:
     images = source.gather(torch.arange(IMAGES, dtype=torch.int64, device="cpu"))[0]
     photos = opened(given.photos, model.image_shape[0])
     result: Row = {"seams": seams(codec, photos), "machines": machines(codec, images)}
-    result |= {"photographs": unknown(codec, photos), "photos": sorted(photos), "made_of": made_of(given.name)}
-    result |= {"tables": codec.plan.ident.hex(), "machine": machine(), "seed": 0, "date": date.today().isoformat()}
-    result["command"] = f"python bench/codec_edges.py {given.name} --data {given.data} --photos FOLDER"
+    result |= {
+        "photographs": unknown(codec, photos),
+        "photos": sorted(photos),
+        "made_of": made_of(given.name, TABLES + given.name),
+    }
+    result |= {"machine": machine(), "seed": 0, "date": date.today().isoformat()}
+    result["command"] = f"python bench/codec_edges.py {given.name} --data {given.data} --photos {given.photos}"
     path = HERE / f"codec_edges-{given.name}.json"
     disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     publish("codec.md", "codec-edges", table(result))

@@ -5,7 +5,7 @@
 Bits of an image (scales counted, no header) and RMSE at the end of all steps, over the model's bound at that RMSE:
 
 - the trellis of `undiffuse encode`, files of one image and of 16;
-- the best of 2^12 candidates for each 12 bits, as DDCM takes it: the index is sent as it is;
+- the best of 2^k candidates for each k bits, 12 or fewer, as DDCM takes it: the index is sent as it is;
 - candidates drawn with pieces of at most 14 bits and 2^16 candidates, as DiffC does it; the index is sent by its
   octave, which is cheaper than DiffC's Zipf code;
 - the same with pieces of at most 8 bits: Algorithm 3 as it is written (`undiffuse/codec/exact.py`).
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from machine import machine, made_of, publish
+from machine import TABLES, machine, made_of, publish
 from torch import Tensor
 
 import undiffuse
@@ -79,7 +79,7 @@ def by_rule(codec: Codec, images: UInt8[Tensor, "n c h w"], most: int, candidate
 
 
 def best(ratio: Float[np.ndarray, "k"], bits: int, random: np.random.Generator) -> tuple[int, float]:
-    return int(ratio.argmax()), log2(len(ratio))
+    return int(ratio[: 1 << bits].argmax()), bits
 
 
 def drawn(ratio: Float[np.ndarray, "k"], bits: int, random: np.random.Generator) -> tuple[int, float]:
@@ -117,22 +117,22 @@ def main() -> None:
     images = source.gather(torch.arange(IMAGES, dtype=torch.int64, device="cpu"))[0]
     curve = Curve.of(tables.measured(model, images, count=128), model.process, codec.plan.values)
     bounds = {"stepped": curve.stepped(model.process, 1000), "continuous": curve.continuous()}
-    path, of = HERE / f"codec_rules-{given.name}.json", made_of(given.name) | {"tables": codec.plan.ident.hex()}
+    path, of = HERE / f"codec_rules-{given.name}.json", made_of(given.name, TABLES + given.name)
     result: Row = json.loads(path.read_text()) if path.exists() else {}
-    result = result if result.get("of") == of else {"of": of, "rows": {}}
+    result = result if result.get("made_of") == of else {"made_of": of, "rows": {}}
     rules: dict[str, Callable[[], Row]] = {
         "trellis, 16 images a path": lambda: trellis(codec, images, 16),
         "trellis, one image": lambda: trellis(codec, images, 1),
-        "best of 2^12 for 12 bits (DDCM)": lambda: by_rule(codec, images, BLOCK, 1 << BLOCK, best),
-        "drawn, pieces of 14 bits (DiffC)": lambda: by_rule(codec, images, 14, 1 << exact.OCTAVES, drawn),
-        "drawn, pieces of 8 bits (Algorithm 3)": lambda: by_rule(codec, images, 8, 1 << exact.OCTAVES, drawn),
+        "best of 2^k for k bits, at most 12 (DDCM)": lambda: by_rule(codec, images, BLOCK, 1 << BLOCK, best),
+        "drawn, pieces of 14 bits (DiffC)": lambda: by_rule(codec, images, 14, exact.CANDIDATES, drawn),
+        "drawn, pieces of 8 bits (Algorithm 3)": lambda: by_rule(codec, images, 8, exact.CANDIDATES, drawn),
     }
     for name, rule in rules.items():
         if name not in result["rows"]:
             row = rule()
             result["rows"][name] = row | {way: bound.at(row["rmse"]) for way, bound in bounds.items()}
             print(name, result["rows"][name], flush=True)
-            result |= {"model": given.name, "made_of": made_of(given.name), "machine": machine(), "seed": 0}
+            result |= {"model": given.name, "machine": machine(), "seed": 0}
             result |= {"command": f"python bench/codec_rules.py {given.name} --data {given.data}"}
             result |= {"date": date.today().isoformat()}
             disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())

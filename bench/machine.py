@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 import undiffuse
+from undiffuse.codec import tables
 from undiffuse.machine import disk
 from undiffuse.quality.feature.base import FEATURES, open_features
 
+TABLES = "tables of "
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -28,11 +30,17 @@ def machine() -> dict[str, object]:
 
 
 def made_of(*names: str) -> dict[str, str]:
-    """sha256 of the weights of shipped models and extractors: by it `bench/refresh.py` sees that they have changed."""
-    return {
-        name: open_features(name, "cpu").sha256 if name in FEATURES.classes else undiffuse.load(name, "cpu").digest()
-        for name in names
-    }
+    """sha256 of the weights of shipped models and extractors: by it `bench/refresh.py` sees that they have changed.
+
+    Of "tables of NAME" it is the identifier of the codec's tables of a shipped model.
+    """
+    return {name: _identifier(name) for name in names}
+
+
+def _identifier(name: str) -> str:
+    if name.startswith(TABLES):
+        return tables.of(undiffuse.load(name.removeprefix(TABLES), "cpu")).ident.hex()
+    return open_features(name, "cpu").sha256 if name in FEATURES.classes else undiffuse.load(name, "cpu").digest()
 
 
 def publish(page: str, mark: str, table: str) -> None:

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--data", help="the data, if the set has not the name of the model")
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, nargs="+", default=list(CHAINS.values()), help="of the chains")
+    parser.add_argument("--steps", type=int, nargs="+", choices=list(CHAINS.values()), default=list(CHAINS.values()))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("runs/scores"), help="where samples are kept")
     parser.add_argument("--table", action="store_true", help="only write the table again")

@@ -75,7 +75,7 @@ def main() -> None:
     assert model.classes is not None
     train, test = (open_source(given.data, channels=model.image_shape[0], split=split) for split in ("train", "test"))
     result: Row = {"made_of": made_of(given.name, *EXTRACTORS), "machine": machine(), "seed": 0, "rows": []}
-    result |= {"command": f"python bench/styles.py {given.name} --data FOLDER", "date": date.today().isoformat()}
+    result |= {"command": f"python bench/styles.py {given.name} --data {given.data}", "date": date.today().isoformat()}
     for number in model.classes.trained:
         real, known = of_class(test, number), of_class(train, number)
         drawn = model.sample(len(real), label=number, batch=BATCH)

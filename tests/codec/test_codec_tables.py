@@ -56,6 +56,18 @@ def test_tables_are_of_images_that_are_told_their_class():
     assert [part[0].unique().tolist() for part in seen] == [[-0.5], [0.5]]
 
 
+def test_a_class_that_the_model_lacks_is_damage():
+    """A file that is cut off in its first layer has a header that nothing checks."""
+    base = gaussian((1, 4, 4))
+    model = Model(replace(base.config, classes=2), Denoiser(Named(), base.process, X0(), FixedSmall(), "logsnr"), {})
+    codec = Codec(model, gaussian_plan(base))
+    data = bytearray(codec.encode(torch.full((1, 1, 4, 4), 191, dtype=torch.uint8), label=1)[:12])
+    assert codec.decode(bytes(data)).parsed.header.label == 1
+    data[8] = 65
+    with pytest.raises(Corrupt, match="^the file is damaged: it says class 65, and this model has 2 classes$"):
+        codec.decode(bytes(data))
+
+
 def node(t: float, v: float) -> tables.Node:
     mass = np.random.default_rng(int(1e6 * t)).dirichlet(np.ones(KNOTS))
     return tables.Node(t, v, tuple(np.array(RISING) / (mass @ np.array(RISING))), tuple(mass))

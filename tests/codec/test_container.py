@@ -4,6 +4,7 @@ import itertools
 import time
 import zlib
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import pytest
@@ -216,6 +217,22 @@ def test_where_a_file_is_cut_off_is_said():
     assert found.status == "partial" and found.layers == [0, 0, 0]
     with pytest.raises(Corrupt, match="^the file is cut off in its header: 7 bytes are there; restore it from a copy$"):
         parse(data[:7], PLAN, OWN)
+
+
+def test_a_large_file_needs_its_first_layer(monkeypatch):
+    """Of what a few bytes say to be large nothing is made."""
+    header, _, data = made(count=5, group=2)
+    values = 5 * prod(OWN)
+    for most, whole in ((values, False), (values - 1, True)):
+        monkeypatch.setattr(container, "SMALL", most)
+        for cut in (len(header.pack()), 12):
+            if whole:
+                with pytest.raises(
+                    Corrupt, match="^nothing can be decoded: it is cut off in layer 1 of 3, images 1 on$"
+                ):
+                    parse(data[:cut], PLAN, OWN)
+            else:
+                assert parse(data[:cut], PLAN, OWN).status == "partial"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """Algorithms 3 and 4 as they are written: what is received is a draw of q, for what a draw must cost."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,8 +12,10 @@ from scipy import stats
 from tests.codec.plans import gaussian, gaussian_images, gaussian_plan
 from undiffuse.codec import exact
 from undiffuse.codec.chain import Chain
+from undiffuse.codec.coder import Decoder, Encoder
 from undiffuse.codec.stream import Codec
 from undiffuse.errors import UsageError
+from undiffuse.model.model import Model
 
 MODEL = gaussian((1, 8, 8))
 CODEC = Codec(MODEL, gaussian_plan(MODEL, 4, 10, (2, 2)))
@@ -107,6 +110,24 @@ def test_pieces_cover_all_values_once():
     for bits, count in ((0, 1), (8, 1), (9, 2), (80, 10), (10**6, 64)):
         found = exact.pieces(bits, 64)
         assert len(found) == count and [i for piece in found for i in piece] == list(range(64))
+
+
+def test_every_index_is_sent_and_received():
+    coder, every = Encoder(), (0, 1, 2, 1000, exact.CANDIDATES - 2, exact.CANDIDATES - 1)
+    for taken in every:
+        for bits in (1, 8):
+            exact._put(coder, taken, bits)
+    found = Decoder(coder.end())
+    assert [exact._take(found, bits) for _ in every for bits in (1, 8)] == [each for each in every for _ in range(2)]
+
+
+def test_what_messages_cannot_say_is_refused():
+    told = {"recipe": {"train": {"drop_label": 0.0}}}
+    classes = Model(replace(MODEL.config, classes=2), MODEL.denoiser, told)
+    with pytest.raises(UsageError, match="^this model was never trained without a class, and messages say none; use"):
+        exact.send(Codec(classes, CODEC.plan), IMAGES[:1])
+    with pytest.raises(UsageError, match="cannot be encoded by this model; give uint8"):
+        exact.send(CODEC, IMAGES[:0])
 
 
 def test_other_sizes_are_refused():

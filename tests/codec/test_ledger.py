@@ -74,6 +74,12 @@ def test_a_table_over_values_costs_the_mean_of_the_logarithm():
     assert row["by_value"] == pytest.approx(D / 2 * sum(terms), rel=1e-9) and row["by_value"] < row["fitted"]
 
 
+def test_images_of_no_bits_have_no_ratio():
+    """x̂_0 before the first bit is as near as the file comes."""
+    found = ledger.compared(CODEC, torch.full((1, 1, 12, 12), 128, dtype=torch.uint8))
+    assert found["bound_continuous_bytes"] == 0 and found["archive_over_continuous"] is None
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_files_are_those_that_encode_writes(group):
     images = gaussian_images(4, seed=1)

@@ -94,12 +94,15 @@ def test_coded_files_are_seen_at_every_size(tmp_path, monkeypatch):
     codec = Codec(model, gaussian_plan(model))
     assert file == codec.encode(images[:1])
     (frames,) = section.frames
-    assert [label for label, _ in frames.pictures] == ["9", "30", "all"]
+    assert [label for label, *_ in frames.pictures] == ["9", "30", "all"]
     second = codec.encode(images[1:2])
-    for size, (_, figure) in zip((9, 30, None), frames.pictures, strict=True):
+    for size, (_, sheet, names) in zip((9, 30, None), frames.pictures, strict=True):
         found = [codec.decode(each[:size]) for each in (file, second)]
         rows = [images[:2], *(torch.cat([make(each) for each in found]) for make in (Decoded.mean, Decoded.drawn))]
-        assert figure.content.tobytes() == grid(torch.cat(rows), 2, 3 * enlarged(8)).tobytes()
+        assert (
+            names == ("image", "mean", "drawn on")
+            and sheet.tobytes() == grid(torch.cat(rows), 2, 3 * enlarged(8)).tobytes()
+        )
     assert section.facts[0][1] == f"{(len(file) + len(second)) / 2:.0f}"
 
 

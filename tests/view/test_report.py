@@ -119,9 +119,7 @@ def test_listings_commands_a_gallery_and_strong_cells():
 
 
 def test_of_frames_one_is_chosen_without_a_script():
-    frames = Frames(
-        tuple((f"<{size}>", Figure(SHEET, rows=("one", "two"))) for size in (20, 50, 80)), "after `n` bytes"
-    )
+    frames = Frames(tuple((f"<{size}>", SHEET, ("one", "two")) for size in (20, 50, 80)), "after `n` bytes")
     html = render([Section("Files", frames=(frames, frames))])
     page = Page(html)
     buttons = [attributes for tag, attributes in page.tags if tag == "input"]
@@ -130,7 +128,10 @@ def test_of_frames_one_is_chosen_without_a_script():
     labels = [attributes["for"] for tag, attributes in page.tags if tag == "label"]
     assert labels == [button["id"] for button in buttons] and len(set(labels)) == 6
     assert page.texts["label"] == ["<20>", "<50>", "<80>"] * 2 and page.texts["figcaption"] == ["after ", " bytes"] * 2
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == 6 and "<script" not in html
+    said = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert said == [f"<{size}>: after `n` bytes" for size in (20, 50, 80)] * 2 and "<script" not in html
+    groups = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "radiogroup"]
+    assert groups == ["after `n` bytes"] * 2
     assert ".frames input:checked ~ .sheet { display: grid }" in html
 
 

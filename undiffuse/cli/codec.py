@@ -109,6 +109,8 @@ def fit(
     index = _first(len(source), images)
     some, classes = source.gather(index)[0], loaded.classes
     always = classes is not None and not classes.unlabelled  # then files of it are told a class
+    if always and source.every_label() is None:
+        raise UsageError(f"{', '.join(data)} has no classes, and this model was never trained without; give other data")
     cond = told_of(classes, source, index).conditioning if always else NOTHING
     if not as_json:
         log.say(tables.cost(loaded, len(some)))
@@ -186,7 +188,7 @@ def bench(
 
     The bound is that of Section 4.3 of DDPM at the distortion of the files: of the chain of all steps, and in
     continuous time. Lossless sizes are in bits a value, of files of one image but for the archive.
-    Seconds are those of one image on this device.
+    Seconds are those of one image on this device. With --label all images are told that class, so give those of it.
 
     Example:
 

@@ -165,12 +165,16 @@ def decode(
 
 def class_of(model: "Model", label: str | None) -> int | None:
     """The one class that a file says; None where it says none. Raises UsageError for what is no class."""
-    from undiffuse.model.classes import NONE
+    from undiffuse.model.classes import ALL, NONE, RANDOM
 
-    if label is None or model.classes is None or (label == NONE and NONE not in model.classes.names):
+    classes = model.classes
+    if classes is None:
         model.told(label, 1)
         return None
-    return model.classes.number(label)
+    none = label is None or (label == NONE and NONE not in classes.names)
+    if (none and not classes.unlabelled) or (label in (ALL, RANDOM) and label not in classes.names):
+        raise UsageError(f"a file says one class for all of its images; give --label with one. {classes.known()}")
+    return None if none or label is None else classes.number(label)
 
 
 def _images(model: "Model", source: str, split: str, n: int | None, resize: bool) -> "Tensor":

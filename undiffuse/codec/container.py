@@ -22,7 +22,7 @@ MAGIC, VERSION = b"\xfdU", 1
 ARCHIVE, SIZED, SEEDED, LABELLED, LOSSLESS = 1, 2, 4, 8, 16  # flags
 MOST_IMAGES, MOST_GROUP, MOST_SIDE, MOST_VALUES = 1 << 12, 64, 1 << 14, 1 << 26
 MOST_SEED, MOST_CLASS = (1 << 32) - 1, 1 << 20
-SMALL = 1 << 18  # values of a file of which any first part is a picture, for what is hardly there says how large it is
+SMALL = 1 << 18  # values of a file of which any first part is read: a few bytes can claim any size
 Bits = UInt8[np.ndarray, "_"]
 Status = Literal["complete", "partial", "damaged"]
 
@@ -215,8 +215,8 @@ def parse(data: bytes, plan: Plan, own: Shape) -> Parsed:
     full = whole and len(data) == end
     if full and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "big"):
         return Parsed(header, found.groups, "complete", found.layers, ends)
-    if not found.layers[0] and (found.damaged or whole or values * header.count > SMALL):
-        raise Corrupt(f"nothing can be decoded: {found.why or WRONG}")
+    if not found.layers[0] and (found.damaged or values * header.count > SMALL):
+        raise Corrupt(f"nothing can be decoded: {found.why}")
     if full:
         return Parsed(header, found.groups, "damaged", found.layers, why=WRONG)
     status: Status = "damaged" if found.damaged else "partial"

@@ -1,13 +1,14 @@
-"""Algorithms 3 and 4 of DDPM as they are written: what is received is distributed as q(x_s | x_t, x_0).
+"""Algorithms 3 and 4 of DDPM with draws of q(x_s | x_t, x_0), where `undiffuse encode` takes the best of many.
 
-The trellis of `undiffuse encode` takes the best of many candidates. Here one is drawn: of candidates z_1, z_2, … from p
-and the arrivals T_1 < T_2 < … of a Poisson process, the one of the least T_i p(z_i)/q(z_i) is a draw of q (the Poisson
-functional representation, Li & El Gamal 2018), and its index takes KL(q ‖ p) + log2(KL + 1) + O(1) bits. A step is sent
-in pieces of few bits, because the candidates of a piece have to be many more than 2^KL. It is a reference, slow and
-some 40 % larger; `Ledger` has what was sent beside what it was worth.
+Of candidates z_1, z_2, … from p and the arrivals T_1 < T_2 < … of a Poisson process, the one of the least
+T_i p(z_i)/q(z_i) is a draw of q (the Poisson functional representation, Li & El Gamal 2018), and its index takes
+KL(q ‖ p) + log2(KL + 1) + O(1) bits. A step is sent in pieces of few bits, because the candidates of a piece have to be
+many more than 2^KL. It is a reference, slow and larger; `Ledger` has what was sent beside what it was worth.
 
-One thing differs from Algorithm 3: x_T comes from the seed, so that L_T is not sent. The variance of p is that of the
-tables (see `plan`), which bounds q/p.
+What differs from the paper: x_T comes from the seed, so that L_T is not sent; the variance of p is that of the tables
+(see `plan`), which bounds q/p, and scales are sent for it; the last step, of L_0, is left out, so that x̂_0 is what is
+received; and there are 2^16 − 1 candidates, which cuts off the tail of the draws (of pieces of 8 bits 6 % of the
+indices lie above 2^15).
 """
 
 from collections.abc import Callable
@@ -31,7 +32,8 @@ from undiffuse.key import Key
 from undiffuse.model.model import to_float, to_uint8
 
 PIECE = 8  # bits that a piece is worth, at most
-OCTAVES = 16  # there are 2^16 candidates
+OCTAVES = 16
+CANDIDATES = (1 << OCTAVES) - 1  # whose numbers, from 1, have so many octaves
 FINE = 4000  # points of an integral
 
 
@@ -90,6 +92,9 @@ def walked(
 
     z of a step, an image, so many bits, w₁ and w₂ is what `take` makes of them; `told` hears of new scales.
     """
+    codec.refuse(images)
+    if codec.model.classes is not None and not codec.model.classes.unlabelled:
+        raise UsageError("this model was never trained without a class, and messages say none; use `encode`")
     if tuple(images.shape[1:]) != codec.model.image_shape:
         raise UsageError(f"images of {list(images.shape[1:])} were given; give {list(codec.model.image_shape)}")
     truth, n, values = to_float(images.to(codec.model.device)), len(images), codec.plan.values
@@ -112,7 +117,7 @@ def walked(
 def send(codec: Codec, images: UInt8[Tensor, "n c h w"], seed: int = 0) -> tuple[list[bytes], Ledger]:
     """Algorithm 3: a message for each image, and what it was worth."""
     coders, ledger, values = [Encoder() for _ in images], Ledger(), codec.plan.values
-    book = lru_cache(1)(lambda step: candidates(step, 1 << OCTAVES, values))
+    book = lru_cache(1)(lambda step: candidates(step, CANDIDATES, values))
 
     def told(found: Group) -> None:
         for coder, *scales in zip(coders, *found.scales[-2:], strict=True):

@@ -16,7 +16,7 @@ from undiffuse.codec.plan import DELTA_BITS, LEAST, SCALES, Plan
 from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.sampler.base import sample
-from undiffuse.errors import UsageError
+from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key, Keys
 from undiffuse.model.model import Model, to_float, to_uint8
 from undiffuse.network.base import NOTHING, Conditioning
@@ -72,7 +72,7 @@ class Codec:
         A lossless one has as many steps as its tables say, and then each value. `tick(1)` is called after each step of
         a group. Raises UsageError.
         """
-        self._refuse(images)
+        self.refuse(images)
         self._refuse_numbers(group, seed, label)
         n, pair = len(images), tuple(images.shape[2:])
         if lossless and steps is not None:
@@ -147,6 +147,9 @@ class Codec:
     def decode(self, data: bytes, tick: Tick = None) -> "Decoded":
         """What a file says, as far as it is there. Raises Corrupt where nothing of it can be used."""
         parsed = container.parse(data, self.plan, self.model.image_shape)
+        label, classes = parsed.header.label, self.model.config.classes or 0
+        if label is not None and label >= classes:
+            raise Corrupt(f"the file is damaged: it says class {label}, and this model has {classes} classes")
         header, shape = parsed.header, canvas(parsed.header.size, self.model.image_shape)
         keys, cond = Key(header.seed).rows(header.count), self.told(header.label, header.count)
         chains = list[tuple[Chain, int]]()
@@ -156,7 +159,8 @@ class Codec:
             chains.append((chain, self._decoded(chain, found, tick)))
         return Decoded(parsed, chains, self.model, self.plan)
 
-    def _refuse(self, images: UInt8[Tensor, "n c h w"]) -> None:
+    def refuse(self, images: UInt8[Tensor, "n c h w"]) -> None:
+        """UsageError for what no file holds."""
         c, most = self.model.image_shape[0], container.MOST_SIDE
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != c or not images.numel():
             raise UsageError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -316,17 +317,20 @@ def _coded(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Sect
         codec = Codec(model, tables.of(model))
     except UsageError as error:  # a model of one's own, whose tables were not made
         return Section(title, f"None can be made: {error}.")
-    images, frames = held_out.images[: scale.coded], list[tuple[str, Figure]]()
-    with _ticking(codec.turns(len(images), group=1) * (len(scale.bytes) + 2), "coded files") as tick:
-        files = [codec.encode(image[None], tick=tick) for image in images]
+    images, frames = held_out.images[: scale.coded], list[tuple[str, Image.Image, tuple[str, ...]]]()
+    with _ticking(len(images) + len(scale.bytes) + 1, "coded files") as tick:
+        files = list[bytes]()
+        for image in images:
+            files.append(codec.encode(image[None]))
+            tick(1)
         for size in (*scale.bytes, None):
-            seen = [codec.decode(file[:size], tick) for file in files]
+            seen = [codec.decode(file[:size]) for file in files]
             mean, drawn = (torch.cat([make(each) for each in seen]) for make in (Decoded.mean, Decoded.drawn))
             sheet = grid(torch.cat([images, mean, drawn]), len(images), 3 * enlarged(images.shape[-1]))
-            figure = Figure(sheet, rows=("image", "mean", "drawn on"))
-            frames.append(("all" if size is None else f"{size}", figure))
+            frames.append(("all" if size is None else f"{size}", sheet, ("image", "mean", "drawn on")))
+            tick(1)
     disk.write_atomic(out / "image.udf", files[0])
-    size = sum(map(len, files)) / len(files)
+    each = sum(map(len, files)) / len(files)
     caption = f"{len(images)} held-out images after so many bytes of their files; the first file is `image.udf`."
     return Section(
         title,
@@ -334,7 +338,7 @@ def _coded(out: Path, model: Model, held_out: ArraySource, scale: Scale) -> Sect
         "the paper). Any first part of a file is a picture: the estimate of the least error, or one that is drawn on "
         "from the same bits.",
         facts=(
-            ("bytes of a file, in the mean", f"{size:.0f}"),
+            ("bytes of a file, on average", f"{each:.0f}"),
             ("of a PNG of the same image", f"{sum(len(png(picture(image))) for image in images) / len(images):.0f}"),
         ),
         frames=(Frames(tuple(frames), caption),),

@@ -123,7 +123,7 @@ class Figure:
 class Frames:
     """Pictures of which one is seen, chosen along a row of buttons, by arrow keys too; on paper all of them are."""
 
-    pictures: tuple[tuple[str, Figure], ...]
+    pictures: tuple[tuple[str, Image.Image, tuple[str, ...]], ...]  # label, picture, names of its rows
     caption: str = ""
 
 
@@ -256,13 +256,14 @@ def _sheet(figure: Figure, picture: Image.Image) -> str:
 
 def _frames(name: str, frames: Frames) -> str:
     parts, shown = list[str](), len(frames.pictures) // 2
-    for i, (label, figure) in enumerate(frames.pictures):
-        assert not isinstance(figure.content, str)
+    for i, (label, picture, rows) in enumerate(frames.pictures):
+        sheet = _sheet(Figure(picture, f"{label}: {frames.caption}", rows=rows), picture)
         button = f'<input type="radio" name="{name}" id="{name}-{i}"{" checked" * (i == shown)}>'
         text = f'<label for="{name}-{i}">{escape(label)}</label>'
-        parts.append(f'<div class="frame" style="--at: {i + 1}">{button}{text}{_sheet(figure, figure.content)}</div>')
+        parts.append(f'<div class="frame" style="--at: {i + 1}">{button}{text}{sheet}</div>')
     caption = f"<figcaption>{_inline(frames.caption)}</figcaption>" if frames.caption else ""
-    return f'<figure class="frames" style="--count: {len(parts)}">{"".join(parts)}{caption}</figure>'
+    role = f'role="radiogroup" aria-label="{escape(frames.caption)}"'
+    return f'<figure class="frames" {role} style="--count: {len(parts)}">{"".join(parts)}{caption}</figure>'
 
 
 def _legend(names: Sequence[str]) -> str:
