@@ -123,7 +123,6 @@ def test_the_sources_are_all_there_and_nothing_else(built):
         inside = {member.name.partition("/")[2]: member.size for member in archive if member.isfile()}
     made = {name for name in inside if name.startswith("undiffuse.egg-info/")} | {"PKG-INFO", "setup.cfg"}
     wanted = {f"{place}/{name}" for place in FOLDERS for name in files(ROOT / place)} | {*FILES}
-    wanted -= {"bench/emoji-32.safetensors"}  # weights that training goes on from are in the repository alone
     assert inside.keys() - made == wanted
     large = {name for name, size in inside.items() if size > 100_000}
     assert {name.rpartition("/")[0] for name in large} <= {

@@ -150,3 +150,15 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(UsageError, match="these weights are of another architecture: conv_in.bias is missing"):
         save(wrapped, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_data_set_does_not_hide_the_shipped_model_of_its_name(tmp_path, monkeypatch):
+    """As `undiffuse data build emoji --out emoji-32` may have made it; a run of that name is meant first."""
+    expected = load("emoji-32", "cpu").digest()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji-32").mkdir()
+    (tmp_path / "emoji-32" / "train.npz").write_bytes(b"pictures")
+    assert load("emoji-32", "cpu").digest() == expected
+    (tmp_path / "fashion-mnist").mkdir()
+    save(load("emoji-32", "cpu"), tmp_path / "fashion-mnist" / "best.safetensors")
+    assert load("fashion-mnist", "cpu").digest() == expected

@@ -17,7 +17,7 @@ from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
 from undiffuse.view import demo
 
-PICTURES = {"digits.png", "nearest.png", "samples.png", "progressive.png", "interpolation.png"}
+PICTURES = {"digits.png", "nearest.png", "samples.png", "progressive.png", "interpolation.png", "emoji.png"}
 PLOTS = {"loss.svg", "rate-distortion.svg"}
 
 
@@ -54,7 +54,7 @@ def test_the_report_says_what_is_abbreviated_and_that_a_quick_run_means_nothing(
     assert "only to see that it works" in html
     cells = re.findall(r"<td>(.*?)</td>", html)
     assert {"4 of 20 steps", "4 images, 2 of 20 terms each", "2 images"} <= set(cells)
-    assert html.count("<h2>") == 7
+    assert html.count("<h2>") == 8
     assert "None can be made: no codec is fitted to this model" in html
 
 

@@ -216,7 +216,7 @@ def build(
     Example:
 
     \b
-    - `undiffuse data build emoji *.tgz --out emoji-32`
+    - `undiffuse data build emoji *.tgz --out emoji`
     """
     from dataclasses import asdict
 

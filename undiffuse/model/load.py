@@ -92,7 +92,7 @@ def load(
     if weights not in (None, *PARTS):
         raise unknown("weights", str(weights), PARTS)
     path, device = Path(source), choose(str(device))
-    if not path.exists():
+    if not path.exists() or (str(source) in shipped() and path.is_dir() and not holds_model(path)):  # a data set, say
         if str(source) not in shipped():
             raise UsageError(
                 f'model "{source}" is not known: there is no such file or folder; '

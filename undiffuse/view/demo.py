@@ -91,10 +91,12 @@ def run_demo(out: Path, quick: bool = False, model: Model | None = None, say: Sa
     """
     started, scale = time.monotonic(), QUICK if quick else FULL
     model = load("fashion-mnist") if model is None else model  # first: if it is missing, say so before training
+    emoji = load("emoji-32")
     held_out = open_source("fashion-mnist-sample", split="test")
     sections = [
         _digits(out, scale, say),
         _samples(out, model, scale),
+        _emoji(out, emoji, scale),
         _progressive(out, model, scale),
         _interpolation(out, model, held_out, scale),
         _bits(out, model, held_out, scale),
@@ -269,6 +271,23 @@ def _samples(out: Path, model: Model, scale: Scale) -> Section:
         "Clothes, from the shipped model",
         f"A U-Net of {model.parameters():,} weights for Fashion-MNIST{seen}.",
         figures=(_keep(out, "samples.png", Figure(grid(images, scale=3), caption)),),
+    )
+
+
+def _emoji(out: Path, model: Model, scale: Scale) -> Section:
+    assert model.classes is not None
+    each, names = max(1, scale.samples // 8), [model.classes.names[number] for number in model.classes.trained]
+    with _ticking(scale.chain, f"drawing {each * len(names)} emoji") as tick:
+        images = model.sample(each * len(names), scale.chain, label="all", batch=each * len(names), progress=tick)
+    seen = f", trained on {model.meta['images']:,} images"
+    caption = f"{each} samples of each style, not selected, each in {scale.chain} of {model.process.steps} steps."
+    sheet = grid(images, columns=each, scale=3)
+    return Section(
+        "Emoji, told their style",
+        f"A U-Net of {model.parameters():,} weights for colour{seen}: four sets of emoji, with their style as a class. "
+        "Styles are plain; most pictures cannot be named, for so small a network and so many subjects "
+        "(`docs/benchmarks.md` has its scores).",
+        figures=(_keep(out, "emoji.png", Figure(sheet, caption, rows=tuple(names))),),
     )
 
 
