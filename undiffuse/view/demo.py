@@ -276,9 +276,10 @@ def _samples(out: Path, model: Model, scale: Scale) -> Section:
 
 def _emoji(out: Path, model: Model, scale: Scale) -> Section:
     assert model.classes is not None
-    each, names = max(1, scale.samples // 8), [model.classes.names[number] for number in model.classes.trained]
-    with _ticking(scale.chain, f"drawing {each * len(names)} emoji") as tick:
-        images = model.sample(each * len(names), scale.chain, label="all", batch=each * len(names), progress=tick)
+    each, trained = max(1, scale.samples // 8), model.classes.trained
+    names, told = [model.classes.names[number] for number in trained], [n for n in trained for _ in range(each)]
+    with _ticking(scale.chain, f"drawing {len(told)} emoji") as tick:
+        images = model.sample(len(told), scale.chain, label=told, progress=tick)
     seen = f", trained on {model.meta['images']:,} images"
     caption = f"{each} samples of each style, not selected, each in {scale.chain} of {model.process.steps} steps."
     sheet = grid(images, columns=each, scale=3)
