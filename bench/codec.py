@@ -103,7 +103,8 @@ def bound(codec: Codec, images: Images) -> Row:
         "rows": [
             {"of": of, "bits": float(each.bits[i]), "rmse": float(each.rmse[i])}
             for of, each in both.items()
-            for i in sorted({*range(0, len(each.bits), 100), *range(max(0, len(each.bits) - 1000), len(each.bits))})
+            for n in (len(each.bits),)
+            for i in sorted({*range(0, n, max(1, n // 100)), *range(max(0, n - 60), n)})
         ],
         "totals": ledger.totals(nodes, process, values, (16, 24, 32, 50, 100)),
         "ends": {of: each.at(end) for of, each in both.items()} | {"rmse": end},
