@@ -11,7 +11,6 @@ steps of UniPC are judged as in `bench/choose.py`. Writes `bench/bits-NAME.json`
 """
 
 import argparse
-import io
 import json
 import tempfile
 from collections.abc import Callable
@@ -28,19 +27,16 @@ from machine import machine, made_of, publish
 from torch import Tensor
 
 import undiffuse
+from undiffuse.codec.ledger import LOSSLESS, size
 from undiffuse.data.source import Source, open_source
-from undiffuse.figure import grid, line_plot, picture, png
+from undiffuse.figure import grid, line_plot, png
 from undiffuse.machine import disk
 from undiffuse.measure import nll
 
 HERE = Path(__file__).parent
 STEPS = (10, 20, 50, 100, 200, 500, 1000)
 MOSAIC = (12, 8)
-RIVALS: dict[str, dict[str, object]] = {
-    "PNG": {"optimize": True},
-    "WebP": {"lossless": True, "quality": 100, "method": 6},
-    "JXL": {"lossless": True, "effort": 9},
-}
+RIVALS = LOSSLESS | {"JXL": {"lossless": True, "effort": 9}}
 Row = dict[str, Any]
 
 
@@ -48,13 +44,6 @@ def measured(model: undiffuse.Model, source: Source, images: int, draws: int | N
     with tempfile.TemporaryDirectory() as scratch:
         query = nll.Nll(images=images, draws=None if draws is None else min(draws, steps), steps=steps, batch=100)
         return {"steps": steps, **nll.terms_of(model, source, query, Path(scratch)).summary()}
-
-
-def size(image: UInt8[Tensor, "c h w"], kind: str) -> int:
-    """Bytes of a file."""
-    buffer = io.BytesIO()
-    picture(image).save(buffer, kind, **RIVALS[kind])
-    return len(buffer.getvalue())
 
 
 def rivals(images: UInt8[Tensor, "n c h w"]) -> dict[str, Row]:
@@ -65,8 +54,8 @@ def rivals(images: UInt8[Tensor, "n c h w"]) -> dict[str, Row]:
     values = images.numel()
     return {
         kind: {
-            "files": 8 * sum(size(image, kind) for image in images) / values,
-            "mosaic": 8 * size(sheet, kind) / values,
+            "files": 8 * sum(size(image, kind, RIVALS[kind]) for image in images) / values,
+            "mosaic": 8 * size(sheet, kind, RIVALS[kind]) / values,
         }
         for kind in RIVALS
     }

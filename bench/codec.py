@@ -28,14 +28,12 @@ import numpy as np
 import torch
 from bits import MOSAIC, rivals
 from jaxtyping import UInt8
-from machine import TABLES, machine, made_of, publish
+from machine import TABLES, machine, made_of, publish, shipped_codec
 from torch import Tensor
 
-import undiffuse
 from undiffuse.codec import ledger, tables
 from undiffuse.codec.container import Header, pack
 from undiffuse.codec.stream import GROUP, Codec
-from undiffuse.data.source import open_source
 from undiffuse.figure import line_plot, picture
 from undiffuse.machine import disk
 from undiffuse.model.model import to_uint8
@@ -295,10 +293,8 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    model = undiffuse.load(given.name, "cpu")
-    codec, test = Codec(model, tables.of(model)), open_source(given.data, channels=model.image_shape[0], split="test")
-    count, path = int(np.prod(MOSAIC)), HERE / f"codec-{given.name}.json"
-    images = test.gather(torch.arange(count, dtype=torch.int64, device="cpu"))[0]
+    codec, images = shipped_codec(given.name, given.data, int(np.prod(MOSAIC)))
+    path = HERE / f"codec-{given.name}.json"
     result: Row = json.loads(path.read_text()) if path.exists() else {}
     of = made_of(given.name, TABLES + given.name)
     result = result if result.get("made_of") == of else {}

@@ -22,16 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from bits import RIVALS, size
+from bits import RIVALS
 from jaxtyping import Float, UInt8
-from machine import TABLES, machine, made_of, publish
+from machine import TABLES, machine, made_of, publish, shipped_codec
 from PIL import Image
 from torch import Tensor, nn
 
-import undiffuse
-from undiffuse.codec import ledger, tables
+from undiffuse.codec import ledger
 from undiffuse.codec.stream import Codec
-from undiffuse.data.source import open_source
 from undiffuse.diffusion.windows import places
 from undiffuse.machine import disk
 from undiffuse.network.base import Conditioning
@@ -128,7 +126,9 @@ def unknown(codec: Codec, photos: dict[str, UInt8[Tensor, "c h w"]]) -> Row:
     found: Row = {"tiles": len(images), "rmse": archive["rmse"], "usual": codec.plan.usual / 8}
     for name in ("bytes", "lossless"):
         found[name] = {"archive": archive[name], "single": float(np.mean([each[name] for each in single]))}
-    found["others"] = {kind: float(np.mean([size(image, kind) for image in images])) for kind in RIVALS}
+    found["others"] = {
+        kind: float(np.mean([ledger.size(image, kind, RIVALS[kind]) for image in images])) for kind in RIVALS
+    }
     return found
 
 
@@ -159,11 +159,8 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="a folder of photographs")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    model = undiffuse.load(given.name, "cpu")
-    codec = Codec(model, tables.of(model))
-    source = open_source(given.data, channels=model.image_shape[0], split="test")
-    images = source.gather(torch.arange(IMAGES, dtype=torch.int64, device="cpu"))[0]
-    photos = opened(given.photos, model.image_shape[0])
+    codec, images = shipped_codec(given.name, given.data, IMAGES)
+    photos = opened(given.photos, codec.model.image_shape[0])
     result: Row = {"seams": seams(codec, photos), "machines": machines(codec, images)}
     result |= {
         "photographs": unknown(codec, photos),

@@ -26,17 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from machine import TABLES, machine, made_of, publish
+from machine import TABLES, machine, made_of, publish, shipped_codec
 from torch import Tensor
 
-import undiffuse
 from undiffuse.codec import exact, tables
 from undiffuse.codec.coder import TOTAL_BITS
 from undiffuse.codec.container import Group, Header
 from undiffuse.codec.ledger import Curve
 from undiffuse.codec.plan import DELTA_BITS
 from undiffuse.codec.stream import Codec
-from undiffuse.data.source import open_source
 from undiffuse.key import Key
 from undiffuse.machine import disk
 
@@ -65,11 +63,10 @@ def by_rule(codec: Codec, images: UInt8[Tensor, "n c h w"], most: int, candidate
 
     def take(step: int, image: int, bits: int, w_1: Values, w_2: Values) -> Values:
         z, random = torch.zeros(values), np.random.default_rng(Key(0).fold("rule", step, image).integer())
-        every = exact.pieces(bits, values, most)
-        for piece in every:
-            part = slice(piece.start, piece.stop)
+        every, worth = exact.pieces(bits, values, most)
+        for part in every:
             _, ratio = exact.weighed(book(step)[:, part], w_1[part], w_2[part])
-            taken, cost = pick(ratio, -(-bits // len(every)), random)
+            taken, cost = pick(ratio, worth, random)
             z[part] = book(step)[taken, part]
             spent.append(cost)
         return z
@@ -111,12 +108,10 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    model = undiffuse.load(given.name, "cpu")
-    codec = Codec(model, tables.of(model))
-    source = open_source(given.data, channels=model.image_shape[0], split="test")
-    images = source.gather(torch.arange(IMAGES, dtype=torch.int64, device="cpu"))[0]
-    curve = Curve.of(tables.measured(model, images, count=128), model.process, codec.plan.values)
-    bounds = {"stepped": curve.stepped(model.process, 1000), "continuous": curve.continuous()}
+    codec, images = shipped_codec(given.name, given.data, IMAGES)
+    process = codec.model.process
+    curve = Curve.of(tables.measured(codec.model, images, count=128), process, codec.plan.values)
+    bounds = {"stepped": curve.stepped(process, 1000), "continuous": curve.continuous()}
     path, of = HERE / f"codec_rules-{given.name}.json", made_of(given.name, TABLES + given.name)
     result: Row = json.loads(path.read_text()) if path.exists() else {}
     result = result if result.get("made_of") == of else {"made_of": of, "rows": {}}

@@ -20,14 +20,11 @@ from typing import Any
 import torch
 from choose import EXTRACTORS, distances
 from jaxtyping import Float, UInt8
-from machine import TABLES, machine, made_of, publish
+from machine import TABLES, machine, made_of, publish, shipped_codec
 from torch import Tensor
 
-import undiffuse
-from undiffuse.codec import tables
 from undiffuse.codec.container import Parsed, pack, parse
 from undiffuse.codec.stream import Codec, Decoded
-from undiffuse.data.source import open_source
 from undiffuse.figure import line_plot
 from undiffuse.key import Key
 from undiffuse.machine import disk
@@ -102,10 +99,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where features are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    model = undiffuse.load(given.name, "cpu")
-    codec = Codec(model, tables.of(model))
-    source = open_source(given.data, channels=model.image_shape[0], split="test")
-    images = source.gather(torch.arange(IMAGES, dtype=torch.int64, device="cpu"))[0]
+    codec, images = shipped_codec(given.name, given.data, IMAGES)
     path, of = HERE / f"codec_states-{given.name}.json", made_of(given.name, TABLES + given.name, *EXTRACTORS)
     result: Row = json.loads(path.read_text()) if path.exists() else {}
     if result.get("made_of") != of:

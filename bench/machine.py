@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 import undiffuse
 from undiffuse.codec import tables
+from undiffuse.codec.stream import Codec
+from undiffuse.data.source import open_source
 from undiffuse.machine import disk
 from undiffuse.quality.feature.base import FEATURES, open_features
 
@@ -41,6 +45,13 @@ def _identifier(name: str) -> str:
     if name.startswith(TABLES):
         return tables.of(undiffuse.load(name.removeprefix(TABLES), "cpu")).ident.hex()
     return open_features(name, "cpu").sha256 if name in FEATURES.classes else undiffuse.load(name, "cpu").digest()
+
+
+def shipped_codec(name: str, data: str, count: int) -> tuple[Codec, UInt8[Tensor, "n c h w"]]:
+    """The codec of a shipped model, and the first test images."""
+    model = undiffuse.load(name, "cpu")
+    source = open_source(data, channels=model.image_shape[0], split="test")
+    return Codec(model, tables.of(model)), source.gather(torch.arange(count, dtype=torch.int64, device="cpu"))[0]
 
 
 def publish(page: str, mark: str, table: str) -> None:

@@ -107,9 +107,9 @@ def test_what_is_received_is_distributed_as_q():
 
 
 def test_pieces_cover_all_values_once():
-    for bits, count in ((0, 1), (8, 1), (9, 2), (80, 10), (10**6, 64)):
-        found = exact.pieces(bits, 64)
-        assert len(found) == count and [i for piece in found for i in piece] == list(range(64))
+    for bits, count, each in ((0, 1, 0), (8, 1, 8), (9, 2, 5), (80, 10, 8), (10**6, 64, 15625)):
+        found, worth = exact.pieces(bits, 64)
+        assert (len(found), worth) == (count, each) and [i for part in found for i in range(64)[part]] == [*range(64)]
 
 
 def test_every_index_is_sent_and_received():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from undiffuse.codec.container import Parsed
-    from undiffuse.codec.stream import Codec
+    from undiffuse.codec.stream import Codec, Decoded
     from undiffuse.model.model import Model
 
 FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="A file that `undiffuse encode` wrote")]
@@ -151,8 +151,7 @@ def decode(
         found = codec.decode(data, tick)
     differs = ""
     try:
-        exact = found.lossless() if how == "mean" else None
-        images = exact if exact is not None else found.mean() if how == "mean" else found.drawn(*DRAWINGS[how], realism)
+        images = _shown(found, how, realism)
     except Differs as error:
         images, differs = found.mean(), f"{file}: {error}; {out} is what can be decoded, and is not lossless"
     written = _written(images, out)
@@ -161,6 +160,14 @@ def decode(
     if parsed.status != "complete" and dist.is_first():
         log.warn(f"{file}: {parsed.why}; what is before that is decoded")
     show({"images": len(images), "status": parsed.status, "bytes": len(data), **written}, as_json)
+
+
+def _shown(found: "Decoded", how: str, realism: float) -> "Tensor":
+    """What is asked for; for the mean, the images as they were where the file has them. Raises Differs."""
+    if how != "mean":
+        return found.drawn(*DRAWINGS[how], realism)
+    exact = found.lossless()
+    return found.mean() if exact is None else exact
 
 
 def class_of(model: "Model", label: str | None) -> int | None:

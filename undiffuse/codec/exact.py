@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from undiffuse.codec.chain import Chain, Order, wanted_scales
+from undiffuse.codec.chain import Chain, Order
 from undiffuse.codec.coder import TOTAL_BITS, Decoder, Encoder
 from undiffuse.codec.container import Group
 from undiffuse.codec.plan import DELTA_BITS, LEAST
-from undiffuse.codec.stream import Codec, near
+from undiffuse.codec.stream import Codec, lead
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.model.model import to_float, to_uint8
@@ -65,11 +65,11 @@ def octaves(bits: int) -> tuple[int, ...]:
     return tuple(np.cumsum([0, *rises]).tolist())
 
 
-def pieces(bits: int, values: int, most: int = PIECE) -> list[range]:
-    """Of a step that is worth so many bits an image."""
+def pieces(bits: int, values: int, most: int = PIECE) -> tuple[list[slice], int]:
+    """Of a step that is worth so many bits an image, and what each of them is worth, rounded up."""
     count = min(values, max(1, -(-bits // most)))
     ends = [values * i // count for i in range(count + 1)]
-    return [range(a, b) for a, b in pairwise(ends)]
+    return [slice(a, b) for a, b in pairwise(ends)], -(-bits // count)
 
 
 def candidates(step: int, rows: Tensor | int, values: int) -> Float[Tensor, "k values"]:
@@ -97,21 +97,21 @@ def walked(
         raise UsageError("this model was never trained without a class, and messages say none; use `encode`")
     if tuple(images.shape[1:]) != codec.model.image_shape:
         raise UsageError(f"images of {list(images.shape[1:])} were given; give {list(codec.model.image_shape)}")
-    truth, n, values = to_float(images.to(codec.model.device)), len(images), codec.plan.values
+    n, values, starts = len(images), codec.plan.values, codec.plan.starts()
     chain, found = Chain(codec.model, codec.plan, Key(seed).rows(n), codec.model.image_shape), Group()
-    for number in range(codec.plan.steps):
-        x_0 = chain.estimate(number)
-        if number in codec.plan.starts():
-            found.scales.append(near(found, wanted_scales(codec.plan, number, x_0, truth)))
+    seen = list[Float[Tensor, "n c h w"]]()
+
+    def each(
+        number: int, order: Order, linear: Float[Tensor, "n values"], square: Float[Tensor, "n values"]
+    ) -> Float[Tensor, "n values"]:
+        if number in starts:
             told(found)
-        scales = found.scales[-1]
-        step, order = chain.step(number, x_0, scales), Order.of(chain.keys, number, values)
-        linear, square = (order.along(each) for each in step.weights(truth))
-        budgets = [codec.plan.budget(number, scale, values) for scale in scales]
-        every = zip(range(n), budgets, linear * order.signs, square, strict=True)
-        z = torch.stack([take(number, i, bits, w_1, w_2) for i, bits, w_1, w_2 in every])
-        chain.move(step, order.back(z * order.signs))
-    return chain.estimate(codec.plan.steps)
+        budgets = [codec.plan.budget(number, scale, values) for scale in found.scales[-1]]
+        every = zip(range(n), budgets, linear, square, strict=True)
+        return order.back(torch.stack([take(number, i, bits, w_1, w_2) for i, bits, w_1, w_2 in every]) * order.signs)
+
+    lead(chain, to_float(images.to(codec.model.device)), codec.plan.steps, found, each, seen)
+    return seen[-1]
 
 
 def send(codec: Codec, images: UInt8[Tensor, "n c h w"], seed: int = 0) -> tuple[list[bytes], Ledger]:
@@ -127,14 +127,14 @@ def send(codec: Codec, images: UInt8[Tensor, "n c h w"], seed: int = 0) -> tuple
     def take(
         step: int, image: int, bits: int, w_1: Float[Tensor, "values"], w_2: Float[Tensor, "values"]
     ) -> Float[Tensor, "values"]:
-        every, z = pieces(bits, values), torch.zeros(values, dtype=torch.float32, device="cpu")
+        (every, worth), z = pieces(bits, values), torch.zeros(values, dtype=torch.float32, device="cpu")
         random = np.random.default_rng(Key(seed).fold("arrivals", step, image).integer())
-        for piece in every:
-            part = slice(piece.start, piece.stop)
-            some, (kl, ratio) = book(step)[:, part], weighed(book(step)[:, part], w_1[part], w_2[part])
+        for part in every:
+            some = book(step)[:, part]
+            kl, ratio = weighed(some, w_1[part], w_2[part])
             taken = picked(ratio, random)
             z[part] = some[taken]
-            _put(coders[image], taken, -(-bits // len(every)))
+            _put(coders[image], taken, worth)
             ledger.index.append(taken + 1)
             ledger.ratio.append(float(ratio[taken]) / log(2))
             ledger.kl.append(kl / log(2))
@@ -165,12 +165,10 @@ def receive(codec: Codec, messages: list[bytes], seed: int = 0) -> UInt8[Tensor,
         order = Order.of(chain.keys, number, values)
         z = torch.zeros(n, values, dtype=torch.float32, device="cpu")
         for i, coder in enumerate(coders):
-            budget = plan.budget(number, scales[i], values)
-            every = pieces(budget, values)
-            taken = [_take(coder, -(-budget // len(every))) for _ in every]
+            every, worth = pieces(plan.budget(number, scales[i], values), values)
+            taken = [_take(coder, worth) for _ in every]
             rows = candidates(number, torch.tensor(taken, dtype=torch.int64, device="cpu"), values)
-            for row, piece in zip(rows, every, strict=True):
-                part = slice(piece.start, piece.stop)
+            for row, part in zip(rows, every, strict=True):
                 z[i, part] = row[part]
         chain.move(chain.step(number, x_0, scales), order.back(z * order.signs))
     return to_uint8(chain.estimate(plan.steps).cpu())

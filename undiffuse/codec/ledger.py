@@ -138,12 +138,8 @@ def compared(
     single = {name: float(np.mean([row[name] for row in apart])) for name in together if name != "data"}
     both = {"archive": together, "single": single}
     bounds = {f"{steps}_steps": curve.stepped(codec.model.process, steps), "continuous": curve.continuous()}
-    found: dict[str, float | int | None] = {
-        "images": len(images),
-        "rmse": together["rmse"],
-        "archive_bytes": together["bytes"],
-    }
-    found["single_bytes"] = single["bytes"]
+    found: dict[str, float | int | None] = {"images": len(images), "rmse": together["rmse"]}
+    found |= {f"{name}_bytes": row["bytes"] for name, row in both.items()}
     for name, bound in bounds.items():
         found[f"bound_{name}_bytes"] = ideal = bound.at(together["rmse_of_mean"]) / 8
         found[f"archive_over_{name}"] = together["bytes"] / ideal if ideal else None

@@ -202,24 +202,21 @@ class Codec:
         seen: list[Float[Tensor, "b c h w"]],
     ) -> Group:
         truth, shape = to_float(images.to(self.model.device)), (images.shape[1], images.shape[2], images.shape[3])
-        chain = Chain(self.model, self.plan, keys, shape, cond)
-        starts, found, values = self.plan.starts(), Group(), prod(shape)
-        for number in range(steps):
-            seen.append(x_0 := chain.estimate(number))
-            if number in starts:
-                found.scales.append(near(found, wanted_scales(self.plan, number, x_0, truth)))
+        chain, found, values = Chain(self.model, self.plan, keys, shape, cond), Group(), prod(shape)
+
+        def take(
+            number: int, order: Order, linear: Float[Tensor, "b d"], square: Float[Tensor, "b d"]
+        ) -> Float[Tensor, "b d"]:
             scales = found.scales[-1]
-            step, order = chain.step(number, x_0, scales), Order.of(chain.keys, number, values)
-            linear, square = (order.along(each) for each in step.weights(truth))
             bits = self.plan.budgets(number, scales, values)
             ends = trellis.edges(values, bits, self.plan.memory)
-            flat = ((linear * order.signs).flatten().numpy(), square.flatten().numpy())
-            path = trellis.search(*flat, ends, sum(bits), self.plan.memory)
-            found.paths.append(path)
-            chain.move(step, self._noise(chain, order, number, path, scales, values)[0])
+            flat = (linear.flatten().numpy(), square.flatten().numpy())
+            found.paths.append(path := trellis.search(*flat, ends, sum(bits), self.plan.memory))
             if tick is not None:
                 tick(1)
-        seen.append(chain.estimate(steps))
+            return self._noise(chain, order, number, path, scales, values)[0]
+
+        lead(chain, truth, steps, found, take, seen)
         return found
 
     def _decoded(self, chain: Chain, found: Group, tick: Tick) -> int:
@@ -249,6 +246,33 @@ class Codec:
         z = order.along(chain.rest(number).cpu()) * order.signs
         z.view(-1)[: len(said)] = said
         return order.back(z * order.signs), len(said) / total
+
+
+Take = Callable[[int, Order, Float[Tensor, "b d"], Float[Tensor, "b d"]], Float[Tensor, "b d"]]
+
+
+def lead(
+    chain: Chain,
+    truth: Float[Tensor, "b c h w"],
+    steps: int,
+    found: Group,
+    take: Take,
+    seen: list[Float[Tensor, "b c h w"]],
+) -> None:
+    """Walks a chain towards images; z of a step, each value where it belongs, is what `take` makes of it.
+
+    It is told the step, the order, and w₁ and w₂ as a path meets them. Scales go into `found`; into `seen` goes x̂_0
+    before each step and after the last one.
+    """
+    starts = chain.plan.starts()
+    for number in range(steps):
+        seen.append(x_0 := chain.estimate(number))
+        if number in starts:
+            found.scales.append(near(found, wanted_scales(chain.plan, number, x_0, truth)))
+        step, order = chain.step(number, x_0, found.scales[-1]), Order.of(chain.keys, number, prod(chain.shape))
+        linear, square = (order.along(each) for each in step.weights(truth))
+        chain.move(step, take(number, order, linear * order.signs, square))
+    seen.append(chain.estimate(steps))
 
 
 def near(found: Group, wanted: list[int]) -> list[int]:
