@@ -40,17 +40,16 @@ Images = UInt8[Tensor, "n c h w"]
 def true_states(found: Decoded, truth: Float[Tensor, "n c h w"]) -> Decoded:
     """The same with draws of q(x_t | x_0) for states."""
     process = found.model.process
-    for (chain, step), some in zip(found.chains, found.parsed.header.groups(), strict=True):
-        x_0 = truth[some.start : some.stop]
-        noise = Key(1).fold("states").rows(torch.tensor(list(some))).normal(*x_0.shape[1:])
+    parts = truth.split([len(chain.x) for chain, _ in found.chains])
+    noises = Key(1).fold("states").rows(len(truth)).normal(*truth.shape[1:]).split([len(part) for part in parts])
+    for (chain, step), x_0, noise in zip(found.chains, parts, noises, strict=True):
         chain.x = process.marginal(x_0, noise, chain.times[step].expand(len(x_0)))
     return found
 
 
 def error(found: Decoded, truth: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
     """The mean square of x_0 − x̂_0 of each image."""
-    x_0 = torch.cat([chain.estimate(step) for chain, step in found.chains])
-    return (x_0 - truth).square().flatten(1).mean(1)
+    return (found.estimate() - truth).square().flatten(1).mean(1)
 
 
 def at(codec: Codec, images: Images, whole: Parsed, steps: int, folder: Path) -> Row:

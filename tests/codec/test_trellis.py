@@ -6,10 +6,12 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from undiffuse.codec.trellis import COLUMNS, codebook, edges, read, search, states
+from undiffuse.codec import trellis
+from undiffuse.codec.trellis import COLUMNS, codebook, edges, read, states
 
 BITS = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
 
@@ -21,6 +23,15 @@ def drawn(path, ends, memory: int) -> np.ndarray:
         state = int("".join(map(str, path[block : block + first])), 2)
         z += [float(codebook(memory)[state, k % COLUMNS]) for k in range(b - a)]
     return np.array(z)
+
+
+def search(linear, square, ends, total, memory) -> np.ndarray:
+    """Of one problem."""
+    return trellis.search([as_problem(linear, square, ends, total)], memory)[0]
+
+
+def as_problem(linear, square, ends, total) -> trellis.Problem:
+    return trellis.Problem(torch.from_numpy(linear).float(), torch.from_numpy(square).float(), ends, total)
 
 
 def score(z: np.ndarray, linear: np.ndarray, square: np.ndarray) -> float:
@@ -62,6 +73,21 @@ def test_the_path_is_the_best_of_all(values, bits, memory):
         best = every[int(np.argmax(scores))]
         assert found.dtype == np.uint8 and found.tolist() == best.tolist()
         assert read(found, ends, memory) == pytest.approx(drawn(best.tolist(), ends, memory), abs=0)
+
+
+def test_problems_side_by_side_are_those_of_each_alone():
+    """Of more and of fewer bits and values, down to none; pieces of the longest are not of the same length either."""
+    every = [(9, [5, 2, 3]), (30, [40]), (20, [0]), (12, [3]), (1500, [4, 3]), (7, [6])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trellis, "NARROW", 7 * len(every) * 2**6)
+        problems = [problem(values, len(bits), seed) for seed, (values, bits) in enumerate(every)]
+        ends, totals = [edges(values, bits, 6) for values, bits in every], [sum(bits) for _, bits in every]
+        found = trellis.search(
+            [as_problem(*each) for each in zip(*zip(*problems, strict=True), ends, totals, strict=True)], 6
+        )
+    assert [len(path) for path in found] == totals
+    for path, weights, end, total in zip(found, problems, ends, totals, strict=True):
+        assert path.tolist() == search(*weights, end, total, 6).tolist()
 
 
 def test_candidates_that_are_all_alike_have_some_path():

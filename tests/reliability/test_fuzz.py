@@ -248,7 +248,7 @@ def attack(victim: Victim, honest: bytes, cases: int, told: mmap.mmap) -> None:
     "share", [pytest.param(0.01, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.long)], ids=["few", "all"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_damaged_files_are_refused_or_read(tmp_path, kind, share):
     """Row 17 of a kind of file; the honest one is read, or the test would not reach what it is about."""
     victim = KINDS[kind](tmp_path)

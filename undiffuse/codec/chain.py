@@ -55,7 +55,7 @@ class Step(NamedTuple):
         """w₁ and w₂ of 2 log q/p = 2⟨w₁, z⟩ − ⟨w₂, z²⟩ + const."""
         residual = self.terms.c * (truth - self.x_0)
         linear, square = self.spread * residual / self.terms.small, self.spread.square() / self.terms.small - 1
-        return linear.flatten(1).cpu(), square.flatten(1).cpu()
+        return linear.flatten(1), square.flatten(1)
 
 
 class Order(NamedTuple):
@@ -86,10 +86,10 @@ class Chain:
         own = shape == model.image_shape
         self.denoise = model.denoiser if own else Windows(model.denoiser, model.image_shape[1:])
         self.process, self.device = model.process, model.device
-        self.plan, self.keys, self.shape, self.cond = plan, keys.fold("codec"), shape, cond.to(model.device)
+        self.plan, self.shape, self.cond = plan, shape, cond.to(model.device)
+        self.keys = keys.fold("codec").to(model.device)
         self.times = torch.tensor(plan.times, dtype=F64, device="cpu")
-        noise = self.keys.fold("x_T").to(self.device).normal(*shape)
-        self.x = float(self.process.sigma(self.times[0])) * noise
+        self.x = float(self.process.sigma(self.times[0])) * self.keys.fold("x_T").normal(*shape)
 
     @torch.no_grad()
     def estimate(self, step: int) -> Float[Tensor, "b c h w"]:
@@ -107,7 +107,7 @@ class Chain:
 
     def move(self, step: Step, z: Float[Tensor, "b d"]) -> None:
         """To the state that p draws from this noise."""
-        self.x = step.mean + step.spread * z.to(self.device).view_as(self.x)
+        self.x = step.mean + step.spread * z.view_as(self.x)
 
     def rest(self, number: int) -> Float[Tensor, "b d"]:
         """Noise for values that no bits speak of, as in sampling."""

@@ -107,8 +107,9 @@ def walked(
         if number in starts:
             told(found)
         budgets = [codec.plan.budget(number, scale, values) for scale in found.scales[-1]]
-        every = zip(range(n), budgets, linear, square, strict=True)
-        return order.back(torch.stack([take(number, i, bits, w_1, w_2) for i, bits, w_1, w_2 in every]) * order.signs)
+        every = zip(range(n), budgets, linear.cpu(), square.cpu(), strict=True)
+        z = torch.stack([take(number, i, bits, w_1, w_2) for i, bits, w_1, w_2 in every]).to(chain.device)
+        return order.back(z * order.signs)
 
     lead(chain, to_float(images.to(codec.model.device)), codec.plan.steps, found, each, seen)
     return seen[-1]
@@ -170,7 +171,7 @@ def receive(codec: Codec, messages: list[bytes], seed: int = 0) -> UInt8[Tensor,
             rows = candidates(number, torch.tensor(taken, dtype=torch.int64, device="cpu"), values)
             for row, part in zip(rows, every, strict=True):
                 z[i, part] = row[part]
-        chain.move(chain.step(number, x_0, scales), order.back(z * order.signs))
+        chain.move(chain.step(number, x_0, scales), order.back(z.to(chain.device) * order.signs))
     return to_uint8(chain.estimate(plan.steps).cpu())
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 
 import numpy as np
@@ -13,6 +14,7 @@ from undiffuse.codec import container, tail, trellis
 from undiffuse.codec.chain import Chain, Order, wanted_scales
 from undiffuse.codec.container import Group, Header, Parsed, canvas
 from undiffuse.codec.plan import DELTA_BITS, LEAST, SCALES, Plan
+from undiffuse.codec.trellis import Problem
 from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.sampler.base import sample
@@ -22,6 +24,7 @@ from undiffuse.model.model import Model, to_float, to_uint8
 from undiffuse.network.base import NOTHING, Conditioning
 
 GROUP = 16  # images of an archive that share their paths
+BATCH = 64  # images that the network is asked about at once
 Tick = Callable[[int], None] | None
 
 
@@ -126,12 +129,14 @@ class Codec:
         """
         keys, cond = Key(header.seed).rows(len(images)), cond or self.told(header.label, len(images))
         images, found = _on_canvas(images, canvas(header.size, self.model.image_shape)), list[Group]()
-        for some in header.groups():
-            part = slice(some.start, some.stop)
-            estimates = list[Float[Tensor, "b c h w"]]()
-            found.append(self._encoded(images[part], keys[part], header.steps, cond.at(part), tick, estimates))
+        every = header.groups()
+        for numbers in self._together(header):
+            some, estimates = _images(every, numbers), list[Float[Tensor, "b c h w"]]()
+            parts = [slice(every[number].start - some.start, every[number].stop - some.start) for number in numbers]
+            found += self._encoded(images[some], parts, keys[some], header.steps, cond.at(some), tick, estimates)
             if seen is not None:
-                seen.append(estimates[-1:] if last else estimates)
+                estimates = estimates[-1:] if last else estimates
+                seen += [[x_0[part] for x_0 in estimates] for part in parts]
         return found
 
     def layers_of(self, group: Group) -> list[int]:
@@ -152,12 +157,27 @@ class Codec:
             raise Corrupt(f"the file is damaged: it says class {label}, and this model has {classes} classes")
         header, shape = parsed.header, canvas(parsed.header.size, self.model.image_shape)
         keys, cond = Key(header.seed).rows(header.count), self.told(header.label, header.count)
-        chains = list[tuple[Chain, int]]()
-        for some, found in zip(header.groups(), parsed.groups, strict=True):
-            part = slice(some.start, some.stop)
-            chain = Chain(self.model, self.plan, keys[part], shape, cond.at(part))
-            chains.append((chain, self._decoded(chain, found, tick)))
+        chains, values = list[tuple[Chain, int]](), prod(shape)
+
+        def length(number: int) -> tuple[int, int]:
+            """In steps, which groups that are decoded together share; one whose last path is cut off has its own."""
+            group = parsed.groups[number]
+            whole = sum(map(len, group.paths)) == sum(self.bits(group, values))
+            return len(group.paths), -1 if whole else number
+
+        for numbers in self._together(header):
+            for _, alike in groupby(numbers, length):
+                same = list(alike)
+                some = _images(header.groups(), same)
+                chain = Chain(self.model, self.plan, keys[some], shape, cond.at(some))
+                chains.append((chain, self._decoded(chain, [parsed.groups[number] for number in same], tick)))
         return Decoded(parsed, chains, self.model, self.plan)
+
+    def _together(self, header: Header) -> list[range]:
+        """The numbers of groups that walk together: in batches of the network, which large images fill alone."""
+        count = len(header.groups())
+        each = max(1, BATCH // header.group) if header.size is None else 1
+        return [range(i, min(i + each, count)) for i in range(0, count, each)]
 
     def refuse(self, images: UInt8[Tensor, "n c h w"]) -> None:
         """UsageError for what no file holds."""
@@ -195,57 +215,68 @@ class Codec:
     def _encoded(
         self,
         images: UInt8[Tensor, "b c h w"],
+        parts: list[slice],
         keys: Keys,
         steps: int,
         cond: Conditioning,
         tick: Tick,
         seen: list[Float[Tensor, "b c h w"]],
-    ) -> Group:
+    ) -> list[Group]:
+        """Of the parts of images that share their paths."""
         truth, shape = to_float(images.to(self.model.device)), (images.shape[1], images.shape[2], images.shape[3])
-        chain, found, values = Chain(self.model, self.plan, keys, shape, cond), Group(), prod(shape)
+        chain, found = Chain(self.model, self.plan, keys, shape, cond), Group()
+        values, memory, paths = prod(shape), self.plan.memory, [list[np.ndarray]() for _ in parts]
 
         def take(
             number: int, order: Order, linear: Float[Tensor, "b d"], square: Float[Tensor, "b d"]
         ) -> Float[Tensor, "b d"]:
-            scales = found.scales[-1]
-            bits = self.plan.budgets(number, scales, values)
-            ends = trellis.edges(values, bits, self.plan.memory)
-            flat = (linear.flatten().numpy(), square.flatten().numpy())
-            found.paths.append(path := trellis.search(*flat, ends, sum(bits), self.plan.memory))
+            scales = [found.scales[-1][part] for part in parts]
+            bits = [self.plan.budgets(number, each, values) for each in scales]
+            ends = [trellis.edges(values, each, memory) for each in bits]
+            said = trellis.search(
+                [
+                    Problem(linear[part].flatten(), square[part].flatten(), end, sum(each))
+                    for part, end, each in zip(parts, ends, bits, strict=True)
+                ],
+                memory,
+            )
+            for path, mine in zip(said, paths, strict=True):
+                mine.append(path)
             if tick is not None:
-                tick(1)
-            return self._noise(chain, order, number, path, scales, values)[0]
+                tick(len(parts))
+            return self._noise(chain, order, number, said, scales)[0]
 
         lead(chain, truth, steps, found, take, seen)
-        return found
+        return [Group([row[part] for row in found.scales], mine) for part, mine in zip(parts, paths, strict=True)]
 
-    def _decoded(self, chain: Chain, found: Group, tick: Tick) -> int:
-        """Walks as many steps as there are, and returns their number."""
-        starts, values, layer = self.plan.starts(), prod(chain.shape), 0
-        for number, path in enumerate(found.paths):
+    def _decoded(self, chain: Chain, found: list[Group], tick: Tick) -> int:
+        """Walks as many steps as these groups have, and returns their number."""
+        starts, layer = self.plan.starts(), 0
+        for number, paths in enumerate(zip(*(group.paths for group in found), strict=True)):
             layer = starts.get(number, layer)
-            scales = found.scales[layer]
-            order = Order.of(chain.keys, number, values)
-            z, share = self._noise(chain, order, number, path, scales, values)
+            scales = [group.scales[layer] for group in found]
+            order = Order.of(chain.keys, number, prod(chain.shape))
+            z, share = self._noise(chain, order, number, paths, scales)
             if share < 0.5:  # mostly noise: the estimate before the step is the better one
                 return number
-            chain.move(chain.step(number, chain.estimate(number), scales), z)
+            chain.move(chain.step(number, chain.estimate(number), sum(scales, [])), z)
             if tick is not None:
-                tick(1)
-        return len(found.paths)
+                tick(len(found))
+        return len(found[0].paths)
 
     def _noise(
-        self, chain: Chain, order: Order, number: int, path: np.ndarray, scales: list[int], values: int
+        self, chain: Chain, order: Order, number: int, paths: Sequence[np.ndarray], scales: list[list[int]]
     ) -> tuple[Float[Tensor, "b d"], float]:
-        """z of a step, and of which share of the values the path speaks."""
-        ends = trellis.edges(values, self.plan.budgets(number, scales, values), self.plan.memory)
-        said = torch.from_numpy(trellis.read(path, ends, self.plan.memory))
-        total = len(scales) * values
-        if len(said) == total:
-            return order.back(said.view(len(scales), values) * order.signs), 1.0
-        z = order.along(chain.rest(number).cpu()) * order.signs
+        """z of a step, and of which share of the values its paths speak."""
+        memory, (count, values) = self.plan.memory, order.signs.shape
+        ends = (trellis.edges(values, self.plan.budgets(number, each, values), memory) for each in scales)
+        parts = [trellis.read(path, end, memory) for path, end in zip(paths, ends, strict=True)]
+        said = torch.from_numpy(np.concatenate(parts)).to(chain.device)
+        if len(said) == count * values:
+            return order.back(said.view(count, values) * order.signs), 1.0
+        z = order.along(chain.rest(number)) * order.signs
         z.view(-1)[: len(said)] = said
-        return order.back(z * order.signs), len(said) / total
+        return order.back(z * order.signs), len(said) / (count * values)
 
 
 Take = Callable[[int, Order, Float[Tensor, "b d"], Float[Tensor, "b d"]], Float[Tensor, "b d"]]
@@ -286,6 +317,11 @@ def near(found: Group, wanted: list[int]) -> list[int]:
     ]
 
 
+def _images(groups: list[range], numbers: Sequence[int]) -> slice:
+    """Of groups that follow one another."""
+    return slice(groups[numbers[0]].start, groups[numbers[-1]].stop)
+
+
 def _levels(x_0: Float[Tensor, "b c hh ww"], height: int, width: int) -> Float[np.ndarray, "b c h w"]:
     """An estimate in grey levels, without what was added around it."""
     return ((x_0[:, :, :height, :width].cpu().double() + 1) * 127.5).numpy()
@@ -316,16 +352,21 @@ class Decoded:
         """
         if not self.parsed.ends:
             return None
-        h, w = self.parsed.header.size or self.model.image_shape[1:]
+        header, x_0 = self.parsed.header, self.estimate()
+        h, w = header.size or self.model.image_shape[1:]
         found = [
-            tail.decode(self.plan.tail, end, _levels(chain.estimate(step), h, w), group.scales[-1])
-            for end, group, (chain, step) in zip(self.parsed.ends, self.parsed.groups, self.chains, strict=True)
+            tail.decode(self.plan.tail, end, _levels(x_0[some.start : some.stop], h, w), group.scales[-1])
+            for end, group, some in zip(self.parsed.ends, self.parsed.groups, header.groups(), strict=True)
         ]
         return torch.from_numpy(np.concatenate(found))
 
+    def estimate(self) -> Float[Tensor, "n c hh ww"]:
+        """x̂_0 of each image, with what was added around it, on the CPU."""
+        return torch.cat([chain.estimate(step).cpu() for chain, step in self.chains])
+
     def mean(self) -> UInt8[Tensor, "n c h w"]:
         """x̂_0: the least mean square error."""
-        return self._cut(torch.cat([chain.estimate(step).cpu() for chain, step in self.chains]))
+        return self._cut(self.estimate())
 
     def drawn(self, solver: str = "unipc-2", steps: int = 10, realism: float = 1.0) -> UInt8[Tensor, "n c h w"]:
         """Where a solver leads from there in that many steps: a picture, where the mean is one of many at once.
@@ -346,9 +387,8 @@ class Decoded:
             def denoise(x_t: Tensor, t: Tensor, chain: Chain = chain) -> Prediction:
                 return chain.denoise(x_t, t, chain.cond)
 
-            keys = chain.keys.to(chain.device)
             sampler = self.model.sampler(solver)
-            x = sample(sampler, denoise, chain.process, keys, chain.shape, times, start=chain.x)
+            x = sample(sampler, denoise, chain.process, chain.keys, chain.shape, times, start=chain.x)
             images.append((chain.estimate(step) + realism * (x - chain.estimate(step)) if realism < 1 else x).cpu())
         return self._cut(torch.cat(images))
 

@@ -12,10 +12,15 @@ Of a step from q = N(mu + ρ, β̃) and p = N(mu, s²), a candidate mu + s z has
 and this is what is searched for: what simulates the channel exactly weighs candidates by q/p too.
 """
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from undiffuse.key import Key
 
@@ -66,57 +71,85 @@ def read(path: UInt8[np.ndarray, "n"], ends: Int[np.ndarray, "ends"], memory: in
     return codebook(memory)[found[block], column]
 
 
-def search(
-    linear: Float[np.ndarray, "values"],
-    square: Float[np.ndarray, "values"],
-    ends: Int[np.ndarray, "ends"],
-    total: int,
-    memory: int,
-) -> UInt8[np.ndarray, "n"]:
-    """The path of `total` bits whose z has the largest 2⟨linear, z⟩ − ⟨square, z²⟩."""
-    if not total:
-        return np.zeros(0, np.uint8)
-    first = min(memory, total)
-    book, half = codebook(memory)[: 1 << first], (1 << first) // 2
-    metric = _scores(book, linear, square, ends[:2])[:, 0]
-    turns = np.zeros((len(ends) - 2, half), bool)
-    some = max(1, NARROW // len(book))
-    for low in range(1, len(ends) - 1, some):
-        scores = _scores(book, linear, square, ends[low : low + some + 1]).T.reshape(-1, half, 2)
-        for j, gain in enumerate(np.ascontiguousarray(scores), low - 1):
-            # State p·2 + bit follows p, or p with its oldest bit set, whichever has come further.
-            turns[j] = metric[half:] > metric[:half]
-            metric = (np.maximum(metric[:half], metric[half:])[:, None] + gain).reshape(-1)
-    return _walked_back(int(metric.argmax()), turns, first, half)
+class Problem(NamedTuple):
+    """A path of `total` bits is to be found over blocks with these `ends`; see `edges`. All of one device."""
+
+    linear: Float[Tensor, "_"]
+    square: Float[Tensor, "_"]
+    ends: Int[np.ndarray, "_"]
+    total: int
 
 
-def _scores(
-    book: Float[np.ndarray, "states columns"],
-    linear: Float[np.ndarray, "values"],
-    square: Float[np.ndarray, "values"],
-    ends: Int[np.ndarray, "ends"],
-) -> Float[np.ndarray, "states blocks"]:
-    """What each row adds to the metric in each block."""
+def search(problems: Sequence[Problem], memory: int) -> list[UInt8[np.ndarray, "_"]]:
+    """Of each the path whose z has the largest 2⟨linear, z⟩ − ⟨square, z²⟩, by the Viterbi algorithm.
+
+    They are searched side by side. One with fewer blocks than another waits at its end: blocks that add nothing lead on
+    from where it is best.
+    """
+    some = [each for each in problems if each.total]
+    paths = iter(_searched(some, memory) if some else ())
+    return [next(paths) if each.total else np.zeros(0, np.uint8) for each in problems]
+
+
+def _searched(problems: list[Problem], memory: int) -> list[UInt8[np.ndarray, "_"]]:
+    count, half, device = len(problems), (1 << memory) // 2, problems[0].linear.device
+    blocks = max(len(each.ends) for each in problems) - 1
+    metric = _scores(problems, 0, 1, memory)[0]
+    for row, each in zip(metric, problems, strict=True):
+        row[1 << min(memory, each.total) :] = -torch.inf  # states of more bits than there are
+    # State p·2 + bit follows p, or p with its oldest bit set, whichever has come further.
+    without, having, followers = metric[:, :half], metric[:, half:], metric.view(count, half, 2)
+    best = torch.empty((count, half), dtype=metric.dtype, device=device)
+    turns = torch.empty((blocks - 1, count, half), dtype=torch.bool, device=device)
+    some = max(1, NARROW // metric.numel())
+    for low in range(1, blocks, some):
+        gains = _scores(problems, low, min(low + some, blocks), memory).view(-1, count, half, 2)
+        for turn, gain in zip(turns[low - 1 :], gains, strict=False):
+            torch.gt(having, without, out=turn)
+            torch.maximum(without, having, out=best)
+            torch.add(gain, best[:, :, None], out=followers)
+    last, taken = metric.argmax(1).tolist(), turns.cpu().numpy()
+    every = zip(problems, last, strict=True)
+    return [_walked_back(state, taken[:, i], memory, each.total) for i, (each, state) in enumerate(every)]
+
+
+@lru_cache(2)
+def _tables(
+    memory: int, device: torch.device
+) -> tuple[Float[Tensor, "columns states"], Float[Tensor, "columns states"]]:
+    """What a row says, twice, and its square with the opposite sign."""
+    book = torch.from_numpy(codebook(memory)).to(device).T.contiguous()
+    return 2 * book, -book.square()
+
+
+def _scores(problems: list[Problem], low: int, high: int, memory: int) -> Float[Tensor, "blocks problems states"]:
+    """What each row adds to the metric in each of some blocks."""
+    double, minus = _tables(memory, problems[0].linear.device)
+    ends = [each.ends[low : high + 1] for each in problems]
+    wide = min(COLUMNS, max(int(np.diff(each).max(initial=0)) for each in ends))
+
+    def side_by_side(values: list[Float[Tensor, "_"]]) -> Float[Tensor, "rows wide"]:
+        return pad_sequence([_folded(*each, wide) for each in zip(values, ends, strict=True)]).flatten(0, 1)
+
+    z, z_2 = side_by_side([each.linear for each in problems]), side_by_side([each.square for each in problems])
+    return (z @ double[:wide]).addmm_(z_2, minus[:wide]).view(-1, len(problems), double.shape[1])
+
+
+def _folded(values: Float[Tensor, "_"], ends: Int[np.ndarray, "_"], wide: int) -> Float[Tensor, "blocks wide"]:
+    """The values of each block in a row of their own, and those that meet the same column summed up."""
     widths = np.diff(ends)
-    wide = min(int(widths.max()), COLUMNS)
-    block = np.repeat(np.arange(len(widths)), widths)
-    place = block * wide + (np.arange(len(block)) - (ends[block] - ends[0])) % COLUMNS
-    there = slice(int(ends[0]), int(ends[-1]))
-
-    def folded(values: Float[np.ndarray, "values"]) -> Float[np.ndarray, "wide blocks"]:
-        sums = np.bincount(place, values[there], len(widths) * wide)
-        return sums.reshape(len(widths), wide).T.astype(np.float32)
-
-    rows = book[:, :wide]
-    return 2 * (rows @ folded(linear)) - np.square(rows) @ folded(square)
+    turns = max(1, -(-int(widths.max(initial=0)) // wide))
+    column = np.arange(turns * wide)
+    place = torch.from_numpy(np.where(column < widths[:, None], ends[:-1, None] + column, -1)).to(values.device)
+    return values[place.clamp(min=0)].where(place >= 0, 0).view(len(widths), turns, wide).sum(1)
 
 
 def _walked_back(
-    state: int, turns: Bool[np.ndarray, "branches half"], memory: int, half: int
+    state: int, turns: Bool[np.ndarray, "branches half"], memory: int, total: int
 ) -> UInt8[np.ndarray, "n"]:
     path = np.zeros(memory + len(turns), np.uint8)
     for j in reversed(range(len(turns))):
         path[memory + j], state = state & 1, state >> 1
-        state += half * int(turns[j, state])
+        state += turns.shape[1] * int(turns[j, state])
     path[:memory] = state >> np.arange(memory - 1, -1, -1) & 1
-    return path
+    return path[max(0, memory - total) :][:total]
