@@ -79,7 +79,7 @@ def run(
         if any(asked.items() <= row.items() for row in read(path)["rows"]):
             continue
         trainer, found = trained(preset, settings, given.budget, unit, given.seed)
-        row = asked | {"preset": preset, "settings": settings} | found | judge(trainer, given.work)
+        row = asked | {"preset": Path(preset).name, "settings": settings} | found | judge(trainer, given.work)
         print(json.dumps(row)[:1000], file=sys.stderr, flush=True)
         with (given.work / f"{mark}.lock").open("w") as lock:  # another may be at work on other names
             fcntl.flock(lock, fcntl.LOCK_EX)

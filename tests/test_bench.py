@@ -1,6 +1,7 @@
 """The results of bench/ are of what is there today."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,13 @@ def test_figures_are_of_the_weights_of_today():
     said = {name: each["made_of"] for name, each in results().items()}
     assert {"shipped-fashion-mnist", "scores-fashion-mnist", "progressive", "ranking", "flow"} <= said.keys()
     assert said == {name: made_of(*weights) for name, weights in said.items()}
+
+
+def test_no_result_names_a_place_of_the_machine_that_made_it():
+    found = {
+        path.name: re.findall(r'[" =](?:/|[A-Z]:)[\w.]+/[^" ]*', path.read_text()) for path in ROOT.glob("bench/*.json")
+    }
+    assert {name: places for name, places in found.items() if places} == {}
 
 
 def test_what_has_changed_is_made_anew(tmp_path):
