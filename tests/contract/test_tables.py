@@ -19,7 +19,7 @@ NAMES = {
     PARAMETERISATIONS: "eps x0 v mu edm lattice",
     VARIANCES: "fixed-small fixed-large learned learned-range",
     NETWORKS: "unet",
-    OBJECTIVES: "simple vlb hybrid min-snr p2 sigmoid continuous-vlb consistency",
+    OBJECTIVES: "simple vlb hybrid min-snr p2 sigmoid continuous-vlb trajectory",
     SAMPLERS: "ancestral ddim deis dpmpp dpmpp-sde heun ipndm unipc",
     FEATURES: "inception dinov2 efflite0 classifier-28 classifier-emoji",
 }

@@ -60,7 +60,7 @@ def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
     said = said_of_drawing(model, model.times(), model.sampler(), 0, "none")
     assert (said["solver"], said["evaluations"], said["clip"]) == ("ddim", 3, False)
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2  # previews of both kinds of weights
-    assert model.meta["recipe"]["objective"]["name"] == "consistency"
+    assert model.meta["recipe"]["objective"]["name"] == "trajectory"
 
 
 def test_the_chain_is_ddim_between_the_bounds(teacher, tmp_path):

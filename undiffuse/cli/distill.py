@@ -26,9 +26,9 @@ def distill(
 ) -> None:
     """Tune a model to sample in 1 to 8 steps.
 
-    The same network is trained on with the same data, so that one evaluation replaces many (consistency tuning in
-    segments). The model must predict v or edm. The result is a run like any other, which `undiffuse sample` draws from
-    in its own steps. Ctrl-C saves and stops; the same command again goes on from there.
+    The same network is trained on with the same data, so that one evaluation replaces many: each of its steps learns to
+    end where several of the model as it was do. The model must predict v, x0 or edm. The result is a run like any
+    other, which `undiffuse sample` draws from in its own steps. Ctrl-C saves and stops; the same command again goes on.
 
     Examples:
 

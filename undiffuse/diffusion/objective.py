@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.config import NonNegative, Positive, Table
+from undiffuse.config import Count, NonNegative, Positive, Table
 from undiffuse.diffusion.denoiser import PARAMETERISATIONS, Denoiser, Moment, Step, bound_term
 from undiffuse.diffusion.density import DENSITIES, AlphaSquared, Density, Uniform, log_variances, suited
 from undiffuse.diffusion.gaussian import LN2
@@ -59,6 +59,7 @@ class Objective(ABC):
     needs_learned: ClassVar[bool | None] = None
     needs_table: ClassVar[bool] = False
     needs_x_0: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False  # another model, whose answers it learns
     bounds: tuple[float, ...] | None = None  # sigma/alpha at which the steps of a distilled model begin, rising
     density: Density | None = None  # how often each t is taken; unless given, what suits the process or the objective
 
@@ -275,91 +276,49 @@ class ContinuousVlb(Objective):
             )
 
 
-class Pair(NamedTuple):
-    """What two passes of `Consistency` have between them; float64 [b]."""
-
-    on_teacher: Float[Tensor, "b"]
-    weight: Float[Tensor, "b"]
-
-
 @dataclass(frozen=True)
-class Consistency(Objective):
-    """A model of as many steps as `bounds` has numbers, tuned from its own weights (ECT: Geng et al. 2024) in segments
-    (Heek et al. 2024).
+class Trajectory(Objective):
+    """A model of as many steps as `bounds` has numbers, tuned from its own weights by `trajectory.Taught`.
 
-    In u = sigma/alpha and z = x/alpha, with a the greatest bound below u, or 0: D(z_u, u) is to be the x̂_0 whose
-    straight line from z_u ends where the flow does at a. It learns that from itself at r, a little below u with the
-    same noise: x̂* = w D(z_r, r) + (1 − w) x_0 with w = (1 − a/r)/(1 − a/u) is the x̂_0 whose line from z_u meets that
-    of z_r at a, and no pass at all where r = a. The loss is (1 − a/u)/(u − r) times the root mean square of D − x̂*;
-    the first factor is dz_a/dD. r = u (1 − (1 + 8 sigmoid(−u))/q), and a below a or below the u of t_min; ln u is
-    normal around −1.1 + ln(2 sigma_data), with standard deviation `spread`, between the u of t_min and the last bound.
+    `bounds` are sigma/alpha at which its steps begin, rising; the teacher takes `substeps` for each.
     """
 
     bounds: tuple[Positive, ...] = (80.0,)
-    sigma_data: Positive = 0.5
-    q: Positive = 256.0
-    spread: Positive = 2.0
+    substeps: Count = 4
     needs_learned: ClassVar[bool | None] = False
+    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.bounds or any(b <= a for a, b in zip(self.bounds, self.bounds[1:], strict=False)):
             raise UsageError(f"bounds {list(self.bounds)} do not rise; give one or more sigma/alpha, the least first")
-        if self.q <= 5:  # r would be below 0 at u = 0
-            raise UsageError(f"q = {self.q:g} is not possible; give more than 5")
 
     def check(self, denoiser: Denoiser) -> None:
         super().check(denoiser)
-        self.check_answer(denoiser)
         low, high = spreads(denoiser.process)
-        if not low < self.bounds[-1] <= high * (1 + 1e-6):
+        if not (low < self.bounds[0] and self.bounds[-1] <= high * (1 + 1e-6)):
             raise UsageError(
-                f"bounds up to {self.bounds[-1]:g} are not possible; sigma/alpha of this process ends at {high:.4g}"
+                f"bounds {self.bounds[0]:g} to {self.bounds[-1]:g} are not possible; sigma/alpha of this process goes "
+                f"from {low:.4g} to {high:.4g}"
             )
+        self.check_answer(denoiser)
 
     def check_answer(self, denoiser: Denoiser) -> None:
-        """Refuses what a network predicts where x̂_0 is not x_t without noise, or grows without bound with it."""
+        """Refuses what a network predicts where an error of it grows without bound in x̂_0."""
         name = PARAMETERISATIONS.name_of(denoiser.parameterisation)
         inner = PARAMETERISATIONS.name_of(getattr(denoiser.parameterisation, "of", denoiser.parameterisation))
-        if inner not in ("v", "edm"):
-            why = "explodes where sigma/alpha is large" if inner == "eps" else "is not x_t where sigma/alpha is 0"
+        if inner not in ("v", "edm", "x0"):
             raise UsageError(
-                f"a model that predicts {name} cannot be distilled: its x̂_0 {why}; train one that predicts v or edm"
+                f"a model that predicts {name} cannot be distilled: its x̂_0 explodes where sigma/alpha is large; train "
+                "one that predicts v, x0 or edm"
             )
 
-    def drawn(self, process: Process, keys: Keys) -> Float[Tensor, "b"]:
-        """u of each example: by the inverse of its distribution function, so that each is a function of its key."""
-        low, high = spreads(process)
-        ends = torch.tensor([low, min(high, self.bounds[-1])], dtype=F64, device="cpu").log()
-        middle = -1.1 + math.log(2 * self.sigma_data)
-        first, last = torch.special.ndtr((ends - middle) / self.spread)
-        share = torch.lerp(first, last, keys.fold("u").uniform())
-        return (middle + self.spread * torch.special.ndtri(share)).clamp(*ends.tolist()).exp()
-
-    def before(self, u: Float[Tensor, "b"], low: float) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-        """a and r of each u; `low` is the u of t_min."""
-        inner = torch.tensor([0.0, *self.bounds[:-1]], dtype=F64, device="cpu")
-        a = inner[torch.searchsorted(inner, u) - 1]
-        r = u * (1 - (1 + 8 * torch.sigmoid(-u)) / self.q)
-        return a, torch.where(r < torch.maximum(a, a.new_tensor(low)), a, r)
-
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        process, (low, _) = denoiser.process, spreads(denoiser.process)
-        u = self.drawn(process, keys)
-        a, r = self.before(u, low)
-        t, s = (process.time_of_spread(each).clamp(process.t_min, 1) for each in (u, r.clamp(min=low)))
-        on_teacher = torch.where(r > a, (1 - a / r) / (1 - a / u), 0)
-        now, then, pair = ready(x_0, denoiser.at(t), denoiser.at(s), Pair(on_teacher, (1 - a / u) / (u - r)))
-        eps, mask = keys.fold("eps").normal(*x_0.shape[1:]), keys.key.fold("mask", int(keys.rows[0])).integer()
+        raise UsageError(NO_TEACHER)
 
-        def answer(moment: Moment) -> Float[Tensor, "b c h w"]:
-            if denoiser.training:
-                torch.manual_seed(mask)  # both passes drop the same
-            return denoiser(moment.noised(x_0, eps), moment, cond).x_0
 
-        with torch.no_grad():
-            target = torch.lerp(x_0, answer(then), pair.on_teacher) if bool((r > a).any()) else x_0
-        off = torch.linalg.vector_norm((answer(now) - target).flatten(1), dim=1) / x_0[0].numel() ** 0.5
-        return Loss(pair.weight.flatten() * off, {"consistency": off}, t)
+NO_TEACHER = (
+    "a distillation goes on with its teacher alone: give `undiffuse distill MODEL DATA --steps N --out RUN` again"
+)
 
 
 def spreads(process: Process) -> tuple[float, float]:

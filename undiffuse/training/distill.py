@@ -1,4 +1,4 @@
-"""From a model to one of one to eight steps: the same network, tuned on the same data by `objective.Consistency`."""
+"""From a model to one of one to eight steps: the same network, tuned on the same data by `trajectory.Taught`."""
 
 import json
 from collections.abc import Sequence
@@ -10,11 +10,10 @@ import torch
 
 from undiffuse.config import parse, plain
 from undiffuse.diffusion.grid import LogSnr
-from undiffuse.diffusion.objective import Consistency
+from undiffuse.diffusion.objective import Trajectory
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist, log, store
 from undiffuse.model import fitted
-from undiffuse.model.classes import RANDOM
 from undiffuse.model.fit import cost, fit, steps_of
 from undiffuse.model.load import load
 from undiffuse.model.model import Model
@@ -24,20 +23,24 @@ from undiffuse.training.resume import saved_recipe
 from undiffuse.training.start import Data, Say, train
 
 MOST = 8
-SEEN = 64  # samples of the model whose values say what the standard deviation of the data is
+TEACHING = 16  # evaluations of the teacher for a whole chain, and so many for each step at least:
+LEAST = 3
 
 
-def recipe_for(model: Model, bounds: tuple[float, ...], spread: float) -> Recipe:
-    """What tunes a model to steps that begin at these sigma/alpha; `spread` is the standard deviation of its data."""
+def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
+    """What tunes a model to steps that begin at these sigma/alpha: by its own optimizer, at half of its rate."""
     said, config = model.meta.get("recipe"), model.config
     before = parse(TrainConfig, said.get("train", {}), "the recipe of this model") if isinstance(said, dict) else None
     data = replace(model.data, size=config.image[1:], channels=config.image[0], labels=config.classes is not None)
     tuning = TrainConfig(
-        steps=10_000,
-        batch=128,
-        lr=1e-4,
-        warmup=1000,
-        ema=0.9993,
+        steps=5000,
+        batch=64,
+        lr=1e-4 if before is None else before.lr / 2,
+        optimizer="adam" if before is None else before.optimizer,
+        warmup=100,
+        decay="cosine",
+        ema=0.999,
+        ema_ramp=True,
         save_every=500,
         sample_every=500,
         held_out_every=500,
@@ -46,7 +49,8 @@ def recipe_for(model: Model, bounds: tuple[float, ...], spread: float) -> Recipe
     )
     about = f"{model.digest()[:12]} distilled to {len(bounds)} steps"
     parts = (config.process, config.parameterisation, config.variance, config.network)
-    return Recipe(about, data, *parts, Consistency(bounds, spread), tuning)
+    each = max(LEAST, -(-TEACHING // len(bounds)))
+    return Recipe(about, data, *parts, Trajectory(bounds, each), tuning)
 
 
 def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tuple[float, ...]:
@@ -82,7 +86,7 @@ def distill(
     """Tunes a model to sample in 1 to 8 steps, in the run folder `out`, or goes on with the run that is there.
 
     `data` is what it was trained on; `images`, `minutes`, `skip_bad` and the like are those of `train`. Raises
-    UsageError for a model that predicts neither v nor edm, and as `train` does.
+    UsageError for a model that predicts none of v, x0 and edm, and as `train` does.
     """
     steps, run = whole("steps", steps, 1), store.Run(Path(out))
     if steps > MOST:
@@ -94,13 +98,11 @@ def distill(
         how: dict[str, Any] = {"settings": settings, "device": device, "say": say, "show_progress": show_progress}
         if before is not None:
             _refuse_other(run.path, before, teacher, steps)
-            return train(data, out, **how, **given)
+            return train(data, out, init=teacher, **how, **given)
         # Settings that are refused are so before anything is computed.
-        with_settings(plain(recipe_for(teacher, (1.0,), 0.5)), settings, "the settings")
+        with_settings(plain(recipe_for(teacher, (1.0,))), settings, "the settings")
         bounds = fitted_bounds(teacher, steps, say, show_progress)
-        label = None if teacher.classes is None else RANDOM
-        drawn = teacher.sample(SEEN, min(20, teacher.process.steps or 20), "dpmpp", label=label)
-        recipe = recipe_for(teacher, bounds, max(round(float(drawn.float().std()) / 127.5, 2), 0.01))
+        recipe = recipe_for(teacher, bounds)
         say(f"steps begin at sigma/alpha {', '.join(f'{u:g}' for u in reversed(bounds))}")
         return train(data, out, recipe, init=teacher, **how, **given)
 
@@ -110,7 +112,7 @@ def _refuse_teacher(teacher: Model, steps: int) -> None:
     teacher.refuse_distilled("another distillation")
     if teacher.config.variance.learned:
         raise UsageError("a model with a learned variance cannot be distilled; train one with a fixed one")
-    Consistency().check_answer(teacher.denoiser)
+    Trajectory().check_answer(teacher.denoiser)
     if teacher.process.steps is not None and teacher.process.steps < steps:
         raise UsageError(f"steps = {steps} is not possible; this model takes 1 to {teacher.process.steps}")
 
@@ -118,7 +120,7 @@ def _refuse_teacher(teacher: Model, steps: int) -> None:
 def _refuse_other(out: Path, before: dict[str, Any], teacher: Model, steps: int) -> None:
     """UsageError for a run of another kind, or of another model."""
     objective = before.get("objective", {})
-    bounds = objective.get("bounds", ()) if objective.get("name") == "consistency" else ()
+    bounds = objective.get("bounds", ()) if objective.get("name") == "trajectory" else ()
     if len(bounds) != steps:
         what = f"distillation to {len(bounds)} steps" if bounds else "training"
         raise UsageError(f"{out} holds a {what}, and {steps} steps were asked for; give another --out")

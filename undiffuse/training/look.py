@@ -76,7 +76,7 @@ def fixed_loss(
         chosen = part % len(images)
         x_0 = to_float(images[chosen].to(trainer.device))
         told, keys = cond.at(chosen).to(trainer.device), key.rows(part, trainer.device)
-        loss = trainer.recipe.objective(denoiser, x_0, told, keys)
+        loss = trainer.objective(denoiser, x_0, told, keys)
         total += float(loss.per_example.cpu().double().sum())
     return total / len(rows)
 

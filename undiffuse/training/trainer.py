@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,8 @@ from undiffuse.data.loader import Batch, Loader, Prefetched
 from undiffuse.data.source import Source
 from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.importance import Seen
-from undiffuse.diffusion.objective import by_quartile, quartile_sums
+from undiffuse.diffusion.objective import NO_TEACHER, Objective, Trajectory, by_quartile, quartile_sums
+from undiffuse.diffusion.trajectory import Taught
 from undiffuse.errors import DataError, NotFiniteError, UsageError
 from undiffuse.key import Key, moved
 from undiffuse.machine import device as machine
@@ -44,7 +46,14 @@ from undiffuse.training.tune import begin_with
 class Trainer:
     """Weights, their average, the optimiser's moments and the number of steps done."""
 
-    def __init__(self, recipe: Recipe, config: ModelConfig, data: Source, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: ModelConfig,
+        data: Source,
+        device: str | torch.device = "cpu",
+        teacher: Model | None = None,
+    ):
         self.classes = classes_of(recipe, data)
         recipe = replace(recipe, data=replace(recipe.data, labels=self.classes is not None))
         self.recipe, self.config, self.device = recipe, config, torch.device(device)
@@ -58,6 +67,7 @@ class Trainer:
             self.denoiser.computing = machine.in_precision(recipe.train.precision, self.device)
         if recipe.train.channels_last:  # before averages and moments, which take the layout of their weights
             self.denoiser.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.objective = self._objective(teacher)
         self.names = [name for name, _ in self.denoiser.network.named_parameters()]
         self.weights = list(self.denoiser.network.parameters())
         self.ema = Ema(self.weights, recipe.train.ema, recipe.train.ema_ramp)
@@ -72,6 +82,19 @@ class Trainer:
         )
         self.denoiser.network = self._prepared(self.denoiser.network)
         self.step = 0
+
+    def _objective(self, teacher: Model | None) -> Objective:
+        """What is minimised; with a copy of the teacher that it learns from, if it learns from one."""
+        recipe = self.recipe
+        if not isinstance(recipe.objective, Trajectory):
+            return recipe.objective
+        if teacher is None:
+            raise UsageError(NO_TEACHER)
+        own = deepcopy(teacher.denoiser).to(self.device).requires_grad_(False).eval()
+        own.computing = self.denoiser.computing
+        if recipe.train.channels_last:
+            own.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return Taught(recipe.objective, own)
 
     def _prepared(self, network: nn.Module) -> nn.Module:
         """The network as it is run: recomputation, compilation, and the sum over processes."""
@@ -198,7 +221,7 @@ class Trainer:
         x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
         if self.recipe.train.channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
-        loss = self.seen.applied(self.recipe.objective)(self.denoiser, x_0, cond, keys)
+        loss = self.seen.applied(self.objective)(self.denoiser, x_0, cond, keys)
         return loss.per_example, loss.t
 
     def _told(self, label: Tensor | None, rows: Tensor) -> Conditioning:
