@@ -12,7 +12,7 @@ from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import spreads
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.heun import Heun
-from undiffuse.errors import UsageError
+from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.machine.log import silent
 from undiffuse.measure import nll
@@ -20,7 +20,8 @@ from undiffuse.measure.flow import nll_ode
 from undiffuse.measure.sets import said_of_drawing
 from undiffuse.model.fit import fit
 from undiffuse.model.load import load, save
-from undiffuse.training.distill import distill
+from undiffuse.training.distill import distill, recipe_for
+from undiffuse.training.start import train
 from undiffuse.view import explore
 
 QUICK = ["train.batch=8", "train.held_out=8", "train.held_out_every=2", "train.sample_every=2", "train.save_every=2"]
@@ -156,6 +157,27 @@ def test_a_model_that_predicts_noise_is_refused_before_anything_is_made(tmp_path
     with pytest.raises(UsageError, match="a model that predicts eps cannot be distilled: its x̂_0 explodes"):
         tuned(noise, tmp_path / "out", 1)
     assert not (tmp_path / "out").exists() and not (noise / "fit").exists()
+
+
+def test_data_that_is_not_there_is_refused_before_a_grid_is_fitted(tmp_path):
+    other = run_of_digits(tmp_path / "other", 1, "parameterisation.name=v")
+    with pytest.raises(DataError, match="nowhere"):
+        distill(other, tmp_path / "nowhere", tmp_path / "out", 2, device="cpu", say=silent, show_progress=False)
+    assert not (tmp_path / "out").exists() and not (other / "fit").exists()
+
+
+def test_plain_training_does_not_go_on_with_it(teacher, tmp_path):
+    tuned(teacher, tmp_path / "run", 2)
+    with pytest.raises(UsageError, match="^a distillation goes on with its teacher alone: give `undiffuse distill"):
+        train("digits", tmp_path / "run", device="cpu", say=silent, show_progress=False)
+
+
+def test_the_rate_is_half_of_the_teachers_and_the_optimizer_its_own(tmp_path):
+    other = run_of_digits(tmp_path / "other", 1, "parameterisation.name=v", "train.optimizer=muon", "train.lr=0.004")
+    recipe = recipe_for(load(other), (1.0, 80.0))
+    assert (recipe.train.optimizer, recipe.train.lr, recipe.objective.substeps) == ("muon", 0.002, 8)
+    bounds = tuple(0.5 * n for n in range(1, 9))
+    assert [recipe_for(load(other), bounds[:n]).objective.substeps for n in (1, 4, 8)] == [16, 4, 3]
 
 
 def test_the_command(teacher, tmp_path, call):

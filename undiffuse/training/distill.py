@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 import torch
 
 from undiffuse.config import parse, plain
+from undiffuse.data.source import Source, open_raw
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import Trajectory
 from undiffuse.errors import UsageError
@@ -20,7 +21,7 @@ from undiffuse.model.model import Model
 from undiffuse.model.recipe import Recipe, TrainConfig, with_settings
 from undiffuse.strict import whole
 from undiffuse.training.resume import saved_recipe
-from undiffuse.training.start import Data, Say, train
+from undiffuse.training.start import Data, Say, spec_of, train
 
 MOST = 8
 TEACHING = 16  # evaluations of the teacher for a whole chain, and so many for each step at least:
@@ -59,10 +60,9 @@ def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tu
     found = model.fit
     if found is None:
         say(f"no grid is fitted to this model yet: {cost(model)}")
-        with log.progress(steps_of(model), "fitting", show_progress and dist.is_first()) as bar:
+        with log.progress(steps_of(model), "fitting", show_progress) as bar:
             found = fit(model, progress=bar.advance)
-        if dist.is_first():
-            fitted.keep(found, model.run)
+        fitted.keep(found, model.run)
     # First a step from pure noise: at a few sigma/alpha, where a grid may begin, the mean and noise are no draw of x_t.
     times = LogSnr().times(model.process, 2)[:1]
     if steps > 1:
@@ -99,9 +99,12 @@ def distill(
         if before is not None:
             _refuse_other(run.path, before, teacher, steps)
             return train(data, out, init=teacher, **how, **given)
-        # Settings that are refused are so before anything is computed.
+        # Settings and data that are refused are so before anything is computed.
         with_settings(plain(recipe_for(teacher, (1.0,))), settings, "the settings")
-        bounds = fitted_bounds(teacher, steps, say, show_progress)
+        if not isinstance(data, Source):
+            open_raw(spec_of(data), "train", teacher.data.reading)
+        own = fitted_bounds(teacher, steps, say, show_progress) if dist.is_first() else ()
+        bounds = tuple(json.loads(dist.tell(json.dumps(own))))  # another machine might come to slightly others
         recipe = recipe_for(teacher, bounds)
         say(f"steps begin at sigma/alpha {', '.join(f'{u:g}' for u in reversed(bounds))}")
         return train(data, out, recipe, init=teacher, **how, **given)

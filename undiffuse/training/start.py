@@ -62,7 +62,7 @@ def train(
     """
     used = torch.cuda.is_initialized()  # before this run uses it
     run, budget = store.Run(Path(out)), _budget(steps, images, minutes, settings)
-    named: str | Source = data if isinstance(data, Source) else _spec(data)
+    named: str | Source = data if isinstance(data, Source) else spec_of(data)
     if isinstance(named, str):
         refuse_inside(run.path, named, "--out")
     _refuse(run.path, init)
@@ -181,7 +181,7 @@ def shape_of(source: Source) -> tuple[int, int, int]:
     return c, h, w
 
 
-def _spec(data: str | Path | Sequence[str | Path]) -> str:
+def spec_of(data: str | Path | Sequence[str | Path]) -> str:
     return str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
 
 
