@@ -9,8 +9,10 @@ import torch
 from torch.distributions import Normal
 
 from tests.codec.plans import gaussian, gaussian_images, gaussian_plan
+from undiffuse.codec import stream
 from undiffuse.codec.chain import Chain, Order, at_knots, hats, wanted_scales
 from undiffuse.codec.plan import KNOTS, SCALES
+from undiffuse.codec.stream import Codec
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Cosine, Edm, Linear, Straight
 from undiffuse.key import Key
@@ -92,3 +94,20 @@ def test_the_scale_is_that_of_the_residual():
     tilted = replace(PLAN, shape=(tuple(2.0 if k == 6 else 0.9 for k in range(KNOTS)),) * PLAN.steps)
     assert wanted_scales(tilted, 2, x_0, truth) == [-8, -4, 0, 1]  # h is 2 where x̂_0 is 0
     assert wanted_scales(PLAN, 2, x_0, x_0)[0] < -SCALES  # nothing is left; what is sent is held within the tables
+
+
+@pytest.mark.parametrize("batch", [4, 7])
+def test_groups_make_the_same_file_alone_as_together(monkeypatch, batch):
+    """The last one has fewer images; and of a file that is cut off some groups have a step more than others."""
+    codec, images = Codec(MODEL, PLAN), gaussian_images(11)
+    alone = codec.encode(images, group=2)
+    cuts = range(len(alone) // 3, len(alone), len(alone) // 7)
+    apart = [codec.decode(alone[:cut]) for cut in cuts]
+    assert len(apart[0].chains) > 1
+    monkeypatch.setattr(stream, "BATCH", batch)
+    assert codec.encode(images, group=2) == alone
+    assert len(codec.decode(alone).chains) > 1
+    for cut, one in zip(cuts, apart, strict=True):
+        other = codec.decode(alone[:cut])
+        assert len(other.chains) >= len(one.chains)
+        assert torch.equal(other.mean(), one.mean()) and torch.equal(other.drawn(), one.drawn())
