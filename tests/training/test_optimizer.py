@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from undiffuse.training.optimizer import MOMENTUM, Adam, Muon, is_matrix, orthogonal
+from undiffuse.network.unet import UNet
+from undiffuse.training.optimizer import MOMENTUM, Adam, Muon, is_matrix, optimizer_of, orthogonal
 
 
 def weights(*shapes):
@@ -67,6 +68,26 @@ def test_what_is_narrow_or_a_vector_is_adams():
         strict=True,
     )
     assert [torch.equal(ours, adams) for ours, adams in both] == [True] * 4 + [False]
+
+
+def test_a_table_of_classes_is_adams_and_only_rows_that_were_seen_move():
+    """Of 40 classes 3 were in the batch; an orthogonal step would move them all as far."""
+    (table,) = weights((40, 64))
+    before, muon = table.detach().clone(), Muon([table], (0.9, 0.99), rows=[table])
+    assert muon.moments(table) == ("exp_avg", "exp_avg_sq") and Muon([table], (0.9, 0.99)).moments(table) == (
+        "momentum",
+    )
+    muon.param_groups[0]["lr"] = 0.1
+    table[:3].square().sum().backward()
+    muon.step()
+    assert (table != before).any(1).tolist() == [True] * 3 + [False] * 37
+
+
+def test_a_network_says_which_weights_are_tables():
+    network = UNet(channels=16, multipliers=(1,), blocks=1, attention=()).build(1, 1, 40)
+    muon = optimizer_of("muon", network, (0.9, 0.99))
+    others = [name for name, weight in network.named_parameters() if is_matrix(weight) and not muon.takes(weight)]
+    assert others == ["label.weight"]
 
 
 def test_a_layout_changes_no_step():

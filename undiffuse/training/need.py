@@ -19,7 +19,7 @@ from undiffuse.machine import dist
 from undiffuse.machine.device import HALF
 from undiffuse.model.recipe import ModelConfig, TrainConfig
 from undiffuse.network.base import Conditioning, recompute
-from undiffuse.training.optimizer import OPTIMIZERS
+from undiffuse.training.optimizer import optimizer_of
 from undiffuse.training.plan import shares
 
 
@@ -106,7 +106,7 @@ def _beside_weights(
         recompute(config.network, network, train.recompute, exact=False)
         with Alive() as alive:
             weights = sum(alive.noted(weight) for weight in network.parameters())
-            kept = OPTIMIZERS[train.optimizer].moments
+            kept = optimizer_of(train.optimizer, network, train.betas).moments
             moments = sum(weight.nbytes * len(kept(weight)) for weight in network.parameters())
             for weight in network.parameters():
                 weight.grad = torch.empty_like(weight) if stay else None

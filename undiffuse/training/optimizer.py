@@ -7,19 +7,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-NARROW = 16  # a matrix with fewer rows or columns is that of the image's channels, or of few classes
+NARROW = 16  # a matrix with fewer rows or columns is that of the image's channels
 MOMENTUM, ROUNDS = 0.95, 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0, and about 1 between the singular values 0.7 and 1.2
 
 
 class Adam(torch.optim.Adam):
-    """Kingma & Ba 2015. The rate is set for each step; `state[weight]` holds tensors alone."""
+    """Kingma & Ba 2015. The rate is set for each step; `state[weight]` holds tensors alone.
 
-    def __init__(self, weights: Iterable[nn.Parameter], betas: tuple[float, float]):
+    `rows` are weights of which each row is a thing of its own, as in a table of classes, and not a map.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter], betas: tuple[float, float], rows: Iterable[Tensor] = ()):
         super().__init__(weights, lr=1.0, betas=betas, eps=1e-8, fused=True)
 
-    @staticmethod
-    def moments(weight: Tensor) -> tuple[str, ...]:
+    def moments(self, weight: Tensor) -> tuple[str, ...]:
         """What is kept of a weight, in its shape."""
         return ("exp_avg", "exp_avg_sq")
 
@@ -34,20 +36,27 @@ class Adam(torch.optim.Adam):
 class Muon(Adam):
     """Steps along the nearest orthogonal matrix to the momentum, for matrices; Adam for the rest (Jordan et al. 2024).
 
-    A convolution is a matrix with a row for each output. Its step is scaled so that its values have the root mean
-    square of the rate, which is about that of an early step of Adam: one rate does for both (as Liu et al. 2025, who
-    take a fifth of it).
+    The rest are vectors, narrow matrices, and `rows`, of which a batch has seen only some: an orthogonal step would
+    move the others as far. A convolution is a matrix with a row for each output. Its step is scaled so that its values
+    have the root mean square of the rate, which is about that of an early step of Adam: one rate does for both (as Liu
+    et al. 2025, who take a fifth of it).
     """
 
-    @staticmethod
-    def moments(weight: Tensor) -> tuple[str, ...]:
-        return ("momentum",) if is_matrix(weight) else Adam.moments(weight)
+    def __init__(self, weights: Iterable[nn.Parameter], betas: tuple[float, float], rows: Iterable[Tensor] = ()):
+        super().__init__(weights, betas, rows)
+        self.rows = set(map(id, rows))
+
+    def moments(self, weight: Tensor) -> tuple[str, ...]:
+        return ("momentum",) if self.takes(weight) else super().moments(weight)
+
+    def takes(self, weight: Tensor) -> bool:
+        return is_matrix(weight) and id(weight) not in self.rows
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         (group,) = self.param_groups
         alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-        for weight in filter(is_matrix, group["params"]):
+        for weight in filter(self.takes, group["params"]):
             if weight.grad is not None:
                 alike[len(weight), weight[0].numel()].append(weight)
         for shape, weights in alike.items():  # those of one shape at once, which on a card is a tenth of the launches
@@ -82,4 +91,7 @@ def orthogonal(matrices: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
     return x.mT if tall else x
 
 
-OPTIMIZERS = {"adam": Adam, "muon": Muon}
+def optimizer_of(name: str, network: nn.Module, betas: tuple[float, float]) -> Adam:
+    """Of all weights of a network, which says what its tables are."""
+    rows = [each.weight for each in network.modules() if isinstance(each, nn.Embedding)]
+    return {"adam": Adam, "muon": Muon}[name](network.parameters(), betas, rows)

@@ -37,7 +37,7 @@ from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
 from undiffuse.network.base import NOTHING, Conditioning, recompute
 from undiffuse.timing import stage
-from undiffuse.training.optimizer import OPTIMIZERS
+from undiffuse.training.optimizer import optimizer_of
 from undiffuse.training.plan import shares
 from undiffuse.training.scale import LossScale
 from undiffuse.training.tune import begin_with
@@ -72,7 +72,7 @@ class Trainer:
         self.weights = list(self.denoiser.network.parameters())
         self.ema = Ema(self.weights, recipe.train.ema, recipe.train.ema_ramp)
         self.profiles = Profiles(self.weights, recipe.train.ema_profiles)
-        self.optimizer = OPTIMIZERS[recipe.train.optimizer](self.weights, recipe.train.betas)
+        self.optimizer = optimizer_of(recipe.train.optimizer, self.denoiser.network, recipe.train.betas)
         self.scale = LossScale(recipe.train.precision == "float16")
         self.seen = Seen(recipe.objective, recipe.process)
         self.batches = Prefetched(
