@@ -35,6 +35,8 @@ from speed import Contender
 
 import undiffuse
 from undiffuse import key
+from undiffuse.codec import tables
+from undiffuse.codec.stream import Codec
 from undiffuse.data.pack import open_data
 from undiffuse.key import Key
 from undiffuse.machine import disk
@@ -201,6 +203,30 @@ def likelihood(device: torch.device) -> Found:
     return {"expected": "equal to 1e-4", "cpu": found[0], "here": found[1]}
 
 
+def codec(device: torch.device) -> Found:
+    """An archive, written here, and read here and on the CPU."""
+    source = open_data(DATA, (28, 28), 1)
+    images = source.gather(torch.arange(len(source)))[0]
+    models = [undiffuse.load(MODEL, each) for each in (str(device), "cpu")]
+    here, there = (Codec(model, tables.of(model)) for model in models)
+    here.encode(images, steps=2)
+    times = [time.perf_counter()]
+    written = here.write(images)
+    times.append(time.perf_counter())
+    own = here.decode(written.data)
+    times.append(time.perf_counter())
+    other = there.decode(written.data).estimate()
+    return {
+        "expected": "what was written, and on the CPU within 0.05 grey levels",
+        "images": len(images),
+        "bytes": len(written.data),
+        "write, s": round(times[1] - times[0], 2),
+        "read, s": round(times[2] - times[1], 2),
+        "as written": torch.equal(own.mean(), written.shown),
+        "CPU, levels off": 127.5 * float((other - own.estimate()).square().mean().sqrt()),
+    }
+
+
 def trainer_of(device: torch.device, *settings: str) -> Trainer:
     recipe = load_recipe("cifar10", ["train.batch=128", *settings])
     return Trainer(recipe, recipe.model((3, 32, 32)), open_data(SHAPES, (32, 32), 3), device)
@@ -334,6 +360,7 @@ EVERY = (
     noise,
     samples,
     likelihood,
+    codec,
     drawing,
     resume,
     half,
@@ -347,7 +374,7 @@ EVERY = (
 )
 PARTS: dict[str, Callable[[torch.device], Found]] = {each.__name__: each for each in EVERY}
 PARTS |= {f"speed, {way}": partial(speed, way) for way in WAYS}
-CARD_ONLY = PARTS.keys() - {"noise", "samples", "likelihood", "drawing", "resume"}
+CARD_ONLY = PARTS.keys() - {"noise", "samples", "likelihood", "codec", "drawing", "resume"}
 
 
 def short(value: Any) -> str:
