@@ -45,7 +45,7 @@ def tuned(teacher: Path, out: Path, length: int, steps: int = 3):
 def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
     model = tuned(teacher, tmp_path / "run", 2)
     assert sorted(path.name for path in (teacher / "fit").iterdir()) == [f"{load(teacher).digest()}.json"]
-    first, walk = float(LogSnr().times(model.process, 2)[0]), load(teacher).fit.grid.walks[1]
+    first, walk = float(LogSnr().times(model.process, 2)[0]), load(teacher).fit.grid.walks[2][1:]
     assert model.times().tolist() == pytest.approx([first, *walk, 0], abs=1e-6)
     assert model.config.bounds[-1] == pytest.approx(min(80, spreads(model.process)[1]), rel=1e-6)
     alone = tuned(teacher, tmp_path / "one", 1, steps=1)  # begins at noise, not where the mean may stand for it

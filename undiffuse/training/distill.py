@@ -55,8 +55,8 @@ def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
 
 
 def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tuple[float, ...]:
-    """sigma/alpha at which steps begin, rising: of pure noise, and of the fitted grid of one less, which is made and
-    kept where there is none."""
+    """sigma/alpha at which steps begin, rising: those of the fitted grid, which is made and kept where there is none,
+    but for the first one, which is of pure noise."""
     found = model.fit
     if found is None:
         say(f"no grid is fitted to this model yet: {cost(model)}")
@@ -66,7 +66,7 @@ def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tu
     # First a step from pure noise: at a few sigma/alpha, where a grid may begin, the mean and noise are no draw of x_t.
     times = LogSnr().times(model.process, 2)[:1]
     if steps > 1:
-        times = torch.cat([times, found.grid.times(model.process, steps - 1)[:-1]])
+        times = torch.cat([times, found.grid.times(model.process, steps)[1:-1]])
     times = times.flip(0)
     return tuple(round(u, 6) for u in model.process.spread(times).tolist())
 
