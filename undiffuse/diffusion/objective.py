@@ -59,7 +59,6 @@ class Objective(ABC):
     needs_learned: ClassVar[bool | None] = None
     needs_table: ClassVar[bool] = False
     needs_x_0: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = False  # another model, whose answers it learns
     bounds: tuple[float, ...] | None = None  # sigma/alpha at which the steps of a distilled model begin, rising
     density: Density | None = None  # how often each t is taken; unless given, what suits the process or the objective
 
@@ -286,7 +285,6 @@ class Trajectory(Objective):
     bounds: tuple[Positive, ...] = (80.0,)
     substeps: Count = 4
     needs_learned: ClassVar[bool | None] = False
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.bounds or any(b <= a for a, b in zip(self.bounds, self.bounds[1:], strict=False)):
