@@ -18,9 +18,10 @@ from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.numbers import per_image, ready
-from undiffuse.diffusion.objective import OBJECTIVES
+from undiffuse.diffusion.objective import OBJECTIVES, Trajectory
 from undiffuse.diffusion.process import PROCESSES, Edm, Linear, Straight
 from undiffuse.diffusion.sampler.base import SAMPLERS
+from undiffuse.diffusion.trajectory import Taught
 from undiffuse.key import Key
 from undiffuse.measure.nll import nll
 from undiffuse.model.load import from_weights, load, save
@@ -123,6 +124,7 @@ def test_a_loss_and_its_gradient(name):
         (one.network, one.variance) if learned else (HalfOf(one.network), VARIANCES.build("fixed-small"))
     )
     denoiser = Denoiser(network, one.process, one.parameterisation, variance, clip=False)
+    objective = Taught(objective, denoiser) if isinstance(objective, Trajectory) else objective
     x_0, label = torch.zeros(4, 1, 8, 8, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
     loss = objective(denoiser, x_0, Conditioning(label), Key(0).rows(4, "meta"))
     loss.per_example.sum().backward()

@@ -30,9 +30,10 @@ from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser,
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.numbers import ready
-from undiffuse.diffusion.objective import OBJECTIVES
+from undiffuse.diffusion.objective import OBJECTIVES, Trajectory
 from undiffuse.diffusion.process import PROCESSES, Linear
 from undiffuse.diffusion.sampler.base import SAMPLERS
+from undiffuse.diffusion.trajectory import Taught
 from undiffuse.figure import grid, png
 from undiffuse.interop.diffusers import read_folder, write_folder
 from undiffuse.key import Key, normal_table
@@ -154,6 +155,7 @@ def losses(path: Path) -> Any:
         variance = one.variance if objective.needs_learned is not False else VARIANCES.build("fixed-small")
         network = one.network if variance.learned else HalfOf(one.network)
         denoiser = Denoiser(network, one.process, one.parameterisation, variance)
+        objective = Taught(objective, denoiser) if isinstance(objective, Trajectory) else objective
         found.append(objective(denoiser, x_0, Conditioning(digits().labels % 3), Key(2).rows(len(x_0))))
     return [tuple(loss) for loss in found]
 
