@@ -3,7 +3,7 @@
     python bench/scores.py fashion-mnist --n 10000 --seeds 3 --batch 250 --work FOLDER
 
 `--data` is where the data is, if it has no name. Samples are drawn by `undiffuse sample` into `--work`, as
-`NAME-WEIGHTS-ancestral-STEPS-SEED.npz` with a JSON beside each that says how and where; of the chain of all steps those
+`NAME-WEIGHTS-SOLVER-STEPS-SEED.npz` with a JSON beside each that says how and where; of the chain of all steps those
 of one seed. What is there is not drawn again, so that a card may draw them elsewhere, and a chain that was scored with
 the same weights, number and seeds is not scored again. Writes `bench/scores-NAME.json`, with the protocol of each row,
 and a table of docs/benchmarks.md.
@@ -32,16 +32,18 @@ from undiffuse.model.load import load
 from undiffuse.model.model import Model
 
 HERE = Path(__file__).parent
-CHAINS = {"ancestral, 50 steps": 50, "ancestral, 1,000 steps": 1000}
+CHAINS = {"the default solver, 50 steps": (50, None), "ancestral, 1,000 steps": (1000, "ancestral")}
+STEPS = [steps for steps, _ in CHAINS.values()]
 FEATURES = {1: ("efflite0", "classifier-28"), 3: ("efflite0", "classifier-emoji")}  # by channels
 
 
-def samples(model: Model, name: str, steps: int, n: int, seed: int, batch: int, work: Path) -> tuple[Samples, Any]:
+def samples(model: Model, name: str, how: Drawing, n: int, seed: int, batch: int, work: Path) -> tuple[Samples, Any]:
     """From a file, which is made where it is missing; and how it was made."""
-    path = work / f"{name}-{model.digest()[:12]}-ancestral-{steps}-{seed}.npz"
+    path = work / f"{name}-{model.digest()[:12]}-{how.solver or 'default'}-{how.steps}-{seed}.npz"
     said = path.with_suffix(".json")
     if not path.exists():
-        words = ["sample", name, "-n", n, "--steps", steps, "--seed", seed, "--batch", batch]
+        words = ["sample", name, "-n", n, "--steps", how.steps, "--seed", seed, "--batch", batch]
+        words += [] if how.solver is None else ["--solver", how.solver]
         words += [] if model.classes is None else ["--label", "random"]
         began = time.monotonic()
         command = [sys.executable, "-m", "undiffuse", *map(str, words), "--npz", str(path)]
@@ -50,7 +52,7 @@ def samples(model: Model, name: str, steps: int, n: int, seed: int, batch: int, 
         made |= {"device": machine()["processor"], "torch": torch.__version__, "precision": "float32"}
         disk.write_json(said, made)
     source = open_source(str(path))
-    drawn = drawn_by(model, Drawing(steps, "ancestral"), n, seed)
+    drawn = drawn_by(model, how, n, seed)
     return replace(drawn, images=lambda index: source.gather(index)[0], are_drawn=False), disk.read_json(said)
 
 
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument("--data", help="the data, if the set has not the name of the model")
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, nargs="+", choices=list(CHAINS.values()), default=list(CHAINS.values()))
+    parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("runs/scores"), help="where samples are kept")
     parser.add_argument("--table", action="store_true", help="only write the table again")
@@ -110,16 +112,20 @@ def main() -> None:
         command = f"python bench/scores.py {options.name} --n {options.n} --seeds {options.seeds}"
         of = made_of(options.name, *features)
         before = result["chains"] if (result.get("made_of"), result.get("n")) == (of, options.n) else {}
-        command += "" if options.steps == list(CHAINS.values()) else f" --steps {' '.join(map(str, options.steps))}"
+        before = {name: each for name, each in before.items() if name in CHAINS}
+        command += "" if options.steps == STEPS else f" --steps {' '.join(map(str, options.steps))}"
         result = {"command": command + (f" --data {data}" if options.data else ""), "date": date.today().isoformat()}
         result |= {"n": options.n, "made_of": of, "machine": machine(), "chains": before}
         options.work.mkdir(parents=True, exist_ok=True)
-        for name, steps in ((name, steps) for name, steps in CHAINS.items() if steps in options.steps):
+        for name, (steps, solver) in CHAINS.items():
+            if steps not in options.steps:
+                continue
             seeds = range(1 if steps == model.process.steps else options.seeds)
             if before.get(name, {}).get("seeds") == list(seeds):
                 continue
             every = [
-                samples(model, options.name, steps, options.n, seed, options.batch, options.work) for seed in seeds
+                samples(model, options.name, Drawing(steps, solver), options.n, seed, options.batch, options.work)
+                for seed in seeds
             ]
             sets = [each for each, _ in every]
             reference, floor, judges = compared(data, Query(features), sets[0], model, model.device, print)

@@ -28,6 +28,14 @@ def test_no_result_names_a_place_of_the_machine_that_made_it():
     assert {name: places for name, places in found.items() if places} == {}
 
 
+def test_scores_are_of_the_solver_that_they_name():
+    for name in ("scores-fashion-mnist", "scores-emoji-32"):
+        for chain, each in results()[name]["chains"].items():
+            said, solver = each["drawn"]["command"].split(), each["protocol"]["samples"]["solver"]
+            assert "--solver" not in said or said[said.index("--solver") + 1] == solver
+            assert chain.startswith("the default solver" if solver == "unipc" else solver)
+
+
 def test_what_has_changed_is_made_anew(tmp_path):
     """Of a copy of two results, of which one is of other weights."""
     for name in ("refresh", "machine"):
