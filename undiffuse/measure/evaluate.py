@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.data import made, remark
-from undiffuse.data.format.several import join
+from undiffuse.data.format.several import spec_of
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import is_readable
 from undiffuse.diffusion.sampler.base import Sampler
@@ -151,14 +151,10 @@ def compared(
     say: Callable[[str], None],
 ) -> tuple[Reference, Floor | None, list[Judge]]:
     """What samples are compared with, real images in their place, and what judges them."""
-    read = partial(_real, _spec(data), samples, _reading(query, model), query.skip_bad, say)
-    reference = _reference(_spec(data), query.split, read)
+    read = partial(_real, spec_of(data), samples, _reading(query, model), query.skip_bad, say)
+    reference = _reference(spec_of(data), query.split, read)
     floor = None if reference.images is None else sets.floor(reference.images, query.split, samples.n, read)
     return reference, floor, query.judges(device, samples.shape)
-
-
-def _spec(data: str | Path | Sequence[str | Path]) -> str:
-    return str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
 
 
 def _refuse_statistics(path: Path, judges: Sequence[Judge], reference: Reference) -> None:

@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 import torch
 
 from undiffuse.config import parse, plain
+from undiffuse.data.format.several import spec_of
 from undiffuse.data.source import Source, open_raw
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import Trajectory
@@ -21,7 +22,7 @@ from undiffuse.model.model import Model
 from undiffuse.model.recipe import Recipe, TrainConfig, with_settings
 from undiffuse.strict import whole
 from undiffuse.training.resume import saved_recipe
-from undiffuse.training.start import Data, Say, spec_of, train
+from undiffuse.training.start import Data, Say, train
 
 MOST = 8
 TEACHING = 16  # evaluations of the teacher for a whole chain, and so many for each step at least:

@@ -11,7 +11,7 @@ import torch
 
 from undiffuse.config import plain
 from undiffuse.data import made, remark
-from undiffuse.data.format.several import join
+from undiffuse.data.format.several import spec_of
 from undiffuse.data.listing import refuse_inside
 from undiffuse.data.pack import WORKERS, open_data
 from undiffuse.data.passed import line
@@ -179,10 +179,6 @@ def shape_of(source: Source) -> tuple[int, int, int]:
     """(channels, height, width) of the first image."""
     c, h, w = source[0].image.shape
     return c, h, w
-
-
-def spec_of(data: str | Path | Sequence[str | Path]) -> str:
-    return str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
 
 
 def _named(spec: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import glob
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedIOBase
@@ -106,6 +106,11 @@ def join(specs: list[str]) -> str:
         if "\n" in spec:
             raise DataError(f"data {spec!r} has a line break in its name, which undiffuse cannot tell from two names")
     return "\n".join(specs)
+
+
+def spec_of(data: str | Path | Sequence[str | Path]) -> str:
+    """One specification of what a function may be given: a path, a name, or several."""
+    return str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
 
 
 class Several(Format):
