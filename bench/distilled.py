@@ -3,10 +3,9 @@
     undiffuse distill fashion-mnist fashion-mnist --steps 4 --images 128000 --out runs/four
     python bench/distilled.py runs/four
 
-1,000 samples of each, judged as in `bench/choose.py`. The teacher is the shipped model with its default solver on the
-grid that is fitted to it; 8 and 50 evaluations stand beside. Rows of other runs stay, as that of consistency tuning,
-which `distill` did before. Writes `bench/distilled.json` and
-the table `distilled` of docs/benchmarks.md.
+1,000 samples of each, judged as in `bench/choose.py`. The teacher is the shipped model as `undiffuse sample --steps N`
+draws; 8 and 50 evaluations stand beside. Rows of other runs stay, as that of consistency tuning, which `distill` did
+before. Writes `bench/distilled.json` and the table `distilled` of docs/benchmarks.md.
 """
 
 import argparse
