@@ -2,12 +2,13 @@
 
     python bench/time_to_quality.py --peer PEER/bin/python
 
-The peer is trained once for 60 minutes (`bench/peer_training.py`), ours `--runs` times by `undiffuse train`, whole
-command timed, on an otherwise idle machine. Both are sampled by DDIM of 30 evaluations, 2,000 images, and judged by the
-Fréchet distance of a classifier's 128 features to those of the training set; beside it that of 2,000 real test images.
-Training must have the machine to itself. What is finished is kept in `--work`, and not done again. Writes
-`bench/time_to_quality.json` and the table of docs/benchmarks.md. The environment of `--peer` is that of
-`bench/speed.py`.
+The peer is trained once for 60 minutes (`bench/peer_training.py`), ours `--runs` times by `undiffuse train` for each
+number of `--images` with the settings `OURS`, whole command timed, on an otherwise idle machine. Both are sampled by
+DDIM of 30 evaluations, 2,000 images, and judged by the Fréchet distance of a classifier's 128 features to those of the
+training set; beside it that of 2,000 real test images. Training must have the machine to itself. What is finished is
+kept in `--work`, and not done again; in another folder the classifier is trained again, and is another judge by a few
+per cent, as the distance of the real images tells. Rows of other judges stay. Writes `bench/time_to_quality.json` and
+the table of docs/benchmarks.md. The environment of `--peer` is that of `bench/speed.py`.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,9 @@ from undiffuse.machine import disk
 HERE = Path(__file__).parent
 MINUTES = (15, 30, 60)  # the peer's samples, at each of these
 COUNT, STEPS = 2000, 30
+OURS = "train.batch=64", "train.lr=2e-3", "network.channels=48"  # of preset fashion-mnist, which is for hours
+PEER = "denoising-diffusion-pytorch"
+Row = dict[str, Any]
 
 
 def classifier() -> nn.Sequential:
@@ -93,40 +99,47 @@ def frechet(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
     return float((one[0] - two[0]).square().sum() + one[1].trace() + two[1].trace() - 2 * roots)
 
 
-def ours(work: Path, run: int, images: int) -> dict[str, Any]:
-    """One run from the start of the command to its end, and its samples."""
-    out, facts = work / f"ours-{run}", work / f"ours-{run}.json"
+def ours(work: Path, preset: str, settings: Sequence[str], run: int, images: int) -> Row:
+    """One run from the start of the command to its end, and where its samples are."""
+    out = work / f"{Path(preset).stem}-{images}-{run}"
+    facts, npz = out.with_suffix(".json"), out.with_suffix(".npz")
     if not facts.exists():
         shutil.rmtree(out, ignore_errors=True)  # one that was interrupted: the time of a whole run is what is asked
-        words = ["train", "fashion-mnist", "-p", "fashion-mnist", "--out", str(out), "--set", f"train.seed={run}"]
-        words += ["--images", str(images)]
+        words = ["train", "fashion-mnist", "-p", preset, "--out", str(out), "--images", str(images)]
+        words += [word for each in (f"train.seed={run}", *settings) for word in ("--set", each)]
         started = time.perf_counter()
         command = [sys.executable, "-m", "undiffuse", *words, "--json"]
         ended = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds, seen = time.perf_counter() - started, json.loads(ended.stdout)["images_seen"]
-        facts.write_text(json.dumps({"seconds": seconds, "images": seen}))
-    if not (work / f"ours-{run}.npz").exists():
+        facts.write_text(json.dumps({"seconds": seconds, "images": seen, "seed": run}))
+    if not npz.exists():
         draw = ["sample", str(out), "-n", str(COUNT), "--steps", str(STEPS), "--solver", "ddim", "--batch", "250"]
-        npz = ["--npz", str(work / f"ours-{run}.npz")]
-        subprocess.run([sys.executable, "-m", "undiffuse", *draw, *npz], check=True, capture_output=True)
-    return json.loads(facts.read_text())
+        draw += ["--npz", str(npz)]
+        subprocess.run([sys.executable, "-m", "undiffuse", *draw], check=True, capture_output=True)
+    return json.loads(facts.read_text()) | {"name": f"undiffuse, {preset}", "settings": list(settings), "samples": npz}
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = ["| | training | images seen | Fréchet distance |", "|---|---|---|---|"]
-    for row in result["peer"]:
-        name = f"denoising-diffusion-pytorch | {row['seconds'] / 60:.1f} min"
-        lines.append(f"| {name} | {row['images']:,} | {row['distance']:.2f} |")
-    for row in result["ours"]:
-        lines.append(f"| undiffuse | {row['seconds'] / 60:.1f} min | {row['images']:,} | {row['distance']:.2f} |")
-    ran, ours = result["machine"], [row["distance"] for row in result["ours"]]
-    middle = f"Median of ours {statistics.median(ours):.2f}. " if ours else "Ours were not run yet. "
+def table(result: Row) -> str:
+    """A line for each number of images: medians over the seeds."""
+    lines = [
+        "| | training | images seen | Fréchet distance | of real test images |",
+        "|---|---|---|---|---|",
+    ]
+    found = defaultdict[tuple[Any, ...], list[Row]](list)
+    for row in result["rows"]:
+        found[row["name"], row["images"], row["floor"]].append(row)
+    for (name, images, floor), rows in sorted(found.items()):
+        distances = [row["distance"] for row in rows]
+        spread = f" ({min(distances):.1f}–{max(distances):.1f})" if len(rows) > 1 else ""
+        times = [row["seconds"] / 60 for row in rows if row["seconds"] is not None]
+        minutes = f"{statistics.median(times):.1f} min" if times else "not timed"
+        values = f"{minutes} | {images:,} | {statistics.median(distances):.1f}{spread} | {floor:.2f}"
+        lines.append(f"| {name} | {values} |")
+    ran = result["machine"]
     return "\n".join(
         [
             *lines,
-            f"| {COUNT:,} real test images | | | {result['floor']:.2f} |",
             "",
-            f"{middle}The classifier names {100 * result['accuracy']:.1f} % of the test images. "
             f"{ran['processor']}, {ran['threads']} threads, torch {ran['torch']}; {result['date']}. "
             f"Made by `{result['command']}`.",
         ]
@@ -139,7 +152,9 @@ def main() -> None:
         "--peer", help="the Python of the peer's environment; without it what it left in --work is used"
     )
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=200_000, help="seen by each of our runs")
+    parser.add_argument("--images", type=int, nargs="+", default=[51_200, 83_968], help="seen by each of our runs")
+    parser.add_argument("--small", action="store_true", help="train bench/small.toml, which was the preset once")
+    parser.add_argument("--shared", action="store_true", help="the machine is not idle: the time is not written down")
     parser.add_argument("--work", type=Path, default=Path("runs/time-to-quality"))
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -152,34 +167,43 @@ def main() -> None:
         np.save(pixels, train[:, 0].numpy())
         command = [given.peer, str(HERE / "peer_training.py"), str(pixels), str(given.work), *map(str, MINUTES)]
         subprocess.run(command, check=True)
-    mine = [ours(given.work, run, given.images) for run in range(given.runs)]
+    preset, settings = ("bench/small.toml", ()) if given.small else ("fashion-mnist", OURS)
+    rows = [ours(given.work, preset, settings, run, images) for images in given.images for run in range(given.runs)]
+    if given.shared:
+        rows = [row | {"seconds": None} for row in rows]
+    for minute in MINUTES:
+        if (given.work / f"{minute}.npz").exists():
+            with np.load(given.work / f"{minute}.npz") as drawn:
+                seen = {"seconds": float(drawn["seconds"]), "images": int(drawn["seen"]), "seed": 0}
+            rows.append({"name": PEER, **seen, "samples": given.work / f"{minute}.npz"})
 
     def distance(images: Tensor) -> float:
         return round(frechet(moments(network, images), truth), 3)
 
-    peer = []
-    for minute in MINUTES:
-        if not (given.work / f"{minute}.npz").exists():
-            continue
-        with np.load(given.work / f"{minute}.npz") as drawn:
-            found = {"seconds": float(drawn["seconds"]), "images": int(drawn["seen"])}
-            peer.append({**found, "distance": distance(torch.from_numpy(drawn["images"])[:, None])})
-    for run, row in enumerate(mine):
-        with np.load(given.work / f"ours-{run}.npz") as drawn:
-            row["distance"] = distance(torch.from_numpy(drawn["arr_0"]).permute(0, 3, 1, 2))
+    judge = {"accuracy": round(accuracy, 4), "floor": distance(test[:COUNT])}
+    for row in rows:
+        with np.load(row.pop("samples")) as drawn:
+            images = drawn["images"][:, None] if row["name"] == PEER else drawn["arr_0"].transpose(0, 3, 1, 2)
+            row |= {"distance": distance(torch.from_numpy(images)), **judge, "date": date.today().isoformat()}
+    path = HERE / "time_to_quality.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    now = {identity(row) for row in rows}
+    small = " --small" * given.small + " --shared" * given.shared
     result = {
         "command": "python bench/time_to_quality.py --peer PEER/bin/python "
-        f"--runs {given.runs} --images {given.images}",
+        f"--runs {given.runs} --images {' '.join(map(str, given.images))}{small}",
         "date": date.today().isoformat(),
         "machine": machine(),
-        "seeds": list(range(given.runs)),
-        "accuracy": accuracy,
-        "floor": distance(test[:COUNT]),
-        "peer": peer,
-        "ours": mine,
+        "seeds": sorted({row["seed"] for row in [*before, *rows]}),
+        "rows": [*(row for row in before if identity(row) not in now), *rows],
     }
-    disk.write_atomic(HERE / "time_to_quality.json", (json.dumps(result, indent=1) + "\n").encode())
+    disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", "quality", table(result))
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What a row is of: one of the same replaces it."""
+    return row["name"], tuple(row.get("settings", ())), row["images"], row["seed"], row["floor"]
 
 
 if __name__ == "__main__":

@@ -39,47 +39,69 @@ def built(process: Process, parameterisation=None, weight: float = 0.7) -> Denoi
     return Denoiser(Net(weight), process, parameterisation or V(), FixedSmall(), "logsnr", clip=False)
 
 
+def answer(of: Denoiser, z: np.ndarray, u: float, label: int) -> np.ndarray:
+    """x̂_0 of one image at z = x/alpha."""
+    process = of.process
+    t = process.time(-2 * torch.tensor([u], dtype=F64).log()).clamp(process.t_min, 1)
+    x = (float(process.alpha(t)) * torch.from_numpy(z))[None].float()
+    with torch.no_grad():
+        return of(x, t, Conditioning(torch.tensor([label]))).x_0[0].double().numpy()
+
+
+def moved(z: np.ndarray, at: list[float], answers: list[np.ndarray]) -> np.ndarray:
+    """A step of DPM-Solver++(2M) from at[-2] to at[-1], which is DDIM without an answer before, or to 0."""
+    u, a = at[-2:]
+    lean = math.log(u / a) / math.log(at[-3] / u) / 2 if a and len(answers) > 1 else 0.0
+    x = answers[-1] + lean * (answers[-1] - answers[-2]) if lean else answers[-1]
+    return a / u * z + (1 - a / u) * x
+
+
+def by_hand(teacher: Denoiser, student: Denoiser, before: Denoiser, z: np.ndarray, bounds: tuple, label: int) -> float:
+    """With two steps of the teacher for each; `before` gives the student's answers where they are used again."""
+    low, walk = spreads(student.process)[0], []
+    for u, a in zip(reversed(bounds), [*reversed(bounds[:-1]), low], strict=True):
+        walk += [u, ((u ** (1 / 7) + a ** (1 / 7)) / 2) ** 7]
+    walk, known, states = [*walk, 0.0], [], [z]
+    for i in range(len(walk) - 1):
+        known.append(answer(teacher, states[-1], walk[i], label))
+        states.append(moved(states[-1], walk[max(0, i - 1) : i + 2], known))
+    own, starts, off = walk[::2], states[::2], []
+    for i in range(len(own) - 1):
+        used = [answer(before, starts[i - 1], own[i - 1], label)] * (i > 0)
+        there = moved(starts[i], own[max(0, i - 1) : i + 2], [*used, answer(student, starts[i], own[i], label)])
+        off.append(np.sqrt(np.mean((there - starts[i + 1]) ** 2)))
+    return float(np.mean(off))
+
+
 @pytest.mark.parametrize("process", [Cosine(), Exploding()], ids=["cosine", "edm"])
-@pytest.mark.parametrize("bounds", [(80.0,), BOUNDS])
-def test_the_loss_is_how_far_a_step_ends_from_where_the_teacher_does(process, bounds):
-    """By hand in z: two steps of DPM-Solver++(2M), whose first is DDIM; the student's is DDIM."""
-    student, teacher, n = built(process), built(process, weight=0.4), 48
+@pytest.mark.parametrize("bounds", [(80.0,), BOUNDS, (0.2, 0.7, 2.0, 80.0)])
+def test_the_loss_is_how_far_steps_end_from_where_the_teacher_does(process, bounds):
+    student, teacher, n = built(process), built(process, weight=0.4), 12
     x_0, keys = Key(1).rows(n).uniform(1, 3, 2).float() * 2 - 1, Key(2).rows(n)
     cond = Conditioning(torch.arange(n) % 3)
     loss = Taught(Trajectory(bounds, substeps=2), teacher)(student, x_0, cond, keys)
-    (low, _), eps = spreads(process), keys.fold("eps").normal(1, 3, 2).double().numpy()
-    u = torch.exp(-process.logsnr(loss.t) / 2).numpy()
-    expected = []
-    for i in range(n):
-        a = max((b for b in bounds if b < u[i] * (1 - 1e-9)), default=0.0)
-        middle = ((u[i] ** (1 / 7) + max(a, low) ** (1 / 7)) / 2) ** 7
-
-        def answer(of: Denoiser, z: np.ndarray, at: float, i: int = i) -> np.ndarray:
-            t = process.time(-2 * torch.tensor([at], dtype=F64).log()).clamp(process.t_min, 1)
-            x = (float(process.alpha(t)) * torch.from_numpy(z))[None].float()
-            with torch.no_grad():
-                return of(x, t, cond.at([i])).x_0[0].double().numpy()
-
-        def moved(z: np.ndarray, x: np.ndarray, at: float, to: float) -> np.ndarray:
-            return to / at * z + (1 - to / at) * x
-
-        z = x_0[i].double().numpy() + u[i] * eps[i]
-        first = answer(teacher, z, u[i])
-        between = moved(z, first, u[i], middle)
-        second = answer(teacher, between, middle)
-        share = math.log(middle / a) / math.log(u[i] / middle) / 2 if a else 0.0  # the last step to 0 is of order 1
-        there = moved(between, second + share * (second - first), middle, a)
-        expected.append(np.sqrt(np.mean((moved(z, answer(student, z, u[i]), u[i], a) - there) ** 2)))
+    z = (x_0 + bounds[-1] * keys.fold("eps").normal(1, 3, 2)).double().numpy()
+    expected = [by_hand(teacher, student, student, z[i], bounds, i % 3) for i in range(n)]
     assert loss.per_example.tolist() == pytest.approx(expected, rel=2e-3, abs=2e-4)
-    assert set(np.round(u, 6)) == set(bounds)  # at nothing but the bounds
+    assert process.spread(loss.t).tolist() == pytest.approx([bounds[-1]] * n)
 
 
-def test_only_the_student_has_a_gradient_and_each_step_is_walked_once():
+def test_the_gradient_is_of_the_answer_of_each_step_alone():
+    student, teacher, bounds, by = built(Cosine()), built(Cosine(), weight=0.4), (0.2, 0.7, 2.0, 80.0), 1e-2
+    keys = Key(2).rows(1)
+    Taught(Trajectory(bounds, 2), teacher)(student, torch.zeros(1, 1, 3, 2), NOTHING, keys).per_example.sum().backward()
+    z = (80 * keys.fold("eps").normal(1, 3, 2)).double().numpy()[0]
+    up, down = (by_hand(teacher, built(Cosine(), weight=0.7 + each), student, z, bounds, 0) for each in (by, -by))
+    assert float(student.network.weight.grad) == pytest.approx((up - down) / (2 * by), rel=0.02)
+
+
+def test_only_the_student_has_a_gradient_and_all_its_steps_are_asked_at_once():
     student, teacher, keys = built(Cosine()), built(Cosine()), Key(0).rows(32)
-    Taught(Trajectory(BOUNDS), teacher)(student, torch.zeros(32, 1, 2, 2), NOTHING, keys).per_example.sum().backward()
-    assert student.network.passes == [(True, 32)] and student.network.weight.grad.isfinite()
-    assert [grad for grad, _ in teacher.network.passes] == [False] * 4 * 3 and teacher.network.weight.grad is None
-    assert sum(count for _, count in teacher.network.passes) == 4 * 32
+    objective = Trajectory(BOUNDS)
+    Taught(objective, teacher)(student, torch.zeros(32, 1, 2, 2), NOTHING, keys).per_example.sum().backward()
+    assert student.network.passes == [(True, 32 * 3)] and student.network.weight.grad.isfinite()
+    assert teacher.network.passes == [(False, 32)] * 4 * 3 and teacher.network.weight.grad is None
+    assert (objective.evaluations, objective.taught) == (3, 12)  # of an image
 
 
 def test_a_loss_is_a_function_of_its_key_alone():
@@ -91,19 +113,21 @@ def test_a_loss_is_a_function_of_its_key_alone():
     torch.testing.assert_close(whole.per_example[5:9], part.per_example, rtol=1e-5, atol=1e-6)
 
 
-def test_the_target_is_where_the_exact_flow_leads():
+def test_the_teacher_goes_where_the_exact_flow_leads():
     """Of Gaussian data of standard deviation 0.2, z ∝ √(0.04 + u²) along the flow."""
     model = gaussian((1, 4, 4))
-    for substeps, close in ((4, 0.1), (32, 0.004)):
+    for substeps, close in ((4, 0.3), (32, 0.005), (128, 0.0003)):
         taught = Taught(Trajectory(BOUNDS, substeps), model.denoiser)
-        for step, (a, u) in enumerate(((0.0, 0.3), (0.3, 2.0), (2.0, 80.0))):
-            times = taught.times(model.process, step)
-            assert len(times) == substeps + 1 and bool((times.diff() < 0).all())
-            alpha_u, alpha_a = model.process.alpha(times[[0, -1]]).tolist()
-            z = Key(5).rows(50).normal(1, 4, 4) * math.hypot(0.2, u)
-            ended = taught.walked((alpha_u * z), times, NOTHING) / alpha_a
-            exact = z * math.hypot(0.2, a) / math.hypot(0.2, u)
-            assert float((ended - exact).square().mean().sqrt() / exact.square().mean().sqrt()) < close
+        times = taught.times(model.process)
+        assert len(times) == 3 * substeps + 1 and bool((times.diff() < 0).all())
+        own = model.process.spread(times[::substeps]).tolist()
+        assert own == pytest.approx([80, 2, 0.3, 0], abs=1e-6)
+        z = Key(5).rows(50).normal(1, 4, 4) * math.hypot(0.2, 80)
+        states = taught.walked(float(model.process.alpha(times[:1])) * z, times, NOTHING)
+        alphas = model.process.alpha(times[::substeps]).tolist()
+        for state, alpha, u in zip(states, alphas, own, strict=True):
+            exact = z * math.hypot(0.2, u) / math.hypot(0.2, 80)
+            assert float((state / alpha - exact).square().mean().sqrt() / exact.square().mean().sqrt()) < close
 
 
 def test_a_student_that_makes_the_steps_of_its_teacher_has_next_to_no_loss():

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from tests.training.test_loop import assert_equal, state
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import spreads
 from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion.sampler.dpmpp import Dpmpp
 from undiffuse.diffusion.sampler.heun import Heun
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
@@ -50,23 +52,23 @@ def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
     assert model.config.bounds[-1] == pytest.approx(min(80, spreads(model.process)[1]), rel=1e-6)
     alone = tuned(teacher, tmp_path / "one", 1, steps=1)  # begins at noise, not where the mean may stand for it
     assert alone.config.bounds == model.config.bounds[-1:]
-    assert model.sampler() == DDIM() and not model.denoiser.clip
+    assert model.sampler() == Dpmpp(2) and not model.denoiser.clip
     for again in (model, load(tmp_path / "run")):
         images = again.sample(2)
         asked = (3, again.times(), again.times().tolist(), again.times()[:-1].numpy(), tuple(again.times().tolist()))
         assert all(torch.equal(images, again.sample(2, steps)) for steps in asked)
-        assert torch.equal(images, again.sample(2, solver="ddim"))
+        assert torch.equal(images, again.sample(2, solver="dpmpp-2"))
     save(model, tmp_path / "one.safetensors")
     assert torch.equal(load(tmp_path / "one.safetensors").sample(2), images)
     said = said_of_drawing(model, model.times(), model.sampler(), 0, "none")
-    assert (said["solver"], said["evaluations"], said["clip"]) == ("ddim", 3, False)
+    assert (said["solver"], said["evaluations"], said["clip"]) == ("dpmpp", 3, False)
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2  # previews of both kinds of weights
     assert model.meta["recipe"]["objective"]["name"] == "trajectory"
 
 
-def test_the_chain_is_ddim_between_the_bounds(teacher, tmp_path):
-    """z_a = (a/u) z_u + (1 − a/u) D(z_u, u), by hand."""
-    model = tuned(teacher, tmp_path / "run", 1)
+def test_the_chain_is_of_order_2_between_the_bounds(teacher, tmp_path):
+    """z_a = (a/u) z_u + (1 − a/u) D with D on the line through the last two answers, by hand; DDIM first and last."""
+    model, before = tuned(teacher, tmp_path / "run", 1, steps=4), None
     seen, keys = [], Key(3).rows(2)
     end = model.chain(keys, model.times(), model.sampler(), callback=lambda r, x, t: seen.append((x.double(), t)))
     bounds = [*model.config.bounds[::-1], 0.0]
@@ -74,7 +76,10 @@ def test_the_chain_is_ddim_between_the_bounds(teacher, tmp_path):
         seen, bounds[:-1], bounds[1:], [*(x for x, _ in seen[1:]), end.double()], strict=True
     ):
         alpha = float(model.process.alpha(t[:1]))
-        answer = model.denoiser(x.float(), t).x_0.double()
+        answer = now = model.denoiser(x.float(), t).x_0.double()
+        if before is not None and a:
+            answer = now + np.log(u / a) / np.log(before[0] / u) / 2 * (now - before[1])
+        before = u, now
         later = float(model.process.alpha(model.process.time(-2 * torch.tensor([a]).double().log()))) if a else 1.0
         assert torch.allclose(after, later * ((a / u) * x / alpha + (1 - a / u) * answer), atol=1e-4)
 
@@ -88,7 +93,9 @@ def test_what_it_is_not_made_for_is_refused(teacher, tmp_path):
         lambda: model.times([1.0, 0.5, 0.2]),
         lambda: model.sample(1, solver="ancestral"),
         lambda: model.sample(1, solver=Heun()),
+        lambda: model.sample(1, solver="ddim"),
         lambda: model.sample(1, solver=DDIM(0.5)),
+        lambda: model.sample(1, eta=0.5),
         lambda: nll.nll(model, "digits", images=2),
         lambda: nll_ode(model, "digits", images=2),
         lambda: explore.interpolate(model, picture, picture),

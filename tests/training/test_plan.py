@@ -78,7 +78,7 @@ def test_the_cost_of_a_run():
     recipe = load_recipe("digits", ["train.batch=12", "train.precision=float32"])
     config = recipe.model((1, 8, 8))
     flops = forward_flops(config)
-    text = plan(recipe.train, config, 5, images=200, last=100)
+    text = plan(recipe, config, 5, images=200, last=100)
     assert text == (
         f"batch 12 = 1 process × 3 micro-batches of 5, float32; 100 steps see 1,200 images, 6 epochs. An image "
         f"forward is {flops / 1e9:.3g} GFLOP; the whole run {3 * 1200 * flops:.2g} FLOP"

@@ -61,6 +61,8 @@ class Objective(ABC):
     needs_x_0: ClassVar[bool] = True
     bounds: tuple[float, ...] | None = None  # sigma/alpha at which the steps of a distilled model begin, rising
     density: Density | None = None  # how often each t is taken; unless given, what suits the process or the objective
+    evaluations: int = 1  # of the network for each image, with a gradient
+    taught: int = 0  # and without one, of a teacher that is kept beside it
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss: ...
@@ -299,6 +301,14 @@ class Trajectory(Objective):
                 f"from {low:.4g} to {high:.4g}"
             )
         self.check_answer(denoiser)
+
+    @property
+    def evaluations(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return len(self.bounds)
+
+    @property
+    def taught(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.substeps * len(self.bounds)
 
     def check_answer(self, denoiser: Denoiser) -> None:
         """Refuses what a network predicts where an error of it grows without bound in x̂_0."""

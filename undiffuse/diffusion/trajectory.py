@@ -1,4 +1,4 @@
-"""Distillation by trajectories: a step of the student ends where several steps of its teacher do."""
+"""Distillation by trajectories: each step of the student ends where several steps of its teacher do."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,69 +8,78 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.diffusion.denoiser import Denoiser
-from undiffuse.diffusion.numbers import F64, ready
+from undiffuse.diffusion.numbers import F64, combined, ready
 from undiffuse.diffusion.objective import Loss, Objective, Trajectory, spreads
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Along, sample
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp
+from undiffuse.diffusion.sampler.multistep import summed
 from undiffuse.key import Key, Keys
 from undiffuse.network.base import Conditioning
 
 RHO = 7.0  # of the teacher's steps within one of the student's: even in u^(1/ρ), as Karras et al. 2022
+SOLVER = Dpmpp()  # of teacher and student
 
 
 class Ends(NamedTuple):
-    """Numbers of a step from u to a, float64 [b]: what is left of z_u at a, and the alphas there."""
+    """alpha where each step of the student ends, float64 [n b]."""
 
-    left: Float[Tensor, "b"]
-    alpha_u: Float[Tensor, "b"]
-    alpha_a: Float[Tensor, "b"]
+    alpha: Float[Tensor, "rows"]
 
 
 @dataclass(frozen=True, eq=False)
 class Taught(Objective):
     """`Trajectory` with the teacher at hand.
 
-    In u = sigma/alpha and z = x/alpha, a step of N begins at a bound u and ends at the one below, a, or at 0. From
-    z_u = x_0 + u ε the teacher walks there in several steps, to z_a. The student learns the x̂_0 whose straight line
-    from z_u ends there too, x̂* = (z_a − (a/u) z_u)/(1 − a/u), by the loss (1 − a/u) |D(z_u, u) − x̂*|, the root mean
-    square of what z_a is off. It is progressive distillation (Salimans & Ho 2022) in one stage, with the segments of
-    SFD (Zhou et al. 2024), but from noised images in place of the student's own states.
+    In u = sigma/alpha and z = x/alpha, a chain begins at z = x_0 + u ε with u the highest bound, and the teacher walks
+    it to 0, several steps for each of the student's. The student is asked where its own steps begin, all at once, and
+    from its answers the same solver makes its steps, each from the teacher's state; an answer that a later step uses
+    again has no gradient there. The loss is the root mean square of what z is off at their ends, mean over the steps.
+    It is progressive distillation (Salimans & Ho 2022) in one stage, on whole trajectories as SFD (Zhou et al. 2024),
+    but from the teacher's states in place of the student's own, and with a solver of order 2.
     """
 
     of: Trajectory
     teacher: Denoiser
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
-        process, bounds = denoiser.process, torch.tensor([0.0, *self.of.bounds], dtype=F64, device="cpu")
-        segment = (keys.fold("segment").uniform() * len(self.of.bounds)).long()
-        u, a = bounds[segment + 1], bounds[segment]
-        t, s = (process.time_of_spread(each).clamp(max=1) for each in (u, a))
-        moment, ends = ready(x_0, denoiser.at(t), Ends(a / u, process.alpha(t), process.alpha(s)))
-        x_t = moment.noised(x_0, keys.fold("eps").normal(*x_0.shape[1:]))
-        x_s = torch.empty_like(x_t)
-        for step in segment.unique().tolist():
-            rows = (segment == step).nonzero().flatten()
-            there = rows.to(x_0.device)
-            x_s[there] = self.walked(x_t[there], self.times(process, step), cond.at(there))
-        target = (x_s / ends.alpha_a - ends.left * x_t / ends.alpha_u) / (1 - ends.left)
-        answer = denoiser(x_t, moment, cond).x_0
-        off = torch.linalg.vector_norm((answer - target).flatten(1), dim=1) / x_0[0].numel() ** 0.5
-        return Loss((1 - ends.left.flatten()) * off, {"trajectory": off}, t)
+        process, n, b = denoiser.process, len(self.of.bounds), len(x_0)
+        times = self.times(process)
+        t, s = times[:-1][:: self.of.substeps], times[self.of.substeps :: self.of.substeps]
+        steps = SOLVER.coefficients(process, t[:, None], s[:, None])
+        each = (process.alpha(s), *steps)  # of a step; the rows are those of all images, step after step
+        alpha, *numbers = (number.flatten().repeat_interleave(b) for number in each)
+        asked = denoiser.at(t.repeat_interleave(b))
+        moment, steps, ends = ready(x_0, asked, type(steps)(*numbers), Ends(alpha))
+        noise = keys.fold("eps").normal(*x_0.shape[1:])
+        states = self.walked(combined(moment.alpha[:b], x_0, moment.sigma[:b], noise), times, cond)
+        images = torch.arange(b, dtype=torch.int64, device=x_0.device).repeat(n)
+        answers = denoiser(states[:-1].flatten(0, 1), moment, cond.at(images)).x_0
+        before = torch.cat([answers[:b], answers[:-b]]).detach()  # the first step has none, and counts it 0 times
+        made = summed(steps.on_x, states[:-1].flatten(0, 1), (steps.on_0, steps.on_1), (answers, before))
+        off = torch.linalg.vector_norm(((made - states[1:].flatten(0, 1)) / ends.alpha).flatten(1), dim=1)
+        loss = off.unflatten(0, (n, b)).mean(0) / x_0[0].numel() ** 0.5
+        return Loss(loss, {"trajectory": loss}, t[:1].expand(b))
 
-    def times(self, process: Process, step: int) -> Float[Tensor, "times"]:
-        """Of the teacher's chain within a step, counted from the lowest."""
-        a, u = (0.0, *self.of.bounds)[step : step + 2]
+    def times(self, process: Process) -> Float[Tensor, "times"]:
+        """Of the teacher's chain, falling to 0; every `substeps`-th is one of the student's."""
         low, _ = spreads(process)
-        ends = torch.tensor([u, max(a, low)], dtype=F64, device="cpu") ** (1 / RHO)
-        share = torch.linspace(0, 1, self.of.substeps + 1, dtype=F64, device="cpu")
-        times = process.time_of_spread(torch.lerp(ends[0], ends[1], share) ** RHO).clamp(max=1)
-        return times if a else torch.cat([times[:-1], times.new_zeros(1)])
+        ends = torch.tensor([*reversed(self.of.bounds), low], dtype=F64, device="cpu")[:, None] ** (1 / RHO)
+        share = torch.linspace(0, 1, self.of.substeps + 1, dtype=F64, device="cpu")[:-1]
+        times = process.time_of_spread(torch.lerp(ends[:-1], ends[1:], share).flatten() ** RHO).clamp(max=1)
+        return torch.cat([times, times.new_zeros(1)])
 
     @torch.no_grad()
     def walked(
         self, x: Float[Tensor, "b c h w"], times: Float[Tensor, "times"], cond: Conditioning
-    ) -> Float[Tensor, "b c h w"]:
-        """Where the teacher's chain of these times leads."""
+    ) -> Float[Tensor, "states b c h w"]:
+        """Where the teacher's chain of these times is at each of the student's, the first and the last included."""
+        states = []
+
+        def note(remaining: int, x: Tensor, t: Tensor) -> None:
+            if remaining % self.of.substeps == 0:
+                states.append(x)
+
         along, keys = Along(self.teacher, times, x, cond), Key(0).rows(len(x))  # which no deterministic solver asks
-        return sample(Dpmpp(), along, self.teacher.process, keys, tuple(x.shape[1:]), times, start=x)
+        end = sample(SOLVER, along, self.teacher.process, keys, tuple(x.shape[1:]), times, note, start=x)
+        return torch.stack([*states, end])

@@ -12,7 +12,7 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import Sampler, named
-from undiffuse.diffusion.sampler.ddim import DDIM
+from undiffuse.diffusion import trajectory
 from undiffuse.errors import UsageError
 from undiffuse.model import distilled, fitted
 from undiffuse.model.fitted import Fit
@@ -53,8 +53,9 @@ def words(process: Process, grid: Grid, steps: int, solver: str) -> str:
 def sampler(config: ModelConfig, solver: str | Sampler | None, eta: float | int | None = None) -> Sampler:
     """See `Model.sampler`."""
     if config.bounds is not None:
-        if solver in (None, "ddim", DDIM()) and not eta:
-            return DDIM()
+        asked = named(solver, eta) if isinstance(solver, str) else solver or trajectory.SOLVER
+        if asked == trajectory.SOLVER and not eta:
+            return asked
         distilled.refuse(config.bounds, f"solver {solver if isinstance(solver, str) else type(solver).__name__}")
     solver = solver or "ancestral"
     if isinstance(solver, Sampler):

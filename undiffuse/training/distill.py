@@ -27,6 +27,7 @@ from undiffuse.training.start import Data, Say, train
 MOST = 8
 TEACHING = 16  # evaluations of the teacher for a whole chain, and so many for each step at least:
 LEAST = 3
+EVALUATIONS = 64  # of the student in a batch at most; each image has one for every step
 
 
 def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
@@ -36,7 +37,7 @@ def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
     data = replace(model.data, size=config.image[1:], channels=config.image[0], labels=config.classes is not None)
     tuning = TrainConfig(
         steps=5000,
-        batch=64,
+        batch=EVALUATIONS >> (len(bounds) - 1).bit_length(),  # a power of 2, which processes can share
         lr=1e-4 if before is None else before.lr / 2,
         optimizer="adam" if before is None else before.optimizer,
         warmup=100,
@@ -46,6 +47,7 @@ def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
         save_every=500,
         sample_every=500,
         held_out_every=500,
+        held_out=1024 // len(bounds),
         channels_last=before is not None and before.channels_last,
         drop_label=0.1 if before is None else before.drop_label,
     )

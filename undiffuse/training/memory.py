@@ -8,6 +8,7 @@ import torch
 from undiffuse.errors import MemoryExhausted, is_out_of_memory
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
+from undiffuse.model.recipe import TrainConfig
 from undiffuse.training.need import Need, gigabytes, need
 from undiffuse.training.plan import plan
 from undiffuse.training.trainer import Trainer
@@ -18,7 +19,12 @@ Say = Callable[[str], None]
 def planned(trainer: Trainer, last: int) -> str:
     """The size of a step and the cost of the whole run, in words."""
     images = len(trainer.batches.loader.source)
-    return plan(trainer.recipe.train, trainer.config, trainer.micro, images, last)
+    return plan(trainer.recipe, trainer.config, trainer.micro, images, last)
+
+
+def of(trainer: Trainer, train: TrainConfig, micro: int) -> Need:
+    """What a step needs by estimate with other settings and micro-batches."""
+    return need(train, trainer.config, micro, trainer.device, trainer.recipe.objective)
 
 
 def needed(trainer: Trainer) -> Need | None:
@@ -28,7 +34,7 @@ def needed(trainer: Trainer) -> Need | None:
     """
     if not type(trainer.config.network).__module__.startswith("undiffuse."):
         return None
-    return need(trainer.recipe.train, trainer.config, trainer.micro, trainer.device)
+    return of(trainer, trainer.recipe.train, trainer.micro)
 
 
 def foreseen(trainer: Trainer) -> str:
@@ -69,7 +75,7 @@ def exhausted(trainer: Trainer, last: int) -> MemoryExhausted:
 def held(trainer: Trainer) -> int:
     """The bytes of an estimate that are taken before step 0: weights, averages, sums over processes."""
     sums = dist.size() > 1 and not trainer.recipe.train.exact_shards
-    copies = 2 + len(trainer.recipe.train.ema_profiles) + sums
+    copies = 2 + len(trainer.recipe.train.ema_profiles) + sums + (trainer.recipe.objective.taught > 0)
     return copies * sum(weight.nbytes for weight in trainer.weights)
 
 
@@ -79,7 +85,7 @@ def remedies(trainer: Trainer, there: int) -> Iterator[str]:
     if not train.exact_shards and trainer.micro > 1:
         # The peak is the larger of some linear functions of the images, so between two sizes it is below the chord.
         whole = replace(train, batch=2 * train.batch)  # of several micro-batches, whose gradients stay
-        one, all_ = (need(whole, trainer.config, size, trainer.device).total for size in (1, trainer.micro))
+        one, all_ = (of(trainer, whole, size).total for size in (1, trainer.micro))
         each = (all_ - one) / (trainer.micro - 1)
         fits = min(trainer.micro - 1, 1 + int((there - one) // each))
         if fits >= 1:
@@ -89,7 +95,7 @@ def remedies(trainer: Trainer, there: int) -> Iterator[str]:
         return
     levels = len(trainer.config.network.levels(trainer.config.build(clip=False, device="meta").network))
     for choice in (*range(int(train.recompute) + 1, levels), True):
-        size = need(replace(train, recompute=choice), trainer.config, trainer.micro, trainer.device).total
+        size = of(trainer, replace(train, recompute=choice), trainer.micro).total
         if size <= there:
             yield f"train.recompute={str(choice).lower()} ({gigabytes(size)})"
             return

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from undiffuse.diffusion.objective import Objective
 from undiffuse.machine import dist
 from undiffuse.machine.device import HALF
 from undiffuse.model.recipe import ModelConfig, TrainConfig
@@ -78,22 +79,32 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def need(train: TrainConfig, config: ModelConfig, micro: int, device: str | torch.device = "cpu") -> Need:
+def need(
+    train: TrainConfig,
+    config: ModelConfig,
+    micro: int,
+    device: str | torch.device = "cpu",
+    objective: Objective | None = None,
+) -> Need:
     """Of a process whose micro-batches have so many images; exact to some percent of what its tensors take.
+
+    The objective says how often the network is asked for each of them, and whether a teacher is kept; once, and none.
 
     Gradients are there from the start where micro-batches or processes are summed; else they come as activations go.
     """
     share, shards = shares(train)[0], train.exact_shards
     stay = not shards and (micro < share or dist.size() > 1)
-    weights, moments, beside = _beside_weights(train, config, micro, torch.device(device), stay)
-    averaged = weights * (2 + len(train.ema_profiles)) + moments  # with the weights themselves
+    asked, taught = (1, 0) if objective is None else (objective.evaluations, objective.taught)
+    weights, moments, beside = _beside_weights(train, config, micro * asked, torch.device(device), stay)
+    kept = 2 + len(train.ema_profiles) + (taught > 0)  # of the weights, themselves included
+    averaged = weights * kept + moments
     copies = share // micro if shards else 1  # of the gradient, one a shard; they are added beside two more
     beside = max(beside + (copies - 1) * weights, (copies + 2) * weights if shards else 0)
     return Need(averaged + copies * weights, max(0, beside - copies * weights))
 
 
 def _beside_weights(
-    train: TrainConfig, config: ModelConfig, micro: int, device: torch.device, stay: bool
+    train: TrainConfig, config: ModelConfig, asked: int, device: torch.device, stay: bool
 ) -> tuple[int, int, int]:
     """The bytes of the weights and of their moments, and the peak of what one micro-batch makes beside them.
 
@@ -110,9 +121,9 @@ def _beside_weights(
             moments = sum(weight.nbytes * len(kept(weight)) for weight in network.parameters())
             for weight in network.parameters():
                 weight.grad = torch.empty_like(weight) if stay else None
-            x = torch.empty(micro, *config.asked, dtype=torch.float32, device=device)
-            time = torch.empty(micro, dtype=torch.float32, device=device)
-            label = None if config.classes is None else torch.empty(micro, dtype=torch.int64, device=device)
+            x = torch.empty(asked, *config.asked, dtype=torch.float32, device=device)
+            time = torch.empty(asked, dtype=torch.float32, device=device)
+            label = None if config.classes is None else torch.empty(asked, dtype=torch.int64, device=device)
             with torch.autocast(device.type, HALF.get(train.precision), enabled=train.precision in HALF):
                 output = network(x, time, Conditioning(label=label))
                 loss = (output - torch.empty_like(output)).square().mean()

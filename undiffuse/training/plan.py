@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist
 from undiffuse.machine.device import making_float32
-from undiffuse.model.recipe import ModelConfig, TrainConfig
+from undiffuse.model.recipe import ModelConfig, Recipe, TrainConfig
 
 SHORT = 5  # steps: nobody wants the average of a run that is shorter
 REMEMBERED = 0.05  # the share of the first weights in the final average from which it is worth a warning
@@ -66,17 +66,19 @@ def forward_flops(config: ModelConfig) -> int:
     return counter.get_total_flops()
 
 
-def plan(train: TrainConfig, config: ModelConfig, micro: int, images: int, last: int) -> str:
+def plan(recipe: Recipe, config: ModelConfig, micro: int, images: int, last: int) -> str:
     """The size of a step and the cost of the whole run, in words; `images` are those of the training set."""
+    train, objective = recipe.train, recipe.objective
     processes, share = dist.size(), train.batch // dist.size()
     micros = -(-share // micro)
     flops, epochs = forward_flops(config), last * train.batch / images
+    forwards = 3 * objective.evaluations + objective.taught  # of an image; a backward counts as two
     seen = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
     return (
         f"batch {train.batch} = {processes} process{'es' if processes > 1 else ''} × {micros} micro-batch"
         f"{'es' if micros > 1 else ''} of {micro}, {train.precision}; {last:,} steps see "
         f"{last * train.batch:,} images, {seen} epochs. An image forward is {flops / 1e9:.3g} GFLOP; the whole run "
-        f"{3 * flops * last * train.batch:.2g} FLOP"
+        f"{forwards * flops * last * train.batch:.2g} FLOP"
     )
 
 
