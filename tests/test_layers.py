@@ -40,8 +40,8 @@ ROWS = tuple(
         ("model", "recipe average classes weights fitted distilled walk model load fit"),
         (
             "training",
-            "plan optimizer need tune scale trainer memory look health auto resume profile proxy track loop start "
-            "distill",
+            "plan optimizer need layout tune scale trainer memory look health auto resume profile proxy track loop "
+            "start distill",
         ),
         ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
         ("codec", "coder tail plan trellis container chain stream tailfit tables ledger exact"),

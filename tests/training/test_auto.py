@@ -152,7 +152,8 @@ def test_code_that_only_a_checkpoint_names_is_not_run():
 
 
 def test_all_of_it_is_definite():
-    recipe = resolved(choose(facts()).recipe, None, torch.device("cpu"))
+    chosen, said = choose(facts()).recipe, []
+    recipe = resolved(chosen, None, torch.device("cpu"), chosen.model((1, 8, 8)), said.append)
     sections = [section for section in plain(recipe).values() if isinstance(section, dict)]
     left = [name for section in sections for name, value in section.items() if value == "auto"]
     assert left == ["eval_features"]  # which decides nothing of the run, and is what is there when it is asked for

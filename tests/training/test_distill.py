@@ -95,7 +95,7 @@ def test_what_it_is_not_made_for_is_refused(teacher, tmp_path):
         lambda: model.sample(1, solver=Heun()),
         lambda: model.sample(1, solver="ddim"),
         lambda: model.sample(1, solver=DDIM(0.5)),
-        lambda: model.sample(1, eta=0.5),
+        lambda: model.sampler(eta=0.5),
         lambda: nll.nll(model, "digits", images=2),
         lambda: nll_ode(model, "digits", images=2),
         lambda: explore.interpolate(model, picture, picture),

@@ -86,9 +86,13 @@ def test_it_is_refused_before_anything_is_written(tmp_path, data):
 @pytest.mark.parametrize("where", ["cpu", "mps", "cuda"])
 def test_what_auto_chooses(monkeypatch, native, where):
     monkeypatch.setattr(device, "native_bf16", lambda there: native)
-    chosen = resolved(recipe(), None, torch.device(where)).train.precision
+
+    def become(then):
+        return resolved(recipe(), then, torch.device(where), recipe().model((1, 8, 8)), print).train.precision
+
+    chosen = become(None)
     assert chosen == ("bf16" if native else "float16" if where == "cuda" else "float32")
-    assert resolved(recipe(), {"precision": "float16"}, torch.device(where)).train.precision == "float16"
+    assert become({"precision": "float16"}) == "float16"
 
 
 @pytest.mark.parametrize("fields", [{}, {"micro_batch": 3}, {"exact_shards": 4}], ids=str)

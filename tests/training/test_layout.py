@@ -1,11 +1,15 @@
-"""Layouts of memory: what is updated beside a weight lies as it does, so that one kernel takes all; no file does."""
+"""Layouts of memory: which is faster, and that what is updated beside a weight lies as it does; no file does."""
+
+import shutil
 
 import pytest
 import torch
 
-from tests.training.test_loop import recipe, run, state
-from undiffuse.machine import dist, store
+from tests.training.test_loop import assert_equal, recipe, run, state
+from undiffuse.errors import Corrupt, UsageError
+from undiffuse.machine import disk, dist, store
 from undiffuse.machine.tensorfile import encode
+from undiffuse.training import layout
 from undiffuse.training.trainer import Trainer
 
 
@@ -73,3 +77,101 @@ def test_a_checkpoint_of_one_layout_is_read_in_the_other(tmp_path, data):
     found = {f"{part}/{name}": tensor for part, named in one.tensors().items() for name, tensor in named.items()}
     assert all(torch.equal(tensor, found[name]) for name, tensor in state(tmp_path, 1).items())
     assert all(tensor.is_contiguous() for tensor in found.values())
+
+
+class Measured:
+    """In place of the clock: rates of each layout, and how often they were asked for."""
+
+    def __init__(self, monkeypatch, plain: float, channels_last: float):
+        self.rates, self.asked = {"plain": plain, "channels_last": channels_last}, 0
+        monkeypatch.setattr(layout, "_measured", self)
+
+    def __call__(self, config, precision, images, device):
+        self.asked += 1
+        return self.rates
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "layout"
+
+
+def wanted(precision: str = "float32", micro: int = 8, **network):
+    config = recipe(network=network).model((1, 8, 8))
+    return layout.wants_channels_last(config, precision, micro, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("channels_last", "answer"), [(130.0, True), (101.0, False), (60.0, False)])
+def test_the_faster_layout_is_measured_once_and_kept(cache, monkeypatch, channels_last, answer):
+    """By 3 % at least: moving images about must bring something."""
+    clock = Measured(monkeypatch, 100.0, channels_last)
+    assert (
+        wanted()
+        == wanted()
+        == (
+            answer,
+            f"{channels_last:.3g} images/s with channels_last and 100 without, measured once; train.channels_last = "
+            f"{str(answer).lower()}",
+        )
+    )
+    assert clock.asked == 1 and len(list(cache.iterdir())) == 1
+    for other in ({"precision": "bf16"}, {"micro": 4}, {"channels": 16}):
+        wanted(**other)
+    assert clock.asked == 4 and len(list(cache.iterdir())) == 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    wanted()
+    assert clock.asked == 5
+
+
+def test_both_layouts_are_run(cache):
+    """Without anything in place of the clock; with classes too."""
+    config = recipe(data={"labels": True}).model((1, 8, 8), 10)
+    layout.wants_channels_last(config, "float32", 64, torch.device("cpu"))
+    (found,) = [disk.read_json(path) for path in cache.iterdir()]
+    assert found["images"] == 16 and found["plain"] > 0 and found["channels_last"] > 0
+    assert found["processor"] == layout.processor() and found["torch"] == torch.__version__
+
+
+def test_a_large_image_is_measured_alone(cache, monkeypatch):
+    seen = []
+    rates = {"plain": 1.0, "channels_last": 1.0}
+    monkeypatch.setattr(layout, "_measured", lambda config, precision, images, device: seen.append(images) or rates)
+    for side in (16, 64, 256):
+        layout.wants_channels_last(recipe().model((1, side, side)), "float32", 128, torch.device("cpu"))
+    assert seen == [16, 4, 1]
+
+
+def test_a_damaged_answer_is_named(cache, monkeypatch):
+    Measured(monkeypatch, 1.0, 2.0)
+    wanted()
+    (path,) = cache.iterdir()
+    path.write_text('{"plain": 1.0}')
+    with pytest.raises(Corrupt, match=f"{path.name} is damaged: it does not say how fast both layouts are; remove it"):
+        wanted()
+
+
+def test_without_a_home_it_is_measured_each_time(monkeypatch):
+    def nowhere():
+        raise UsageError("there is no home folder to keep things in")
+
+    clock = Measured(monkeypatch, 1.0, 2.0)
+    monkeypatch.setattr(disk, "cache_folder", nowhere)
+    assert wanted()[0] and wanted()[0] and clock.asked == 2
+
+
+def test_a_run_keeps_the_layout_that_it_began_with(cache, monkeypatch, tmp_path, data):
+    """Its bits are those of that layout, whatever would be measured when it goes on."""
+    Measured(monkeypatch, 1.0, 2.0)
+
+    def chosen(channels_last: bool | str, steps: int):
+        return recipe(train={"precision": "float32", "channels_last": channels_last, "steps": steps})
+
+    run(chosen("auto", 1), data, tmp_path / "run")
+    assert "channels_last = true" in (tmp_path / "run" / "config.toml").read_text()
+    shutil.rmtree(cache)
+    clock = Measured(monkeypatch, 2.0, 1.0)
+    run(chosen("auto", 2), data, tmp_path / "run")
+    run(chosen(True, 2), data, tmp_path / "other")
+    assert clock.asked == 0
+    assert_equal(state(tmp_path / "run", 2), state(tmp_path / "other", 2))

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from undiffuse.diffusion import trajectory
 from undiffuse.diffusion.grid import GRIDS, Even, Grid, LogSnr, suited
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import Sampler, named
-from undiffuse.diffusion import trajectory
 from undiffuse.errors import UsageError
 from undiffuse.model import distilled, fitted
 from undiffuse.model.fitted import Fit

@@ -3,7 +3,7 @@
 The choice is a shipped preset with a few settings changed, all of them definite, so that `config.toml` says it whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -18,7 +18,10 @@ from undiffuse.errors import DataError
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
 from undiffuse.model.recipe import ModelConfig, Recipe, TrainConfig, load_recipe, with_settings
-from undiffuse.training.plan import Budget
+from undiffuse.training.layout import wants_channels_last
+from undiffuse.training.plan import Budget, shares
+
+Say = Callable[[str], None]
 
 DEFINITE = ("float32", "bf16", "tf32", "float16")  # precisions of which none depends on the machine
 LOOKED_AT = 64  # pictures, spread over the data
@@ -122,6 +125,7 @@ def choose(
             "ema_ramp": True,
             "warmup": min(200, last // 10),
             "precision": "auto",
+            "channels_last": "auto",
             "save_every": 1000,
             "sample_every": 2000,
             "held_out_every": max(50, min(500, 20 * facts.images // batch)) if small else 1000,
@@ -223,15 +227,23 @@ def _why(facts: Facts, recipe: Recipe, base: str, asked: bool, budget: Budget, t
     )
 
 
-def resolved(recipe: Recipe, then: dict[str, Any] | None, device: torch.device) -> Recipe:
-    """`precision = "auto"` made definite: as the run began, or as this machine has it. So is micro_batch on resume.
+def resolved(
+    recipe: Recipe, then: dict[str, Any] | None, device: torch.device, config: ModelConfig, say: Say
+) -> Recipe:
+    """`precision` and `channels_last` of "auto" made definite: as the run began, or as suits this machine.
 
-    `then` is the training section of the run that goes on, None for a new one.
+    So is micro_batch on resume. `then` is the training section of the run that goes on, None for a new one.
     """
     train = recipe.train
     if train.precision == "auto":
         here = machine.native_precision(device) if then is None else then.get("precision")
         train = replace(train, precision=DEFINITE[dist.decide(DEFINITE.index(here) if here in DEFINITE else 0)])
+    if train.channels_last == "auto":
+        taken = False if then is None else then.get("channels_last") is True
+        if then is None and dist.is_first():
+            taken, told = wants_channels_last(config, train.precision, shares(train)[1], device)
+            say(told)
+        train = replace(train, channels_last=bool(dist.decide(taken)))
     if train.micro_batch == "auto" and (found := dist.decide((then or {}).get("micro_batch", 0))):
         train = replace(train, micro_batch=found)
     return replace(recipe, train=train)

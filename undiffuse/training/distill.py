@@ -48,7 +48,7 @@ def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
         sample_every=500,
         held_out_every=500,
         held_out=1024 // len(bounds),
-        channels_last=before is not None and before.channels_last,
+        channels_last="auto",
         drop_label=0.1 if before is None else before.drop_label,
     )
     about = f"{model.digest()[:12]} distilled to {len(bounds)} steps"

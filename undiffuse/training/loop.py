@@ -127,7 +127,7 @@ def _build(
     image = data[0].image
     classes = classes_of(recipe, data)
     config = recipe.model((image.shape[0], image.shape[1], image.shape[2]), classes and len(classes.names))
-    recipe = resolved(recipe, None if then is None else then.get("train", {}), device)
+    recipe = resolved(recipe, None if then is None else then.get("train", {}), device, config, say)
     trainer = Trainer(recipe, config, data, device, init)
     for text in trainer.start_from(init) if init is not None and then is None else []:
         say(text)

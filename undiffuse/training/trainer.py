@@ -65,7 +65,7 @@ class Trainer:
         recipe.objective.check(self.denoiser)
         if recipe.train.precision in machine.HALF:
             self.denoiser.computing = machine.in_precision(recipe.train.precision, self.device)
-        if recipe.train.channels_last:  # before averages and moments, which take the layout of their weights
+        if recipe.train.channels_last is True:  # before averages and moments, which take the layout of their weights
             self.denoiser.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.objective = self._objective(teacher)
         self.names = [name for name, _ in self.denoiser.network.named_parameters()]
@@ -92,7 +92,7 @@ class Trainer:
             raise UsageError(NO_TEACHER)
         own = deepcopy(teacher.denoiser).to(self.device).requires_grad_(False).eval()
         own.computing = self.denoiser.computing
-        if recipe.train.channels_last:
+        if recipe.train.channels_last is True:
             own.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return Taught(recipe.objective, own)
 
@@ -219,7 +219,7 @@ class Trainer:
         keys = self.key.fold("noise", self.step).rows(rows, self.device)
         cond = self._told(None if batch.label is None else batch.label[part], rows)
         x_0 = to_float(batch.image[part].to(self.device, non_blocking=True))
-        if self.recipe.train.channels_last:
+        if self.recipe.train.channels_last is True:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
         loss = self.seen.applied(self.objective)(self.denoiser, x_0, cond, keys)
         return loss.per_example, loss.t
