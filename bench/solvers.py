@@ -54,6 +54,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffusers UniPC, Karras": ("UniPCMultistepScheduler", KARRAS),
 }
 LONG = ("ancestral, even", "ddim, even")
+HALF = ", bf16"  # the network computes in it, as with --precision bf16
+IN_HALF = (f"unipc-2, fitted{HALF}",)
 BATCH = 125
 REAL = "real images"
 Row = dict[str, Any]
@@ -92,6 +94,8 @@ def peer(
 
 
 def drawn(model: Model, name: str, evaluations: int, n: int, seed: int) -> UInt8[Tensor, "n c h w"] | None:
+    if name.endswith(HALF):
+        return drawn(model.variant(precision="bf16"), name.removesuffix(HALF), evaluations, n, seed)
     if name in PEERS:
         return peer(model, *PEERS[name], evaluations, n, seed)
     solver, _, grid = name.rpartition(", ")
@@ -132,7 +136,7 @@ def plot(result: dict[str, Any]) -> str:
     """The best of ours on each grid and each scheduler of diffusers, of the fewest samples."""
     least = min(row["n"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["n"] == least and row["evaluations"] <= max(FEW)]
-    names = {row["name"] for row in rows} - {REAL}
+    names = {row["name"] for row in rows} - {REAL, *IN_HALF}
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault("diffusers" if name in PEERS else name.rpartition(", ")[2], []).append(name)
@@ -173,7 +177,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=HERE / "solvers.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    model, known = undiffuse.load(given.model, "cpu"), [*OURS, *PEERS, *LONG]
+    model, known = undiffuse.load(given.model, "cpu"), [*OURS, *PEERS, *LONG, *IN_HALF]
     if unknown := set(given.names) - set(known):
         raise SystemExit(f"{', '.join(sorted(unknown))}: not known; give some of {'; '.join(known)}")
     if model.fit is None:

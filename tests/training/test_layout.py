@@ -84,7 +84,7 @@ class Measured:
 
     def __init__(self, monkeypatch, plain: float, channels_last: float):
         self.rates, self.asked = {"plain": plain, "channels_last": channels_last}, 0
-        monkeypatch.setattr(layout, "_measured", self)
+        monkeypatch.setattr(layout, "measured", self)
 
     def __call__(self, config, precision, images, device):
         self.asked += 1
@@ -111,9 +111,9 @@ def test_the_faster_layout_is_measured_once_and_kept(cache, monkeypatch, channel
         == wanted()
         == (
             answer,
-            f"{channels_last:.3g} images/s with channels_last and 100 without, measured once; train.channels_last = "
-            f"{str(answer).lower()}",
-        )
+            f"with channels_last a step is {channels_last / 100:.2f} times as fast as without, measured once for this "
+        f"machine; train.channels_last = {str(answer).lower()}",
+    )
     )
     assert clock.asked == 1 and len(list(cache.iterdir())) == 1
     for other in ({"precision": "bf16"}, {"micro": 4}, {"channels": 16}):
@@ -136,7 +136,7 @@ def test_both_layouts_are_run(cache):
 def test_a_large_image_is_measured_alone(cache, monkeypatch):
     seen = []
     rates = {"plain": 1.0, "channels_last": 1.0}
-    monkeypatch.setattr(layout, "_measured", lambda config, precision, images, device: seen.append(images) or rates)
+    monkeypatch.setattr(layout, "measured", lambda config, precision, images, device: seen.append(images) or rates)
     for side in (16, 64, 256):
         layout.wants_channels_last(recipe().model((1, side, side)), "float32", 128, torch.device("cpu"))
     assert seen == [16, 4, 1]

@@ -1,7 +1,7 @@
 """Which layout of images a network is trained faster in, measured once for each machine.
 
-Neither is right everywhere: in bf16 an AMD EPYC is two thirds faster without the channels of a pixel side by side, and
-an Intel Xeon with matrix tiles is faster with them.
+Neither is right everywhere: in bf16 an AMD EPYC is a third faster without the channels of a pixel side by side, and an
+Intel Xeon with matrix tiles is faster with them.
 """
 
 import hashlib
@@ -39,12 +39,13 @@ def wants_channels_last(config: ModelConfig, precision: str, micro: int, device:
     kept = _kept(facts)
     rates = _read(kept) if kept is not None and kept.exists() else None
     if rates is None:
-        rates = _measured(config, precision, facts["images"], device)
+        rates = measured(config, precision, facts["images"], device)
         if kept is not None:
             disk.write_json(kept, {**facts, **rates})
-    answer = rates["channels_last"] > GAIN * rates["plain"]
-    said = f"{rates['channels_last']:,.3g} images/s with channels_last and {rates['plain']:,.3g} without, measured once"
-    return answer, f"{said}; train.channels_last = {str(answer).lower()}"
+    ratio = rates["channels_last"] / rates["plain"]
+    answer = ratio > GAIN
+    told = f"with channels_last a step is {ratio:.2f} times as fast as without, measured once for this machine"
+    return answer, f"{told}; train.channels_last = {str(answer).lower()}"
 
 
 def _facts(config: ModelConfig, precision: str, micro: int, device: torch.device) -> dict[str, Any]:
@@ -89,8 +90,11 @@ def _read(path: Path) -> dict[str, float]:
     return known
 
 
-def _measured(config: ModelConfig, precision: str, images: int, device: torch.device) -> dict[str, float]:
-    """Images a second of each layout, in its best step: what else the machine does makes one slower, never faster."""
+def measured(config: ModelConfig, precision: str, images: int, device: torch.device) -> dict[str, float]:
+    """Images a second of each layout, in its best step: what else the machine does makes one slower, never faster.
+
+    On a processor it is a second of one thread.
+    """
     denoiser, label = config.build(clip=False).to(device), None
     x = torch.full((images, *config.asked), 0.5, dtype=torch.float32, device=device)  # what it shows does not matter
     if config.classes is not None:
@@ -121,7 +125,8 @@ def _step(network: Any, x: Float[Tensor, "b c h w"], cond: Conditioning) -> floa
 
 
 def _now(device: torch.device) -> float:
-    """After all that was asked of the device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    """After all that was asked of the device; on a processor, which may have other work, the time that it gave us."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
     return time.perf_counter()
