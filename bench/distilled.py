@@ -1,11 +1,11 @@
 """Samples of distilled models, beside those that their teacher draws in as many evaluations.
 
-    undiffuse distill fashion-mnist fashion-mnist --steps 4 --images 128000 --out runs/four
+    undiffuse distill fashion-mnist fashion-mnist --steps 4 --images 17600 --out runs/four
     python bench/distilled.py runs/four
 
 1,000 samples of each, judged as in `bench/choose.py`. The teacher is the shipped model as `undiffuse sample --steps N`
-draws; 8 and 50 evaluations stand beside. Rows of other runs stay, as that of consistency tuning, which `distill` did
-before. Writes `bench/distilled.json` and the table `distilled` of docs/benchmarks.md.
+draws; 8 and 50 evaluations stand beside. Rows of other runs stay, as those of consistency tuning and of single steps,
+which `distill` did before. Writes `bench/distilled.json` and the table `distilled` of docs/benchmarks.md.
 """
 
 import argparse
@@ -30,17 +30,18 @@ Row = dict[str, Any]
 
 def trained(run: Path) -> Row:
     """What a run has seen."""
-    meta = undiffuse.load(run, "cpu").meta
-    return {"images": meta["images"], "updates": meta["step"]}
+    model = undiffuse.load(run, "cpu")
+    meta, each = model.meta, len(model.times()) - 1  # an image has a whole chain
+    return {"images": meta["images"], "asked": each * meta["images"], "updates": meta["step"]}
 
 
 def table(result: Row) -> str:
     lines = [
-        "| evaluations | model | images seen in distillation | FD-classifier | FD-EffLite0 |",
-        "|---|---|---|---|---|",
+        "| evaluations | model | images seen in distillation | student's evaluations | FD-classifier | FD-EffLite0 |",
+        "|---|---|---|---|---|---|",
     ]
     for row in sorted(result["rows"], key=lambda row: (row["evaluations"], row["model"])):
-        seen = f"{row['images']:,}" if row.get("images") else ""
+        seen = f"{row['images']:,} | {row.get('asked', row['images']):,}" if row.get("images") else " | "
         scores = f"{row['classifier-28']:.3f} | {row['efflite0']:.1f}"
         lines.append(f"| {row['evaluations']} | {row['model']} | {seen} | {scores} |")
     ran = f"{result['machine']['processor']}, torch {result['machine']['torch']}, {result['date']}"

@@ -112,8 +112,8 @@ def test_the_faster_layout_is_measured_once_and_kept(cache, monkeypatch, channel
         == (
             answer,
             f"with channels_last a step is {channels_last / 100:.2f} times as fast as without, measured once for this "
-        f"machine; train.channels_last = {str(answer).lower()}",
-    )
+            f"machine; train.channels_last = {str(answer).lower()}",
+        )
     )
     assert clock.asked == 1 and len(list(cache.iterdir())) == 1
     for other in ({"precision": "bf16"}, {"micro": 4}, {"channels": 16}):

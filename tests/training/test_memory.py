@@ -16,6 +16,7 @@ from undiffuse.machine import device as machine
 from undiffuse.model.recipe import ModelConfig, Recipe, load_recipe
 from undiffuse.network.base import Network, recompute
 from undiffuse.training import loop
+from undiffuse.training.distill import recipe_for
 from undiffuse.training.memory import held, remedies
 from undiffuse.training.need import Need, gigabytes, need
 from undiffuse.training.trainer import Trainer
@@ -71,6 +72,19 @@ def test_the_estimate_is_what_the_profiler_sees(settings):
     one = trainer("digits", 8, {"batch": 32, "precision": "float32", **settings}, channels=1)
     said = need(one.recipe.train, one.config, one.micro)
     assert said.total == pytest.approx(peak(one), rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:.*Memory block of unknown size")
+def test_the_estimate_of_a_distillation_is_what_the_profiler_sees():
+    """Each image has a whole chain of the student, and the teacher is there too."""
+    teacher = trainer("digits", 8, {"batch": 8, "precision": "float32"}, channels=1).model()
+    chosen = recipe_for(teacher, (0.3, 1.0, 3.0, 80.0))
+    chosen = replace(chosen, train=replace(chosen.train, batch=8, precision="float32", channels_last=False))
+    images = ArraySource(torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8))
+    one = Trainer(chosen, chosen.model((1, 8, 8)), images, teacher=teacher)
+    said = need(one.recipe.train, one.config, one.micro, objective=one.recipe.objective)
+    assert said.total == pytest.approx(peak(one), rel=0.05)
+    assert said.total > 1.5 * need(one.recipe.train, one.config, one.micro).total
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """What a run will cost and which settings cannot work together, by numbers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from undiffuse.diffusion.objective import Trajectory
 from undiffuse.model.recipe import TrainConfig, load_recipe
 from undiffuse.training.plan import Budget, conflicts, first_weights_share, forward_flops, plan, shares
 
@@ -78,6 +80,8 @@ def test_the_cost_of_a_run():
     recipe = load_recipe("digits", ["train.batch=12", "train.precision=float32"])
     config = recipe.model((1, 8, 8))
     flops = forward_flops(config)
+    taught = replace(recipe, objective=Trajectory((1.0, 80.0), substeps=8))
+    assert plan(taught, config, 5, 200, 100).endswith(f"the whole run {(2 * 3 + 16) * 1200 * flops:.2g} FLOP")
     text = plan(recipe, config, 5, images=200, last=100)
     assert text == (
         f"batch 12 = 1 process × 3 micro-batches of 5, float32; 100 steps see 1,200 images, 6 epochs. An image "
