@@ -4,8 +4,9 @@
     python bench/distilled.py runs/four
 
 1,000 samples of each, judged as in `bench/choose.py`. The teacher is the shipped model as `undiffuse sample --steps N`
-draws; 8 and 50 evaluations stand beside. Rows of other runs stay, as those of consistency tuning and of single steps,
-which `distill` did before. Writes `bench/distilled.json` and the table `distilled` of docs/benchmarks.md.
+draws; 8 and 50 evaluations stand beside, and the chains that were learned from. Rows of other runs stay, as those of
+consistency tuning and of single steps, which `distill` did before. Writes `bench/distilled.json` and the table
+`distilled` of docs/benchmarks.md.
 """
 
 import argparse
@@ -18,9 +19,14 @@ from typing import Any
 import torch
 from choose import EXTRACTORS, distances
 from machine import machine, made_of, publish
+from torch import Tensor
 
 import undiffuse
+from undiffuse.config import parse
+from undiffuse.diffusion.objective import Trajectory
+from undiffuse.diffusion.trajectory import SOLVER, Taught
 from undiffuse.machine import disk
+from undiffuse.model.recipe import Recipe
 
 HERE = Path(__file__).parent
 TEACHER, SAMPLES, BATCH = "fashion-mnist", 1000, 125
@@ -59,11 +65,18 @@ def main() -> None:
     result = result if result.get("made_of") == of else {"rows": []}
     teacher = undiffuse.load(TEACHER, "cpu")
 
-    def note(model: undiffuse.Model, name: str, steps: int, more: Row) -> None:
+    def note(model: undiffuse.Model, name: str, chain: int | Tensor, more: Row) -> None:
+        steps = chain if isinstance(chain, int) else len(chain) - 1
         asked = {"model": name, "evaluations": steps, "weights": model.digest()[:16]}
         if any(asked.items() <= row.items() for row in result["rows"]):
             return
-        row = asked | more | distances(model.sample(SAMPLES, steps, batch=BATCH), given.work)
+        row = (
+            asked
+            | more
+            | distances(
+                model.sample(SAMPLES, chain, None if isinstance(chain, int) else SOLVER, batch=BATCH), given.work
+            )
+        )
         print(json.dumps(row), flush=True)
         result["rows"].append(row)
         result.update({"made_of": of, "machine": machine(), "seed": 0, "date": date.today().isoformat()})
@@ -76,6 +89,10 @@ def main() -> None:
         steps = len(model.times()) - 1
         note(model, "distilled by trajectories", steps, trained(run))
         note(teacher, "teacher", steps, {})
+        objective = parse(Recipe, model.meta["recipe"], "the recipe of a run").objective
+        assert isinstance(objective, Trajectory)
+        learned = Taught(objective, teacher.denoiser).times(teacher.process)
+        note(teacher.variant(clip=False), f"teacher, as learned from for {steps} steps", learned, {})
     for steps in BESIDE:
         note(teacher, "teacher", steps, {})
 
