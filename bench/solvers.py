@@ -133,7 +133,7 @@ def _cell(rows: list[Row]) -> str:
 
 
 def plot(result: dict[str, Any]) -> str:
-    """The best of ours on each grid and each scheduler of diffusers, of the fewest samples."""
+    """Of each grid and of diffusers the best of those that were run at the most numbers, of the fewest samples."""
     least = min(row["n"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["n"] == least and row["evaluations"] <= max(FEW)]
     names = {row["name"] for row in rows} - {REAL, *IN_HALF}
@@ -142,11 +142,12 @@ def plot(result: dict[str, Any]) -> str:
         groups.setdefault("diffusers" if name in PEERS else name.rpartition(", ")[2], []).append(name)
     series = []
     for group in sorted(groups):
-        best = min(groups[group], key=lambda name: _best(rows, name))
+        best = min(groups[group], key=lambda name: (-sum(row["name"] == name for row in rows), _best(rows, name)))
         points = sorted((row["evaluations"], row["efflite0"]) for row in rows if row["name"] == best)
+        if len(points) < 2:
+            continue
         series.append((best, [float(x) for x, _ in points], [y for _, y in points]))
-    title = "Quality by evaluations, the best of each grid"
-    return line_plot(series, x="evaluations", y="FD-EffLite0", title=title, log_x=True, log_y=True)
+    return line_plot(series, x="evaluations", y="FD-EffLite0", title="", log_x=True)
 
 
 def keep(path: Path, work: Path, row: Row, command: str, made: Callable[[], dict[str, str]]) -> None:
