@@ -106,15 +106,9 @@ def wanted(precision: str = "float32", micro: int = 8, **network):
 def test_the_faster_layout_is_measured_once_and_kept(cache, monkeypatch, channels_last, answer):
     """By 3 % at least: moving images about must bring something."""
     clock = Measured(monkeypatch, 100.0, channels_last)
-    assert (
-        wanted()
-        == wanted()
-        == (
-            answer,
-            f"with channels_last a step is {channels_last / 100:.2f} times as fast as without, measured once for this "
-            f"machine; train.channels_last = {str(answer).lower()}",
-        )
-    )
+    taken, ratio = str(answer).lower(), channels_last / 100
+    told = f"train.channels_last = {taken}: with it a step is {ratio:.2f} times as fast as without, measured once for"
+    assert wanted() == wanted() == (answer, f"{told} this machine")
     assert clock.asked == 1 and len(list(cache.iterdir())) == 1
     for other in ({"precision": "bf16"}, {"micro": 4}, {"channels": 16}):
         wanted(**other)
@@ -158,6 +152,13 @@ def test_without_a_home_it_is_measured_each_time(monkeypatch):
     clock = Measured(monkeypatch, 1.0, 2.0)
     monkeypatch.setattr(disk, "cache_folder", nowhere)
     assert wanted()[0] and wanted()[0] and clock.asked == 2
+
+
+def test_a_cache_that_cannot_be_written_stops_no_run(cache, monkeypatch):
+    Measured(monkeypatch, 1.0, 2.0)
+    cache.parent.write_text("a file where the folder should be")
+    answer, told = wanted()
+    assert answer and "as fast as without, which could not be kept for the next run: " in told
 
 
 def test_a_run_keeps_the_layout_that_it_began_with(cache, monkeypatch, tmp_path, data):

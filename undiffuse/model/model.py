@@ -194,7 +194,7 @@ class Model:
     def sampler(self, solver: str | Sampler | None = None, eta: float | int | None = None) -> Sampler:
         """A solver by name, with its order, `unipc-2`, or its fields, `heun,churn=40`; the ancestral one unless given.
 
-        The ancestral one takes the model's variance; `eta` is DDIM's. A distilled model takes DDIM alone.
+        The ancestral one takes the model's variance; `eta` is DDIM's. A distilled model takes DPM-Solver++(2M) alone.
         """
         return walk.sampler(self.config, solver, eta)
 

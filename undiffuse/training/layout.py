@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import plain
-from undiffuse.errors import Corrupt, UsageError
+from undiffuse.errors import Corrupt, StorageError, UsageError
 from undiffuse.machine import device as machine
 from undiffuse.machine import disk
 from undiffuse.model.recipe import ModelConfig
@@ -33,19 +33,22 @@ def wants_channels_last(config: ModelConfig, precision: str, micro: int, device:
     """Whether steps of so many images are faster so, and what was measured, in words.
 
     The answer is kept in the cache by processor, torch, threads, network and precision, so that a second run on this
-    machine takes the same: layouts differ in the last bits. Where there is no cache it is measured each time.
+    machine takes the same: layouts differ in the last bits. Where nothing can be kept it is measured each time.
     """
-    facts = _facts(config, precision, micro, device)
+    facts, once = _facts(config, precision, micro, device), "measured once for this machine"
     kept = _kept(facts)
     rates = _read(kept) if kept is not None and kept.exists() else None
     if rates is None:
         rates = measured(config, precision, facts["images"], device)
-        if kept is not None:
-            disk.write_json(kept, {**facts, **rates})
+        try:
+            if kept is not None:
+                disk.write_json(kept, {**facts, **rates})
+        except StorageError as error:  # a run needs no cache
+            once = f"which could not be kept for the next run: {error}"
     ratio = rates["channels_last"] / rates["plain"]
     answer = ratio > GAIN
-    told = f"with channels_last a step is {ratio:.2f} times as fast as without, measured once for this machine"
-    return answer, f"{told}; train.channels_last = {str(answer).lower()}"
+    told = f"train.channels_last = {str(answer).lower()}: with it a step is {ratio:.2f} times as fast as without"
+    return answer, f"{told}, {once}"
 
 
 def _facts(config: ModelConfig, precision: str, micro: int, device: torch.device) -> dict[str, Any]:
