@@ -40,11 +40,11 @@ def wants_channels_last(config: ModelConfig, precision: str, micro: int, device:
     rates = _read(kept) if kept is not None and kept.exists() else None
     if rates is None:
         rates = measured(config, precision, facts["images"], device)
-        try:
-            if kept is not None:
+        if kept is not None:
+            try:
                 disk.write_json(kept, {**facts, **rates})
-        except StorageError as error:  # a run needs no cache
-            once = f"which could not be kept for the next run: {error}"
+            except StorageError:  # a run needs no cache
+                once = f"which could not be kept in {kept.parent} for the next run"
     ratio = rates["channels_last"] / rates["plain"]
     answer = ratio > GAIN
     told = f"train.channels_last = {str(answer).lower()}: with it a step is {ratio:.2f} times as fast as without"
