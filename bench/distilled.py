@@ -34,9 +34,8 @@ BESIDE = (8, 50)
 Row = dict[str, Any]
 
 
-def trained(run: Path) -> Row:
-    """What a run has seen."""
-    model = undiffuse.load(run, "cpu")
+def trained(model: undiffuse.Model) -> Row:
+    """What it has seen in distillation."""
     meta, each = model.meta, len(model.times()) - 1  # an image has a whole chain
     return {"images": meta["images"], "asked": each * meta["images"], "updates": meta["step"]}
 
@@ -65,18 +64,14 @@ def main() -> None:
     result = result if result.get("made_of") == of else {"rows": []}
     teacher = undiffuse.load(TEACHER, "cpu")
 
-    def note(model: undiffuse.Model, name: str, chain: int | Tensor, more: Row) -> None:
-        steps = chain if isinstance(chain, int) else len(chain) - 1
+    def note(
+        model: undiffuse.Model, name: str, steps: int, more: Row, times: Tensor | None = None, solver: Any = None
+    ) -> None:
         asked = {"model": name, "evaluations": steps, "weights": model.digest()[:16]}
         if any(asked.items() <= row.items() for row in result["rows"]):
             return
-        row = (
-            asked
-            | more
-            | distances(
-                model.sample(SAMPLES, chain, None if isinstance(chain, int) else SOLVER, batch=BATCH), given.work
-            )
-        )
+        images = model.sample(SAMPLES, steps if times is None else times, solver, batch=BATCH)
+        row = asked | more | distances(images, given.work)
         print(json.dumps(row), flush=True)
         result["rows"].append(row)
         result.update({"made_of": of, "machine": machine(), "seed": 0, "date": date.today().isoformat()})
@@ -87,12 +82,13 @@ def main() -> None:
     for run in given.runs:
         model = undiffuse.load(run, "cpu")
         steps = len(model.times()) - 1
-        note(model, "distilled by trajectories", steps, trained(run))
+        note(model, "distilled by trajectories", steps, trained(model))
         note(teacher, "teacher", steps, {})
         objective = parse(Recipe, model.meta["recipe"], "the recipe of a run").objective
         assert isinstance(objective, Trajectory)
         learned = Taught(objective, teacher.denoiser).times(teacher.process)
-        note(teacher.variant(clip=False), f"teacher, as learned from for {steps} steps", learned, {})
+        name = f"teacher, as learned from for {steps} steps"
+        note(teacher.variant(clip=False), name, len(learned) - 1, {}, learned, SOLVER)
     for steps in BESIDE:
         note(teacher, "teacher", steps, {})
 

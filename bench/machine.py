@@ -13,6 +13,7 @@ from undiffuse.codec import tables
 from undiffuse.codec.stream import Codec
 from undiffuse.data.source import open_source
 from undiffuse.machine import disk
+from undiffuse.machine.device import processor
 from undiffuse.quality.feature.base import FEATURES, open_features
 
 TABLES = "tables of "
@@ -20,11 +21,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def machine() -> dict[str, object]:
-    names = {
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    }
     return {
-        "processor": ", ".join(sorted(names)),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from undiffuse.errors import UsageError
 
 WORKSPACE, EQUAL_BITS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS gives the same bits
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # of Linux
+MEMINFO, CPUINFO, CGROUP = Path("/proc/meminfo"), Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")  # of Linux
 HALF = {"bf16": torch.bfloat16, "float16": torch.float16}  # precisions by autocast: of products, not of norms or sums
 
 
@@ -64,6 +65,13 @@ def use_tf32(on: bool) -> None:
 def name_of(device: torch.device) -> str:
     """`cpu`, or the name of the card."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def processor() -> str:
+    """The name of the processor, as Linux says it, or its kind."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return ", ".join(sorted(names)) or platform.machine()
 
 
 @contextmanager

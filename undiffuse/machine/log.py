@@ -12,6 +12,7 @@ from typing import Any
 from undiffuse.errors import Corrupt, StorageError
 from undiffuse.strict import to_json
 
+Say = Callable[[str], None]  # what takes one line
 LINE_EVERY, BAR_EVERY = 10.0, 0.1  # seconds between two lines of progress, between two redraws of a bar
 
 

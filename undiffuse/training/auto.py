@@ -3,7 +3,7 @@
 The choice is a shipped preset with a few settings changed, all of them definite, so that `config.toml` says it whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -17,11 +17,10 @@ from undiffuse.data.source import Source, open_raw, spread
 from undiffuse.errors import DataError
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
+from undiffuse.machine.log import Say
 from undiffuse.model.recipe import ModelConfig, Recipe, TrainConfig, load_recipe, with_settings
 from undiffuse.training.layout import wants_channels_last
 from undiffuse.training.plan import Budget, shares
-
-Say = Callable[[str], None]
 
 DEFINITE = ("float32", "bf16", "tf32", "float16")  # precisions of which none depends on the machine
 LOOKED_AT = 64  # pictures, spread over the data

@@ -15,6 +15,7 @@ from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import Trajectory
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist, log, store
+from undiffuse.machine.log import Say
 from undiffuse.model import fitted
 from undiffuse.model.fit import cost, fit, steps_of
 from undiffuse.model.load import load
@@ -22,7 +23,7 @@ from undiffuse.model.model import Model
 from undiffuse.model.recipe import Recipe, TrainConfig, with_settings
 from undiffuse.strict import whole
 from undiffuse.training.resume import saved_recipe
-from undiffuse.training.start import Data, Say, train
+from undiffuse.training.start import Data, train
 
 MOST = 8
 TEACHING = 16  # evaluations of the teacher for a whole chain, and so many for each step at least:

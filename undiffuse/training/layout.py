@@ -5,7 +5,6 @@ Intel Xeon with matrix tiles is faster with them.
 """
 
 import hashlib
-import platform
 import time
 from functools import cache
 from pathlib import Path
@@ -69,10 +68,7 @@ def _facts(config: ModelConfig, precision: str, micro: int, device: torch.device
 @cache
 def processor() -> str:
     """Its name, and the instructions that torch uses of it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return f"{', '.join(sorted(names)) or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{machine.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _kept(facts: dict[str, Any]) -> Path | None:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from undiffuse.data.source import Source
 from undiffuse.errors import Error, NotFiniteError, Preempted, Stalled, UsageError, is_out_of_memory
 from undiffuse.machine import device as machine
 from undiffuse.machine import disk, dist, log, sink, store
+from undiffuse.machine.log import Say
 from undiffuse.machine.tensorfile import write_weights
 from undiffuse.machine.watch import Asked, Flag, Watchdog, listening
 from undiffuse.model.load import BEST
@@ -30,8 +31,6 @@ from undiffuse.training.profile import measure
 from undiffuse.training.resume import DATA, claim_classes, claim_data, differences, refuse_changes, saved_recipe
 from undiffuse.training.track import Track, said, still, track
 from undiffuse.training.trainer import Trainer, classes_of
-
-Say = Callable[[str], None]
 
 
 def train(

@@ -1,6 +1,6 @@
 """Whether a run fits into memory: by estimate, and for `micro_batch = "auto"` by trial."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -8,12 +8,11 @@ import torch
 from undiffuse.errors import MemoryExhausted, is_out_of_memory
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
+from undiffuse.machine.log import Say
 from undiffuse.model.recipe import TrainConfig
 from undiffuse.training.need import Need, gigabytes, need
 from undiffuse.training.plan import plan
 from undiffuse.training.trainer import Trainer
-
-Say = Callable[[str], None]
 
 
 def planned(trainer: Trainer, last: int) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -20,6 +20,7 @@ from undiffuse.data.subset import divide
 from undiffuse.errors import UsageError
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist, log, store
+from undiffuse.machine.log import Say
 from undiffuse.model.load import load
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import Recipe, load_recipe, with_settings
@@ -31,7 +32,6 @@ from undiffuse.training.plan import Budget
 from undiffuse.training.resume import saved_recipe
 
 Data = str | Path | Source | Sequence[str | Path]
-Say = Callable[[str], None]
 
 
 def train(

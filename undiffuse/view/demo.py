@@ -27,6 +27,7 @@ from undiffuse.figure import enlarged, grid, picture, png
 from undiffuse.key import Key
 from undiffuse.machine import disk, log
 from undiffuse.machine.device import making_float32
+from undiffuse.machine.log import Say
 from undiffuse.measure import nll
 from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_float
@@ -36,7 +37,6 @@ from undiffuse.view import draw, explore, pieces
 from undiffuse.view.report import Figure, Frames, Section, Table, write_report
 
 SURE = 0.9  # the probability from which a digit counts as recognised
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
