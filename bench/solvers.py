@@ -4,13 +4,14 @@
 
 Each name is a solver of ours on a grid, or a scheduler of diffusers around the same network, from the same noise at the
 same seed; unless names are given, all of them. Samples are judged by the Fréchet distance on two extractors, with that
-of real test images beside it, and by their mean grey level. What is there for the same weights, n and seed is not done
-again. `--chain FILE` judges these samples alone. Writes `bench/solvers.json`, and the table and the plot of
+of real test images beside it, and by their mean grey level. What is there for the same weights, fitted grid, n and seed
+is not done again. `--chain FILE` judges these samples alone. Writes `bench/solvers.json`, and the table and the plot of
 docs/benchmarks.md.
 """
 
 import argparse
 import fcntl
+import hashlib
 import itertools
 import json
 import sys
@@ -55,7 +56,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LONG = ("ancestral, even", "ddim, even")
 HALF = ", bf16"  # the network computes in it, as with --precision bf16
-IN_HALF = (f"unipc-2, fitted{HALF}",)
+IN_HALF = tuple(f"{name}{HALF}" for name in ("unipc-2, fitted", "dpmpp-2, fitted", "unipc-2, log-snr", *LONG))
 BATCH = 125
 REAL = "real images"
 Row = dict[str, Any]
@@ -156,7 +157,9 @@ def keep(path: Path, work: Path, row: Row, command: str, made: Callable[[], dict
     with (work / "solvers.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = read(path)
-        others = [each for each in result["rows"] if each["weights"] == row["weights"]]
+        asked = {key: row[key] for key in ("name", "evaluations", "n", "seed")}  # but on another fitted grid
+        same = [each for each in result["rows"] if each["weights"] == row["weights"]]
+        others = [each for each in same if not asked.items() <= each.items()]
         result = {"rows": [*others, row], "command": command, "date": date.today().isoformat()}
         result |= {"machine": machine(), "made_of": made()}
         disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
@@ -183,11 +186,13 @@ def main() -> None:
         raise SystemExit(f"{', '.join(sorted(unknown))}: not known; give some of {'; '.join(known)}")
     if model.fit is None:
         raise SystemExit(f"no grid is fitted to {given.model}; run `undiffuse fit {given.model}` first")
-    weights = model.digest()[:16]
+    weights, walks = model.digest()[:16], model.fit.grid.walks
     command = f"python bench/solvers.py --model {given.model} --n {given.n}"
 
     def note(name: str, count: int, draw: Callable[[], UInt8[Tensor, "n c h w"] | None]) -> None:
         asked = {"name": name, "evaluations": count, "n": given.n, "seed": given.seed, "weights": weights}
+        if ", fitted" in name:
+            asked["fit"] = hashlib.sha256(repr(walks[count - 1]).encode()).hexdigest()[:16]
         if any(asked.items() <= row.items() for row in read(given.json)["rows"]):
             return
         began = time.monotonic()
@@ -198,8 +203,9 @@ def main() -> None:
             row = asked | seconds | grey | distances(images, given.work)
             keep(given.json, given.work, row, command, lambda: made_of(given.model, *EXTRACTORS))
 
-    test = open_source("fashion-mnist", split="test")
-    note(REAL, 0, lambda: test.images[given.seed * given.n : (given.seed + 1) * given.n])
+    test = open_source("fashion-mnist", split="test").images[given.seed * given.n : (given.seed + 1) * given.n]
+    if len(test) == given.n:  # there are no others for the seeds after
+        note(REAL, 0, lambda: test)
     if given.chain is not None:
         every = open_source(str(given.chain)).images
         note("ancestral, even", model.process.steps or 0, lambda: every[: given.n])

@@ -11,6 +11,7 @@ from tests.cli import toy
 from tests.cli.toy import run_of_digits
 from tests.model.test_model import bright
 from undiffuse.config import plain
+from undiffuse.diffusion.fit import LEVEL
 from undiffuse.diffusion.grid import Even, Karras, LogSnr
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key
@@ -28,25 +29,27 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def off(model, times) -> float:
-    """How far the ends of chains of DDIM are from those of the flow, which here is known: root mean square."""
+    """How far chains of the default solver end from where the flow does, which here is known: root mean square."""
     keys = Key(7).rows(200)
     start = model.process.marginal(torch.full((200, 1, 4, 6), 0.25), keys.normal(1, 4, 6), times[:1].expand(200))
     u = float(torch.exp(-model.process.logsnr(times[:1]) / 2))
     z = start / float(model.process.alpha(times[:1]))
     truth = 0.25 + (z - 0.25) * 0.2 / (0.04 + u**2) ** 0.5
-    return float((model.chain(keys, times, model.sampler("ddim"), start=start) - truth).square().mean().sqrt())
+    return float((model.chain(keys, times, model.sampler("unipc-2"), start=start) - truth).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("n", [4, 8, 16])
-def test_a_fitted_grid_is_nearer_to_the_flow_than_any_other(n):
+@pytest.mark.parametrize("other", [LogSnr(), Karras(), Even()], ids=["log-snr", "karras", "even"])
+def test_a_fitted_grid_is_nearer_to_the_flow_than_any_other(other):
+    """And for many steps off by no level of grey, which is all that counts there."""
     known = bright()
     ticks = []
     found = fit(known, 20, progress=ticks.append)
     assert sum(ticks) == steps_of(known, 20) == 61 and found.trajectories == 20
     assert cost(known) == "128 chains of 61 evaluations"
-    own = off(known, found.grid.times(known.process, n))
-    for other in (LogSnr(), Karras(), Even()):
-        assert own < 0.8 * off(known, other.times(known.process, n)), other
+    for n in (3, 4, 5, 8, 10):
+        own = off(known, found.grid.times(known.process, n))
+        assert own < 0.8 * off(known, other.times(known.process, n)), n
+    assert all(off(known, found.grid.times(known.process, n)) < LEVEL for n in (16, 20))
 
 
 def test_a_grid_is_kept_beside_a_run_by_the_hash_of_its_weights(tmp_path, cache):

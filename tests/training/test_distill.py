@@ -47,8 +47,13 @@ def tuned(teacher: Path, out: Path, length: int, steps: int = 3):
 def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
     model = tuned(teacher, tmp_path / "run", 2)
     assert sorted(path.name for path in (teacher / "fit").iterdir()) == [f"{load(teacher).digest()}.json"]
-    first, walk = float(LogSnr().times(model.process, 2)[0]), load(teacher).fit.grid.walks[2][1:]
-    assert model.times().tolist() == pytest.approx([first, *walk, 0], abs=1e-6)
+    first, walk = float(LogSnr().times(model.process, 2)[0]), load(teacher).fit.grid.walks[2]
+    # These three training steps make the last one of the walk the lowest t that there is, with nothing left to teach.
+    assert walk[2] == model.process.t_min and model.times()[[0, 1, 3]].tolist() == pytest.approx([first, walk[1], 0])
+    low, high = spreads(model.process)[0], model.config.bounds[1]
+    assert model.config.bounds[0] == pytest.approx((low * high) ** 0.5, rel=1e-4)
+    other = tuned(teacher, tmp_path / "two", 1, steps=2)
+    assert other.times()[1] == pytest.approx(load(teacher).fit.grid.walks[1][1], abs=1e-6)
     assert model.config.bounds[-1] == pytest.approx(min(80, spreads(model.process)[1]), rel=1e-6)
     alone = tuned(teacher, tmp_path / "one", 1, steps=1)  # begins at noise, not where the mean may stand for it
     assert alone.config.bounds == model.config.bounds[-1:]

@@ -1,9 +1,13 @@
-"""Grids fitted to a model: where chains of 1, 2, 3, … steps should look, by one dynamic programme (Chen et al. 2024).
+"""Grids fitted to a model: where chains of 1, 2, 3, … steps should look, by one dynamic programme.
 
-With z = x/alpha and u = sigma/alpha the probability-flow ODE is dz/du = (z − x̂_0)/u, and a step of Euler's rule, which
-is DDIM, from u to v is z_v = (v/u) z_u + (1 − v/u) x̂_0(z_u, u). On trajectories of the model itself, known at many
-stamps, the error of each such step can be read off; a grid of n steps is the path of n of them whose squared errors add
-up to the least.
+With z = x/alpha, u = sigma/alpha and λ = −log u a step of the probability-flow ODE from u to v is exactly
+
+    z_v = (v/u) z_u + ∫ e^(λ − λ_v) x̂_0 dλ,
+
+and a solver puts a polynomial through some answers in place of x̂_0. On trajectories of the model itself, known at many
+stamps, the error of such a step can be read off: of UniPC's corrector, whose polynomial goes through the answers at
+both ends and the one before, and of its predictor, which does not know the answer at v (DPM-Solver++(2M)). A grid of n
+steps is the path of n of them that costs the least. GITS (Chen et al. 2024) finds such a path for Euler's rule.
 """
 
 from collections.abc import Sequence
@@ -11,14 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler, Turn
+from undiffuse.diffusion.sampler.multistep import integrals
 
+# What the predictor's square error counts beside the corrector's: it puts the answer at the end of a step off, the more
+# so the longer the step is in λ. Too little of it, and two steps go from 60 to 0.006; too much, and all are Euler's.
+PREDICTED, LONG = 0.03, 1.8
+LEVEL = 1 / 127.5  # of grey: an answer so near to the end is as good as the end, and no reason to ask further down
 Seen = tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]
 
 
@@ -57,30 +66,67 @@ class Products(NamedTuple):
         images = torch.stack([*(z for z, _ in seen), *(x_0 for _, x_0 in seen), last]).flatten(1)
         return cls(process.spread(times[:-1]), images @ images.T / images.shape[1])
 
-    def errors(self) -> Float[Tensor, "n n+1"]:
-        """Root mean square, a value of z, of the Euler step from stamp i to j > i; in the last column to u = 0."""
-        n, (u, table) = len(self.u), self
-        ends = torch.cat([u, torch.zeros(1, dtype=F64, device="cpu")])
-        share = ends / u[:, None]  # of z_u in z_v; what is left is that of x̂_0
-        z, x_0 = [*range(n)], [*range(n, 2 * n)]
-        goal = [*z, 2 * n]
-        found = table.diagonal()[goal] - 2 * share * table[z][:, goal] - 2 * (1 - share) * table[x_0][:, goal]
-        found = found + share**2 * table.diagonal()[z, None] + (1 - share) ** 2 * table.diagonal()[x_0, None]
-        found = found + 2 * share * (1 - share) * table[z, x_0][:, None]
-        later = torch.ones_like(found).triu(1).bool()
-        return torch.where(later, found.clamp(min=0).sqrt(), torch.inf)
+    def missed(
+        self, i: Int[Tensor, "k"], j: Int[Tensor, "k"], asked: Int[Tensor, "k m"], weights: Float[Tensor, "k m"]
+    ) -> Float[Tensor, "k"]:
+        """Mean square, a value of z, of what (v/u) z_u + Σ weights x̂_0 misses of z_v, from stamps i to j."""
+        n, u = len(self.u), self.u
+        images = torch.cat([i[:, None], n + asked, j[:, None]], 1)
+        shares = torch.cat([(u[j] / u[i])[:, None], weights, torch.full_like(weights[:, :1], -1)], 1)
+        return torch.einsum("ka,kab,kb->k", shares, self.table[images[:, :, None], images[:, None]], shares).clamp(
+            min=0
+        )
+
+    def costs(self) -> "Costs":
+        """Of all steps between stamps, and of those to u = 0, which are x̂_0 itself, off by a level at least."""
+        n, level = len(self.u), -self.u.log()
+        start, first = level.new_full((n,), torch.inf), level.new_full((n, n + 1), torch.inf)
+        later = level.new_full((n, n, n + 1), torch.inf)
+
+        i, j = torch.triu_indices(n, n, 1, dtype=torch.int64, device="cpu")
+        predicted = self.missed(i, j, i[:, None], -torch.expm1(level[i] - level[j])[:, None])  # Euler's step
+        start[j[i == 0]] = predicted[i == 0]
+        first[i, j] = self.corrected(i, j, torch.stack([j, i], 1)) + counted(level[j] - level[i]) * predicted
+        squares, goal = self.table.diagonal(), self.table[2 * n]
+        first[:, n] = (squares[n : 2 * n] - 2 * goal[n : 2 * n] + squares[2 * n]).clamp(min=LEVEL**2)
+
+        h, i, j = torch.combinations(torch.arange(n, dtype=torch.int64, device="cpu"), 3).unbind(1)
+        step = level[j] - level[i]
+        lean, whole = step / (level[i] - level[h]) / 2, -torch.expm1(-step)
+        weights = torch.stack([whole * (1 + lean), -whole * lean], 1)
+        predicted = self.missed(i, j, torch.stack([i, h], 1), weights)
+        later[h, i, j] = self.corrected(i, j, torch.stack([j, i, h], 1)) + counted(step) * predicted
+        h, i = torch.triu_indices(n, n, 1, dtype=torch.int64, device="cpu")
+        later[h, i, n] = first[i, n]
+        return Costs(start, first, later)
+
+    def corrected(self, i: Int[Tensor, "k"], j: Int[Tensor, "k"], asked: Int[Tensor, "k m"]) -> Float[Tensor, "k"]:
+        """What the polynomial through these answers misses."""
+        level = -self.u.log()
+        return self.missed(i, j, asked, integrals(level[asked], level[i], level[j], 1))
 
 
-def shortest(costs: Float[Tensor, "n n+1"], most: int) -> list[list[int]]:
-    """For 1, 2, … `most` steps the stamps of the path from the first one to u = 0 whose costs have the least sum."""
-    n, paths, before = len(costs), list[list[int]](), list[Tensor]()
-    least = torch.full((n + 1,), torch.inf, dtype=F64, device="cpu")
-    least[0] = 0
-    for _ in range(most):
-        least, came = (least[:n, None] + costs).min(0)  # by one step more
-        before.append(came)
-        path = [n]
-        for step in reversed(before):
-            path.append(int(step[path[-1]]))
-        paths.append(path[:0:-1])
-    return paths
+def counted(step: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """How much the predictor's square error counts in a step of this length in λ."""
+    return PREDICTED * (1 + (step / LONG) ** 4)
+
+
+class Costs(NamedTuple):
+    """Of beginning at stamp i with mean and noise; of i → j as the first step; and of i → j after h → i."""
+
+    start: Float[Tensor, "n"]
+    first: Float[Tensor, "n ends"]
+    later: Float[Tensor, "n n ends"]
+
+    def grids(self, most: int) -> list[list[int]]:
+        """For 1, 2, … `most` steps the stamps where they begin, of the path to u = 0 that costs the least."""
+        n, came, found = len(self.start), list[Tensor](), list[list[int]]()
+        least = self.start[:, None] + self.first  # of all paths of so many steps, by their last one
+        for _ in range(most):
+            path = [int(least[:, n].argmin()), n]
+            for before in reversed(came):
+                path.insert(0, int(before[path[0], path[1]]))
+            found.append(path[:-1])
+            least, before = (least[:, :n, None] + self.later).min(0)
+            came.append(before)
+        return found

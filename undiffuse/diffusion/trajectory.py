@@ -17,14 +17,15 @@ from undiffuse.diffusion.sampler.multistep import summed
 from undiffuse.key import Key, Keys
 from undiffuse.network.base import Conditioning
 
+DATA = 0.5  # their standard deviation, as Karras et al. 2022 have it
 RHO = 7.0  # of the teacher's steps within one of the student's: even in u^(1/ρ), as Karras et al. 2022
 SOLVER = Dpmpp()  # of teacher and student
 
 
 class Ends(NamedTuple):
-    """alpha where each step of the student ends, float64 [n b]."""
+    """What an error of x counts where each step of the student ends, float64 [n b]."""
 
-    alpha: Float[Tensor, "rows"]
+    scale: Float[Tensor, "rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,8 @@ class Taught(Objective):
     In u = sigma/alpha and z = x/alpha, a chain begins at z = x_0 + u ε with u the highest bound, and the teacher walks
     it to 0, several steps for each of the student's. The student is asked where its own steps begin, all at once, and
     from its answers the same solver makes its steps, each from the teacher's state; an answer that a later step uses
-    again has no gradient there. The loss is the root mean square of what z is off at their ends, mean over the steps.
+    again has no gradient there. The loss is the mean over the steps of the root mean square by which z is off at their
+    ends, each times what normal data would carry of it to u = 0: 1/√(1 + (u/0.5)²), over the mean of these.
     It is progressive distillation (Salimans & Ho 2022) in one stage, on whole trajectories as SFD (Zhou et al. 2024),
     but from the teacher's states in place of the student's own, and with a solver of order 2.
     """
@@ -47,17 +49,21 @@ class Taught(Objective):
         times = self.times(process)
         t, s = times[:-1][:: self.of.substeps], times[self.of.substeps :: self.of.substeps]
         steps = SOLVER.coefficients(process, t[:, None], s[:, None])
-        each = (process.alpha(s), *steps)  # of a step; the rows are those of all images, step after step
-        alpha, *numbers = (number.flatten().repeat_interleave(b) for number in each)
+        carried = (1 + (process.spread(s) / DATA).square()).rsqrt()
+        each = (
+            carried / carried.mean() / process.alpha(s),
+            *steps,
+        )  # the rows are those of all images, step after step
+        scale, *numbers = (number.flatten().repeat_interleave(b) for number in each)
         asked = denoiser.at(t.repeat_interleave(b))
-        moment, steps, ends = ready(x_0, asked, type(steps)(*numbers), Ends(alpha))
+        moment, steps, ends = ready(x_0, asked, type(steps)(*numbers), Ends(scale))
         noise = keys.fold("eps").normal(*x_0.shape[1:])
         states = self.walked(combined(moment.alpha[:b], x_0, moment.sigma[:b], noise), times, cond)
         images = torch.arange(b, dtype=torch.int64, device=x_0.device).repeat(n)
         answers = denoiser(states[:-1].flatten(0, 1), moment, cond.at(images)).x_0
         before = torch.cat([answers[:b], answers[:-b]]).detach()  # the first step has none, and counts it 0 times
         made = summed(steps.on_x, states[:-1].flatten(0, 1), (steps.on_0, steps.on_1), (answers, before))
-        off = torch.linalg.vector_norm(((made - states[1:].flatten(0, 1)) / ends.alpha).flatten(1), dim=1)
+        off = torch.linalg.vector_norm(((made - states[1:].flatten(0, 1)) * ends.scale).flatten(1), dim=1)
         loss = off.unflatten(0, (n, b)).mean(0) / x_0[0].numel() ** 0.5
         return Loss(loss, {"trajectory": loss}, t[:1].expand(b))
 

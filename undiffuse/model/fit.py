@@ -6,7 +6,7 @@ from typing import SupportsIndex
 
 import torch
 
-from undiffuse.diffusion.fit import Products, Watched, shortest
+from undiffuse.diffusion.fit import Products, Watched
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp
@@ -67,6 +67,6 @@ def fit(
         found = Products.of(model.process, times, watched.seen, end)
         parts.append(found._replace(table=found.table * len(end) / n))
     products = parts[0]._replace(table=torch.stack([part.table for part in parts]).sum(0))
-    paths = shortest(products.errors().square(), min(MOST + 1, len(times) - 1))[1:]
-    walks = tuple(tuple(torch.stack([times[i] for i in path[1:]]).tolist()) for path in paths)
+    paths = products.costs().grids(min(MOST, len(times) - 2))
+    walks = tuple(tuple(times[path].tolist()) for path in paths)
     return Fit(model.digest(), n, Fitted(walks))

@@ -12,7 +12,7 @@ from undiffuse.config import parse, plain
 from undiffuse.data.format.several import spec_of
 from undiffuse.data.source import Source, open_raw
 from undiffuse.diffusion.grid import LogSnr
-from undiffuse.diffusion.objective import Trajectory
+from undiffuse.diffusion.objective import Trajectory, spreads
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist, log, store
 from undiffuse.machine.log import Say
@@ -71,8 +71,10 @@ def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tu
     times = LogSnr().times(model.process, 2)[:1]
     if steps > 1:
         times = torch.cat([times, found.grid.times(model.process, steps)[1:-1]])
-    times = times.flip(0)
-    return tuple(round(u, 6) for u in model.process.spread(times).tolist())
+    bounds = model.process.spread(times.flip(0))
+    if steps > 1 and bounds[0] <= spreads(model.process)[0]:  # where the process begins, the teacher has no steps below
+        bounds[0] = bounds[:2].log().mean().exp()
+    return tuple(round(u, 6) for u in bounds.tolist())
 
 
 def distill(

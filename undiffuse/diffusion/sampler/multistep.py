@@ -69,25 +69,26 @@ class Chain(NamedTuple):
         return self.sigma_s - self.alpha_s * self.sigma_t / self.alpha_t
 
 
-def lagrange(nodes: Float[Tensor, "k"], at: Float[Tensor, "m"]) -> Float[Tensor, "k m"]:
+def lagrange(nodes: Float[Tensor, "*b k"], at: Float[Tensor, "*b m"]) -> Float[Tensor, "*b k m"]:
     """The polynomials that are 1 at one of the nodes and 0 at the others."""
     rows = []
-    for i, node in enumerate(nodes):
-        others = torch.cat([nodes[:i], nodes[i + 1 :]])
-        rows.append(((at[None] - others[:, None]) / (node - others[:, None])).prod(0))
-    return torch.stack(rows)
+    for i in range(nodes.shape[-1]):
+        others = torch.cat([nodes[..., :i], nodes[..., i + 1 :]], -1)[..., None]
+        rows.append(((at[..., None, :] - others) / (nodes[..., i, None, None] - others)).prod(-2))
+    return torch.stack(rows, -2)
 
 
 def integrals(
-    nodes: Float[Tensor, "k"], first: Float[Tensor, ""], last: Float[Tensor, ""], rate: int
-) -> Float[Tensor, "k"]:
+    nodes: Float[Tensor, "*b k"], first: Float[Tensor, "*b"], last: Float[Tensor, "*b"], rate: int
+) -> Float[Tensor, "*b k"]:
     """∫ e^(rate (λ − last)) ℓ_k(λ) dλ from first to last, for the polynomial of each node, by Gauss's rule.
 
     With no difference of nearly equal numbers, however short the step; exact to 1e-12 for steps up to 10.
     """
-    middle, half = (first + last) / 2, (last - first) / 2
+    middle, half = ((first + last) / 2)[..., None], ((last - first) / 2)[..., None]
     at = middle + half * NODES
-    return half * (SHARES * torch.exp(rate * (at - last)) * lagrange(nodes, at)).sum(1)
+    shares = SHARES * torch.exp(rate * (at - last[..., None]))
+    return half * (shares[..., None, :] * lagrange(nodes, at)).sum(-1)
 
 
 def columns(rows: Sequence[Sequence[float | Tensor]], count: int) -> list[Float[Tensor, "n 1"]]:
