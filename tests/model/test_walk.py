@@ -28,7 +28,7 @@ def test_few_steps_of_a_fast_solver_unless_one_is_named():
     times, sampler, said = toy.walk()
     assert torch.equal(times, LogSnr().times(toy.process, 10)) and sampler == Unipc(order=2)
     what, other = said.split("; ")
-    assert what == "10 evaluations of unipc-2 on the log-snr grid"
+    assert what == "10 evaluations of unipc-2 on the log-snr grid (`undiffuse fit` finds a better one)"
     assert other == "--solver ancestral for all 1,000 steps of Algorithm 2"
     assert torch.equal(toy.sample(3, seed=4), to_uint8(toy.chain(Key(4).fold("sample").rows(3), times, sampler)))
     assert len(toy.walk(60).times) == 61 and toy.walk(1).said.startswith("1 evaluation of unipc-2 on")
@@ -58,7 +58,8 @@ def test_a_fitted_grid_is_taken_where_there_is_one_of_that_length(tmp_path, monk
     known.meta["fit"] = plain(found)
     times, _, said = known.walk()
     assert torch.equal(times, found.grid.times(known.process, 10)) and "on the fitted grid; " in said
-    assert torch.equal(known.walk(41).times, LogSnr().times(known.process, 41))  # longer than any fitted one
+    longer = known.walk(41)  # than any fitted one
+    assert torch.equal(longer.times, LogSnr().times(known.process, 41)) and "on the log-snr grid; " in longer.said
     assert isinstance(best(Edm(), None, None)[0], Karras)  # the one that suits the process
 
 
@@ -80,7 +81,8 @@ def test_commands_say_what_nobody_named(call, tmp_path):
     made, line = toys.save(tmp_path / "toy.safetensors"), "evaluations of unipc-2 on the log-snr grid"
     code, out, err = call("sample", made, "-n", 2, "--npz", tmp_path / "a.npz")
     assert "solver  unipc-2\n" in out  # a name that draws the same when it is given
-    assert code == 0 and err.splitlines()[0] == f"10 {line}; --solver ancestral for all 12 steps of Algorithm 2"
+    hint = "(`undiffuse fit` finds a better one)"
+    assert code == 0 and err.splitlines()[0] == f"10 {line} {hint}; --solver ancestral for all 12 steps of Algorithm 2"
     code, _, err = call("sample", made, "-n", 2, "--npz", tmp_path / "b.npz", "--solver", "ancestral")
     assert code == 0 and line not in err
     code, _, err = call("progressive", made, "-n", 1, "--steps", 4, "--out", tmp_path / "x.png")
