@@ -27,7 +27,7 @@ from undiffuse.diffusion.sampler.multistep import integrals
 # What the predictor's square error counts beside the corrector's: it puts the answer at the end of a step off, the more
 # so the longer the step is in λ. Too little of it, and two steps go from 60 to 0.006; too much, and all are Euler's.
 PREDICTED, LONG = 0.03, 1.8
-LEVEL = 1 / 127.5  # of grey: an answer so near to the end is as good as the end, and no reason to ask further down
+LEVEL = 1 / 127.5  # of grey: an answer so near to the end is as good as it, and no reason to ask further down
 Seen = tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]
 
 
@@ -73,26 +73,25 @@ class Products(NamedTuple):
         n, u = len(self.u), self.u
         images = torch.cat([i[:, None], n + asked, j[:, None]], 1)
         shares = torch.cat([(u[j] / u[i])[:, None], weights, torch.full_like(weights[:, :1], -1)], 1)
-        return torch.einsum("ka,kab,kb->k", shares, self.table[images[:, :, None], images[:, None]], shares).clamp(
-            min=0
-        )
+        products = self.table[images[:, :, None], images[:, None]]
+        return torch.einsum("ka,kab,kb->k", shares, products, shares).clamp(min=0)
 
     def costs(self) -> "Costs":
-        """Of all steps between stamps, and of those to u = 0, which are x̂_0 itself, off by a level at least."""
-        n, level = len(self.u), -self.u.log()
-        start, first = level.new_full((n,), torch.inf), level.new_full((n, n + 1), torch.inf)
-        later = level.new_full((n, n, n + 1), torch.inf)
+        """Of all steps between stamps, and of those to u = 0, which are x̂_0 itself, off by a grey level at least."""
+        n, lambdas = len(self.u), -self.u.log()
+        start, first = lambdas.new_full((n,), torch.inf), lambdas.new_full((n, n + 1), torch.inf)
+        later = lambdas.new_full((n, n, n + 1), torch.inf)
 
         i, j = torch.triu_indices(n, n, 1, dtype=torch.int64, device="cpu")
-        predicted = self.missed(i, j, i[:, None], -torch.expm1(level[i] - level[j])[:, None])  # Euler's step
+        predicted = self.missed(i, j, i[:, None], -torch.expm1(lambdas[i] - lambdas[j])[:, None])  # Euler's step
         start[j[i == 0]] = predicted[i == 0]
-        first[i, j] = self.corrected(i, j, torch.stack([j, i], 1)) + counted(level[j] - level[i]) * predicted
+        first[i, j] = self.corrected(i, j, torch.stack([j, i], 1)) + counted(lambdas[j] - lambdas[i]) * predicted
         squares, goal = self.table.diagonal(), self.table[2 * n]
         first[:, n] = (squares[n : 2 * n] - 2 * goal[n : 2 * n] + squares[2 * n]).clamp(min=LEVEL**2)
 
         h, i, j = torch.combinations(torch.arange(n, dtype=torch.int64, device="cpu"), 3).unbind(1)
-        step = level[j] - level[i]
-        lean, whole = step / (level[i] - level[h]) / 2, -torch.expm1(-step)
+        step = lambdas[j] - lambdas[i]
+        lean, whole = step / (lambdas[i] - lambdas[h]) / 2, -torch.expm1(-step)
         weights = torch.stack([whole * (1 + lean), -whole * lean], 1)
         predicted = self.missed(i, j, torch.stack([i, h], 1), weights)
         later[h, i, j] = self.corrected(i, j, torch.stack([j, i, h], 1)) + counted(step) * predicted
@@ -102,8 +101,8 @@ class Products(NamedTuple):
 
     def corrected(self, i: Int[Tensor, "k"], j: Int[Tensor, "k"], asked: Int[Tensor, "k m"]) -> Float[Tensor, "k"]:
         """What the polynomial through these answers misses."""
-        level = -self.u.log()
-        return self.missed(i, j, asked, integrals(level[asked], level[i], level[j], 1))
+        lambdas = -self.u.log()
+        return self.missed(i, j, asked, integrals(lambdas[asked], lambdas[i], lambdas[j], 1))
 
 
 def counted(step: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
