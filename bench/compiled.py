@@ -1,0 +1,110 @@
+"""An evaluation of the network, compiled by torch and not: what it gains, and from how many images on.
+
+    python bench/compiled.py [--threads 1] [--rounds 5]
+
+Batches of 32 images of one shape, by turns, in float32 and bf16; the compiled network is one graph of fixed shapes, and
+is refused if it is not. `pays from` is how many images of 10 evaluations take as much time as compiling saves on them.
+Writes `bench/compiled.json` and the table of docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine, publish
+from torch import Tensor
+
+from undiffuse.key import Key
+from undiffuse.machine import disk
+from undiffuse.model.recipe import load_recipe
+from undiffuse.network.base import NOTHING
+
+HERE = Path(__file__).parent
+GREY, COLOUR = (1, 28, 28), (3, 32, 32)
+NETWORKS: dict[str, tuple[int, int, int]] = {"fashion-mnist": GREY, "cifar10": COLOUR}
+BATCH, EVALUATIONS = 32, 10
+Row = dict[str, Any]
+
+
+def timed(call: Callable[[], Tensor]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def row(preset: str, shape: tuple[int, int, int], precision: str, rounds: int) -> Row:
+    network = load_recipe(preset).model(shape, None).build(clip=True).network.eval()
+    for weight in network.parameters():  # a network begins with an answer of 0
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    x, index = Key(0).rows(BATCH).normal(*shape), torch.full((BATCH,), 500.0)
+    compiled = torch.compile(network, fullgraph=True, dynamic=False)
+
+    def asked(of: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                return of(x, index, NOTHING)
+
+        return call
+
+    eager, fast = asked(network), asked(compiled)
+    eager()
+    making = timed(fast)
+    torch.testing.assert_close(fast().float(), eager().float(), rtol=0.05, atol=0.05)
+    pairs = [(timed(eager), timed(fast)) for _ in range(rounds)]
+    before, after = (statistics.median(each) for each in zip(*pairs, strict=True))
+    saved = (before - after) / BATCH * EVALUATIONS
+    return {
+        "preset": preset,
+        "precision": precision,
+        "eager": BATCH / before,
+        "compiled": BATCH / after,
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "seconds": making - after,
+        "pays_from": (making - after) / saved if saved > 0 else None,
+    }
+
+
+def table(result: Row) -> str:
+    lines = [
+        "| preset | precision | images/s | compiled | ratio | compiling, s | pays from, images |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in result["rows"]:
+        pays = "never" if each["pays_from"] is None else f"{each['pays_from']:,.0f}"
+        rates = f"{each['eager']:.3g} | {each['compiled']:.3g} | {each['ratio']:.2f} | {each['seconds']:.0f}"
+        lines.append(f"| {each['preset']} | {each['precision']} | {rates} | {pays} |")
+    on = result["machine"]
+    threads = f"{on['threads']} thread{'s' * (on['threads'] > 1)}"
+    return "\n".join(
+        [*lines, "", f"{on['processor']}, {threads}, torch {on['torch']}, {result['date']}; `{result['command']}`."]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows = []
+    for preset, shape in NETWORKS.items():
+        for precision in ("float32", "bf16"):
+            rows.append(row(preset, shape, precision, given.rounds))
+            print(json.dumps(rows[-1]), flush=True)
+            torch.compiler.reset()
+    command = f"python bench/compiled.py --threads {given.threads} --rounds {given.rounds}"
+    result = {"command": command, "date": date.today().isoformat(), "seed": 0, "machine": machine(), "rows": rows}
+    disk.write_atomic(HERE / "compiled.json", (json.dumps(result, indent=1) + "\n").encode())
+    publish("benchmarks.md", "compiled", table(result))
+
+
+if __name__ == "__main__":
+    main()
