@@ -106,7 +106,7 @@ def drawn(model: Model, name: str, evaluations: int, n: int, seed: int) -> UInt8
 def table(result: dict[str, Any]) -> str:
     """FD on the two extractors, mean over seeds; a column for each number of evaluations."""
     lines = []
-    for n in sorted({row["n"] for row in result["rows"]}):
+    for n in sorted({row["n"] for row in result["rows"] if row["name"] != REAL}):
         rows = [row for row in result["rows"] if row["n"] == n and row["name"] != REAL]
         counts = sorted({row["evaluations"] for row in rows})
         lines += ["", f"{n:,} samples; FD-classifier / FD-EffLite0", ""]
