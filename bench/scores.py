@@ -32,7 +32,11 @@ from undiffuse.model.load import load
 from undiffuse.model.model import Model
 
 HERE = Path(__file__).parent
-CHAINS = {"the default solver, 50 steps": (50, None), "ancestral, 1,000 steps": (1000, "ancestral")}
+CHAINS = {
+    "the default solver, 10 steps": (10, None),
+    "the default solver, 50 steps": (50, None),
+    "ancestral, 1,000 steps": (1000, "ancestral"),
+}
 STEPS = [steps for steps, _ in CHAINS.values()]
 FEATURES = {1: ("efflite0", "classifier-28"), 3: ("efflite0", "classifier-emoji")}  # by channels
 
