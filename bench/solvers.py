@@ -151,15 +151,16 @@ def plot(result: dict[str, Any]) -> str:
     return line_plot(series, x="evaluations", y="FD-EffLite0", title="", log_x=True)
 
 
-def keep(path: Path, work: Path, row: Row, command: str, made: Callable[[], dict[str, str]]) -> None:
+def keep(
+    path: Path, work: Path, row: Row, command: str, made: Callable[[], dict[str, str]], fit: Callable[[int], str]
+) -> None:
     """Another process may be at work on other names."""
     print(json.dumps(row), file=sys.stderr, flush=True)
     with (work / "solvers.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = read(path)
-        asked = {key: row[key] for key in ("name", "evaluations", "n", "seed")}  # but on another fitted grid
         same = [each for each in result["rows"] if each["weights"] == row["weights"]]
-        others = [each for each in same if not asked.items() <= each.items()]
+        others = [each for each in same if "fit" not in each or each["fit"] == fit(each["evaluations"])]
         result = {"rows": [*others, row], "command": command, "date": date.today().isoformat()}
         result |= {"machine": machine(), "made_of": made()}
         disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
@@ -187,12 +188,16 @@ def main() -> None:
     if model.fit is None:
         raise SystemExit(f"no grid is fitted to {given.model}; run `undiffuse fit {given.model}` first")
     weights, walks = model.digest()[:16], model.fit.grid.walks
+
+    def fit(count: int) -> str:
+        return hashlib.sha256(repr(walks[count - 1]).encode()).hexdigest()[:16]
+
     command = f"python bench/solvers.py --model {given.model} --n {given.n}"
 
     def note(name: str, count: int, draw: Callable[[], UInt8[Tensor, "n c h w"] | None]) -> None:
         asked = {"name": name, "evaluations": count, "n": given.n, "seed": given.seed, "weights": weights}
         if ", fitted" in name:
-            asked["fit"] = hashlib.sha256(repr(walks[count - 1]).encode()).hexdigest()[:16]
+            asked["fit"] = fit(count)
         if any(asked.items() <= row.items() for row in read(given.json)["rows"]):
             return
         began = time.monotonic()
@@ -201,7 +206,7 @@ def main() -> None:
             seconds = {"seconds": round(time.monotonic() - began, 1)}
             grey = {"grey": float(images.double().mean())}
             row = asked | seconds | grey | distances(images, given.work)
-            keep(given.json, given.work, row, command, lambda: made_of(given.model, *EXTRACTORS))
+            keep(given.json, given.work, row, command, lambda: made_of(given.model, *EXTRACTORS), fit)
 
     test = open_source("fashion-mnist", split="test").images[given.seed * given.n : (given.seed + 1) * given.n]
     if len(test) == given.n:  # there are no others for the seeds after
