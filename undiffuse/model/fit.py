@@ -12,11 +12,11 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp
 from undiffuse.key import Key
 from undiffuse.model.classes import drawn
-from undiffuse.model.fitted import Fit, Fitted
+from undiffuse.model.fitted import MOST, Fit, Fitted
 from undiffuse.model.model import Model
 from undiffuse.strict import whole
 
-TRAJECTORIES, STAMPS, MOST = 128, 61, 40
+TRAJECTORIES, STAMPS = 128, 61
 HELD = 1 << 28  # bytes of images of a batch, at all stamps
 
 

@@ -25,6 +25,7 @@ from undiffuse.machine.tensorfile import FORMAT, refuse_newer
 
 NAME = "fitted"  # as the grid of a command
 FOLDER = "fit"
+MOST = 40  # steps of a fitted grid
 CODEC = ".codec"  # the kind of a codec's tables
 
 

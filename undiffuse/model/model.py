@@ -303,7 +303,7 @@ class Model:
         return Walk(
             chosen.times(self.process, count),
             walk.sampler(self.config, name),
-            walk.words(self.process, chosen, count, name, walk.UNFITTED if grid is None and self.fit is None else ""),
+            walk.words(self.process, chosen, count, name, unfitted=grid is None and self.fit is None),
         )
 
     def refuse_distilled(self, what: str) -> None:

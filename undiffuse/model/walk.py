@@ -19,7 +19,6 @@ from undiffuse.model.fitted import Fit
 from undiffuse.model.recipe import ModelConfig
 
 SOLVER, EVALUATIONS = "unipc-2", 10
-UNFITTED = " (`undiffuse fit` finds a better one)"
 NOISY = "dpmpp-sde"  # where chains from one latent are to differ
 MU = "this model predicts mu, which holds for steps of 1/T only: all steps of Algorithm 2"
 
@@ -43,8 +42,9 @@ def best(process: Process, fit: Fit | None, steps: int | None) -> tuple[Grid, in
     return LogSnr() if isinstance(own, Even) else own, steps
 
 
-def words(process: Process, grid: Grid, steps: int, solver: str, hint: str = "") -> str:
+def words(process: Process, grid: Grid, steps: int, solver: str, unfitted: bool = False) -> str:
     """`10 evaluations of unipc-2 on the fitted grid; --solver ancestral for all 1,000 steps of Algorithm 2`."""
+    hint = " (`undiffuse fit` finds a better one)" if unfitted and steps <= fitted.MOST else ""
     name = fitted.NAME if isinstance(grid, fitted.Fitted) else GRIDS.name_of(grid)
     whole = f"all {process.steps:,} steps of " if process.steps else ""
     count = f"{steps:,} evaluation{'s' * (steps > 1)}"
