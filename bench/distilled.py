@@ -1,12 +1,11 @@
 """Samples of distilled models, beside those that their teacher draws in as many evaluations.
 
-    undiffuse distill fashion-mnist fashion-mnist --steps 4 --images 17600 --out runs/four
+    undiffuse distill fashion-mnist fashion-mnist --steps 4 --out runs/four
     python bench/distilled.py runs/four
 
 1,000 samples of each, judged as in `bench/choose.py`. The teacher is the shipped model as `undiffuse sample --steps N`
-draws; the chains that were learned from stand beside. Rows of other runs stay, as those of
-consistency tuning and of single steps, which `distill` did before. Writes `bench/distilled.json` and the table
-`distilled` of docs/benchmarks.md.
+draws; the chains that were learned from stand beside. Rows of other runs stay, as those of consistency tuning and of
+single steps, which `distill` did before. Writes `bench/distilled.json` and the table `distilled` of docs/benchmarks.md.
 """
 
 import argparse
