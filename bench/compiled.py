@@ -3,7 +3,8 @@
     python bench/compiled.py [--threads 1] [--rounds 5]
 
 Batches of 32 images of one shape, by turns, in float32 and bf16; the compiled network is one graph of fixed shapes, and
-is refused if it is not. `pays from` is how many images of 10 evaluations take as much time as compiling saves on them.
+is refused if it is not. `pays from` says with how many images, of 10 evaluations each, as much time is saved as
+compiling took.
 Writes `bench/compiled.json` and the table of docs/benchmarks.md.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layout import NETWORKS
 from machine import machine, publish
 from torch import Tensor
 
@@ -26,8 +28,7 @@ from undiffuse.model.recipe import load_recipe
 from undiffuse.network.base import NOTHING
 
 HERE = Path(__file__).parent
-GREY, COLOUR = (1, 28, 28), (3, 32, 32)
-NETWORKS: dict[str, tuple[int, int, int]] = {"fashion-mnist": GREY, "cifar10": COLOUR}
+PRESETS = ("fashion-mnist", "cifar10")
 BATCH, EVALUATIONS = 32, 10
 Row = dict[str, Any]
 
@@ -95,9 +96,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows = []
-    for preset, shape in NETWORKS.items():
+    for preset in PRESETS:
         for precision in ("float32", "bf16"):
-            rows.append(row(preset, shape, precision, given.rounds))
+            rows.append(row(preset, NETWORKS[preset], precision, given.rounds))
             print(json.dumps(rows[-1]), flush=True)
             torch.compiler.reset()
     command = f"python bench/compiled.py --threads {given.threads} --rounds {given.rounds}"

@@ -9,7 +9,6 @@ single steps, which `distill` did before. Writes `bench/distilled.json` and the 
 """
 
 import argparse
-import hashlib
 import json
 import tempfile
 from datetime import date
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from choose import EXTRACTORS, distances
-from machine import machine, made_of, publish
+from machine import machine, made_of, mark_of, publish
 from torch import Tensor
 
 import undiffuse
@@ -69,7 +68,7 @@ def main() -> None:
     ) -> None:
         way = model.walk(steps if times is None else times, solver)
         asked = {"model": name, "evaluations": steps, "weights": model.digest()[:16]}
-        own = asked | {"walk": hashlib.sha256(repr(way.times.tolist()).encode()).hexdigest()[:16]}
+        own = asked | {"walk": mark_of(way.times.tolist())}
         if any(own.items() <= row.items() for row in result["rows"]):
             return
         result["rows"] = [row for row in result["rows"] if not asked.items() <= row.items()]  # of another grid

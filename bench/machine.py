@@ -1,7 +1,9 @@
 """What ran a benchmark, of which weights its figures are, and where its table goes."""
 
+import hashlib
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +52,11 @@ def shipped_codec(name: str, data: str, count: int) -> tuple[Codec, UInt8[Tensor
     model = undiffuse.load(name, "cpu")
     source = open_source(data, channels=model.image_shape[0], split="test")
     return Codec(model, tables.of(model)), source.gather(torch.arange(count, dtype=torch.int64, device="cpu"))[0]
+
+
+def mark_of(times: Sequence[float]) -> str:
+    """By which a row knows the times of its chain, so that it is drawn again on another grid."""
+    return hashlib.sha256(repr(times).encode()).hexdigest()[:16]
 
 
 def publish(page: str, mark: str, table: str) -> None:

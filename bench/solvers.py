@@ -11,7 +11,6 @@ docs/benchmarks.md.
 
 import argparse
 import fcntl
-import hashlib
 import itertools
 import json
 import sys
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from choose import EXTRACTORS, distances
 from jaxtyping import UInt8
-from machine import machine, made_of, publish
+from machine import machine, made_of, mark_of, publish
 from torch import Tensor
 from trial import read
 
@@ -190,7 +189,7 @@ def main() -> None:
     weights, walks = model.digest()[:16], model.fit.grid.walks
 
     def fit(count: int) -> str:
-        return hashlib.sha256(repr(walks[count - 1]).encode()).hexdigest()[:16]
+        return mark_of(walks[count - 1])
 
     command = f"python bench/solvers.py --model {given.model} --n {given.n}"
 

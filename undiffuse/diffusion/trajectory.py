@@ -17,7 +17,7 @@ from undiffuse.diffusion.sampler.multistep import summed
 from undiffuse.key import Key, Keys
 from undiffuse.network.base import Conditioning
 
-DATA = 0.5  # their standard deviation, as Karras et al. 2022 have it
+DATA = 0.5  # standard deviation of the data, as Karras et al. 2022 have it
 RHO = 7.0  # of the teacher's steps within one of the student's: even in u^(1/ρ), as Karras et al. 2022
 SOLVER = Dpmpp()  # of teacher and student
 
@@ -50,11 +50,9 @@ class Taught(Objective):
         t, s = times[:-1][:: self.of.substeps], times[self.of.substeps :: self.of.substeps]
         steps = SOLVER.coefficients(process, t[:, None], s[:, None])
         carried = (1 + (process.spread(s) / DATA).square()).rsqrt()
-        each = (
-            carried / carried.mean() / process.alpha(s),
-            *steps,
-        )  # the rows are those of all images, step after step
-        scale, *numbers = (number.flatten().repeat_interleave(b) for number in each)
+        counted = carried / carried.mean() / process.alpha(s)
+        # The rows are those of all images, step after step.
+        scale, *numbers = (number.flatten().repeat_interleave(b) for number in (counted, *steps))
         asked = denoiser.at(t.repeat_interleave(b))
         moment, steps, ends = ready(x_0, asked, type(steps)(*numbers), Ends(scale))
         noise = keys.fold("eps").normal(*x_0.shape[1:])
