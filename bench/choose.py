@@ -55,14 +55,14 @@ def distances(images: torch.Tensor, folder: Path) -> Found:
 
 def table(result: Found) -> str:
     lines = [
-        "| seconds | candidate | weights | GFLOP an image | images seen | loss | FD-classifier | FD-EffLite0 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| seconds | candidate | weights | GFLOP an image | images seen | loss | FD-classifier | FD-EffLite0 | processor |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(result["rows"], key=lambda row: (row["budget"], row["efflite0"])):
         name = row["name"] + (f" (seed {row['seed']})" if row["seed"] else "")
         size = f"{row['weights'] / 1e6:.2f} M | {row['gflop']:.3f} | {row['images']:,}"
         scores = f"{row['loss']:.4f} | {row['classifier-28']:.3f} | {row['efflite0']:.1f}"
-        lines.append(f"| {row['budget']:g} | {name} | {size} | {scores} |")
+        lines.append(f"| {row['budget']:g} | {name} | {size} | {scores} | {row['processor']} |")
     return "\n".join([*lines, "", made(result)])
 
 

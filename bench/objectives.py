@@ -42,11 +42,11 @@ def all_of(trainer: Trainer, folder: Path) -> Found:
 
 
 def table(result: Found) -> str:
-    lines = ["| objective | FD-classifier | FD-EffLite0 | bits/dim | ± s.e. |", "|---|---|---|---|---|"]
+    lines = ["| objective | FD-classifier | FD-EffLite0 | bits/dim | ± s.e. | processor |", "|---|---|---|---|---|---|"]
     for row in sorted(result["rows"], key=lambda row: row["efflite0"]):
         bits, name = np.array(row["bits"]), row["name"] + (f" (seed {row['seed']})" if row["seed"] else "")
         scores = f"{row['classifier-28']:.3f} | {row['efflite0']:.1f}"
-        lines.append(f"| {name} | {scores} | {bits.mean():.3f} | {error(bits):.3f} |")
+        lines.append(f"| {name} | {scores} | {bits.mean():.3f} | {error(bits):.3f} | {row['processor']} |")
     return "\n".join([*lines, "", made(result)])
 
 

@@ -16,6 +16,7 @@ from machine import machine, publish
 
 from undiffuse.data.source import open_source
 from undiffuse.machine import disk
+from undiffuse.machine.device import processor
 from undiffuse.model.recipe import load_recipe
 from undiffuse.training.plan import forward_flops
 from undiffuse.training.trainer import Trainer
@@ -79,7 +80,8 @@ def run(
         if any(asked.items() <= row.items() for row in read(path)["rows"]):
             continue
         trainer, found = trained(preset, settings, given.budget, unit, given.seed)
-        row = asked | {"preset": Path(preset).name, "settings": settings} | found | judge(trainer, given.work)
+        row = asked | {"preset": Path(preset).name, "settings": settings, "processor": processor()}
+        row |= found | judge(trainer, given.work)
         print(json.dumps(row)[:1000], file=sys.stderr, flush=True)
         with (given.work / f"{mark}.lock").open("w") as lock:  # another may be at work on other names
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -90,8 +92,9 @@ def run(
 
 
 def made(result: Found) -> str:
-    """Below a table: what its figures are of."""
+    """Below a table: what its figures are of. Where rows were run on several processors, a column names them."""
     spent = " or ".join(f"{budget:,.0f}" for budget in sorted({row["budget"] for row in result["rows"]}))
     spent += " s of processor time" if result["unit"] == SECONDS else " images"
-    ran = f"{result['machine']['processor']}, one thread, torch {result['machine']['torch']}"
+    ran = " or ".join(sorted({row["processor"] for row in result["rows"]}))
+    ran += f", one thread, torch {result['machine']['torch']}"
     return f"Of {spent} each. {ran}, {result['date']}; `{result['command']}`."
