@@ -55,7 +55,8 @@ def distances(images: torch.Tensor, folder: Path) -> Found:
 
 def table(result: Found) -> str:
     lines = [
-        "| seconds | candidate | weights | GFLOP an image | images seen | loss | FD-classifier | FD-EffLite0 | processor |",
+        "| seconds | candidate | weights | GFLOP an image | images seen | loss | FD-classifier | FD-EffLite0 "
+        "| processor |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(result["rows"], key=lambda row: (row["budget"], row["efflite0"])):

@@ -189,7 +189,7 @@ def main() -> None:
     weights, walks = model.digest()[:16], model.fit.grid.walks
 
     def fit(count: int) -> str:
-        return mark_of(walks[count - 1])
+        return mark_of(walks[min(count, len(walks)) - 1])  # more steps divide the longest
 
     command = f"python bench/solvers.py --model {given.model} --n {given.n}"
 

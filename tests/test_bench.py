@@ -31,9 +31,11 @@ def test_no_result_names_a_place_of_the_machine_that_made_it():
 def test_scores_are_of_the_solver_that_they_name():
     for name in ("scores-fashion-mnist", "scores-emoji-32"):
         for chain, each in results()[name]["chains"].items():
-            said, solver = each["drawn"]["command"].split(), each["protocol"]["samples"]["solver"]
+            said, drawn = each["drawn"]["command"].split(), each["protocol"]["samples"]
+            solver = "-".join(str(drawn[part]) for part in ("solver", "order") if part in drawn)
             assert "--solver" not in said or said[said.index("--solver") + 1] == solver
-            assert chain.startswith("the default solver" if solver == "unipc" else solver)
+            own = {"fitted": "the default", "log-snr": f"{solver} on log-snr", "even": solver}
+            assert chain == f"{own[drawn['grid']]}, {drawn['steps']:,} steps"
 
 
 def test_what_has_changed_is_made_anew(tmp_path):

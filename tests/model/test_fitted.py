@@ -13,12 +13,14 @@ from tests.model.test_model import bright
 from undiffuse.config import plain
 from undiffuse.diffusion.fit import LEVEL
 from undiffuse.diffusion.grid import Even, Karras, LogSnr
+from undiffuse.diffusion.process import Cosine
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key
 from undiffuse.measure.sets import said_of_drawing
 from undiffuse.model import fitted
 from undiffuse.model.classes import drawn
 from undiffuse.model.fit import cost, fit, steps_of
+from undiffuse.model.fitted import Fitted
 from undiffuse.model.load import load, save
 
 
@@ -90,6 +92,16 @@ def test_what_is_said_of_samples_names_the_grid(tmp_path, cache):
     assert said["grid"] == "fitted" and said["evaluations"] == 3
 
 
+def test_more_steps_than_the_longest_walk_divide_it_evenly():
+    grid, process = Fitted(((0.5,), (0.8, 0.2), (0.9, 0.6, 0.1))), Cosine(1000)
+    for steps, times in ((2, [0.8, 0.2]), (3, [0.9, 0.6, 0.1]), (5, [0.9, 0.75, 0.6, 0.35, 0.1])):
+        assert grid.spread(process, steps).tolist() == pytest.approx(times, abs=1e-12)
+    for steps in (4, 50, 1000):
+        times = grid.times(process, steps)
+        assert len(times) == steps + 1 and (times[:-1] > times[1:]).all()
+        assert times[[0, -2, -1]].tolist() == [0.9, 0.1, 0]
+
+
 def test_what_does_not_belong_is_refused(tmp_path, cache):
     model = load(toy.save(tmp_path / "bare.safetensors"))
     with pytest.raises(UsageError, match="no grid is fitted to this model; make one with `undiffuse fit`, or choose"):
@@ -98,8 +110,8 @@ def test_what_does_not_belong_is_refused(tmp_path, cache):
         model.times(3, "fited")
     found = fit(model, 4)
     path = fitted.keep(found, model.run)
-    with pytest.raises(UsageError, match="was fitted to this model has 1 to 11 steps, and 12 is more; give fewer, or"):
-        found.grid.spread(model.process, 12)
+    with pytest.raises(UsageError, match="was fitted to this model has one step, and 2 is more; give 1, or --grid log"):
+        Fitted(((0.5,),)).spread(model.process, 2)
     good = plain(found)
     for change, error, words in (
         ({"weights": "0" * 64}, UsageError, r"is fitted to other weights \(000000000000\) than those of this model"),

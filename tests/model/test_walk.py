@@ -31,7 +31,7 @@ def test_few_steps_of_a_fast_solver_unless_one_is_named():
     assert what == "10 evaluations of unipc-2 on the log-snr grid (`undiffuse fit` finds a better one)"
     assert other == "--solver ancestral for all 1,000 steps of Algorithm 2"
     assert torch.equal(toy.sample(3, seed=4), to_uint8(toy.chain(Key(4).fold("sample").rows(3), times, sampler)))
-    assert len(toy.walk(60).times) == 61 and "on the log-snr grid; " in toy.walk(60).said  # longer than any fitted one
+    assert len(toy.walk(60).times) == 61 and "on the log-snr grid (`undiffuse fit` finds" in toy.walk(60).said
     assert toy.walk(1).said.startswith("1 evaluation of unipc-2 on")
     assert torch.equal(toy.walk(5, grid="karras").times, Karras().times(toy.process, 5))
     assert toy.walk((1.0, 0.5)).times.tolist() == [1, 0.5, 0] and toy.walk((1.0, 0.5)).sampler == sampler
@@ -59,8 +59,8 @@ def test_a_fitted_grid_is_taken_where_there_is_one_of_that_length(tmp_path, monk
     known.meta["fit"] = plain(found)
     times, _, said = known.walk()
     assert torch.equal(times, found.grid.times(known.process, 10)) and "on the fitted grid; " in said
-    longer = known.walk(41)  # than any fitted one
-    assert torch.equal(longer.times, LogSnr().times(known.process, 41)) and "on the log-snr grid; " in longer.said
+    longer = known.walk(41)  # than any that was fitted
+    assert torch.equal(longer.times, found.grid.times(known.process, 41)) and "on the fitted grid; " in longer.said
     assert isinstance(best(Edm(), None, None)[0], Karras)  # the one that suits the process
 
 

@@ -21,9 +21,9 @@ def fit(
 ) -> None:
     """Fit the times of short chains to a model, for --grid fitted.
 
-    Chains of the model itself show where few steps can be long; one pass finds the times for any number of steps from
-    1 to 40. They are kept beside a run, else in the cache, by the hash of the weights, and go with `undiffuse export`
-    to a file.
+    Chains of the model itself show where few steps can be long; one pass finds the times for any number of steps: from
+    1 to 40 each by itself, and more by dividing those of 40. They are kept beside a run, else in the cache, by the hash
+    of the weights, and go with `undiffuse export` to a file.
 
     Examples:
 

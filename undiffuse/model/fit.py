@@ -47,7 +47,7 @@ def fit(
     seed: SupportsIndex = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Fit:
-    """Grids of 1 to 40 steps for a model, from trajectories of its own flow: what `undiffuse fit` keeps.
+    """Grids of 1 to 40 steps for a model, which more steps divide, from trajectories of its own flow.
 
     They begin at the mean of the data and are walked by DPM-Solver++(3M) in 61 steps, even in log-SNR; a model with
     classes is told each as often as in training. Costs 61 evaluations a trajectory. Raises UsageError, NotFiniteError.

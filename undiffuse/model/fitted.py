@@ -25,23 +25,36 @@ from undiffuse.machine.tensorfile import FORMAT, refuse_newer
 
 NAME = "fitted"  # as the grid of a command
 FOLDER = "fit"
-MOST = 40  # steps of a fitted grid
+MOST = 40  # steps for which a grid is fitted; more divide that one
 CODEC = ".codec"  # the kind of a codec's tables
 
 
 @dataclass(frozen=True)
 class Fitted(Grid):
-    """The times of 1, 2, 3, … steps, without the 0 at their end, as `diffusion.fit` finds them."""
+    """The times of 1, 2, 3, … steps, without the 0 at their end, as `diffusion.fit` finds them.
+
+    More steps than these have the ends of the longest, and divide it evenly.
+    """
 
     walks: tuple[tuple[Positive, ...], ...]
 
+    def reaches(self, steps: int) -> bool:
+        """Whether there are so many steps: a longest walk of one time cannot be divided."""
+        return 1 <= steps <= len(self.walks) or len(self.walks) > 1
+
     def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
-        if steps > len(self.walks):
+        if not self.reaches(steps):
             raise UsageError(
-                f"the grid that was fitted to this model has 1 to {len(self.walks)} steps, and {steps} is more; give "
-                "fewer, or --grid log-snr"
+                f"the grid that was fitted to this model has one step, and {steps} is more; give 1, or --grid log-snr"
             )
-        return torch.tensor(self.walks[steps - 1], dtype=F64, device="cpu")
+        longest = len(self.walks)
+        walk = torch.tensor(self.walks[min(steps, longest) - 1], dtype=F64, device="cpu")
+        if steps <= longest:
+            return walk
+        at = torch.linspace(0, longest - 1, steps, dtype=F64, device="cpu")
+        before = at.floor().clamp(max=longest - 2)
+        start, end = (walk[(before + k).to(torch.int64)] for k in (0, 1))
+        return torch.lerp(start, end, at - before)
 
 
 @dataclass(frozen=True)

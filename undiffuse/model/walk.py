@@ -34,9 +34,9 @@ class Walk(NamedTuple):
 
 
 def best(process: Process, fit: Fit | None, steps: int | None) -> tuple[Grid, int]:
-    """A grid, and so many steps or as many as are enough: the fitted one where there is one of that length."""
+    """A grid, and so many steps or as many as are enough: the fitted one where there is one."""
     steps = min(EVALUATIONS, process.steps or EVALUATIONS) if steps is None else steps
-    if fit is not None and 1 <= steps <= len(fit.grid.walks):
+    if fit is not None and fit.grid.reaches(steps):
         return fit.grid, steps
     own = suited(process)  # what is even in t suits a table, and no solver of few steps
     return LogSnr() if isinstance(own, Even) else own, steps
@@ -44,7 +44,7 @@ def best(process: Process, fit: Fit | None, steps: int | None) -> tuple[Grid, in
 
 def words(process: Process, grid: Grid, steps: int, solver: str, unfitted: bool = False) -> str:
     """`10 evaluations of unipc-2 on the fitted grid; --solver ancestral for all 1,000 steps of Algorithm 2`."""
-    hint = " (`undiffuse fit` finds a better one)" if unfitted and steps <= fitted.MOST else ""
+    hint = " (`undiffuse fit` finds a better one)" if unfitted else ""
     name = fitted.NAME if isinstance(grid, fitted.Fitted) else GRIDS.name_of(grid)
     whole = f"all {process.steps:,} steps of " if process.steps else ""
     count = f"{steps:,} evaluation{'s' * (steps > 1)}"
