@@ -13,13 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from tests.test_defaults import CONFIG, HalfOf, digits, forget, model, without_kernels
 from tests.training.test_loop import recipe
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Step, bound_term
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.numbers import per_image, ready
 from undiffuse.diffusion.objective import OBJECTIVES, Trajectory
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS
 from undiffuse.diffusion.process import PROCESSES, Edm, Linear, Straight
+from undiffuse.diffusion.reverse import VARIANCES, Step, bound_term
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.diffusion.trajectory import Taught
 from undiffuse.key import Key

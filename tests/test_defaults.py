@@ -26,12 +26,14 @@ from undiffuse.data.order import _tables
 from undiffuse.data.pack import pack
 from undiffuse.data.source import open_source
 from undiffuse.data.subset import divide
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES, Denoiser, Eps, LearnedRange, Prediction, Step
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.numbers import ready
 from undiffuse.diffusion.objective import OBJECTIVES, Trajectory
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS, Eps
 from undiffuse.diffusion.process import PROCESSES, Linear
+from undiffuse.diffusion.reverse import VARIANCES, LearnedRange, Prediction, Step
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.diffusion.trajectory import Taught
 from undiffuse.figure import grid, png

@@ -17,21 +17,14 @@ import undiffuse
 from undiffuse.config import plain
 from undiffuse.data.format.procedural import PROCEDURAL
 from undiffuse.data.source import open_source
-from undiffuse.diffusion.denoiser import (
-    PARAMETERISATIONS,
-    VARIANCES,
-    X0,
-    Denoiser,
-    FixedLarge,
-    FixedSmall,
-    Prediction,
-    Step,
-)
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.numbers import F64, per_image, ready
 from undiffuse.diffusion.objective import OBJECTIVES, Simple
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS, X0
 from undiffuse.diffusion.process import PROCESSES, Cosine, Edm, Linear, Straight
+from undiffuse.diffusion.reverse import VARIANCES, FixedLarge, FixedSmall, Prediction, Step
 from undiffuse.diffusion.sampler.base import SAMPLERS, sample
 from undiffuse.errors import UsageError
 from undiffuse.key import Key

@@ -27,8 +27,8 @@ ROWS = tuple(
         ("network", "base block attention resample unet"),
         (
             "diffusion",
-            "numbers process grid density gaussian lattice denoiser windows sampler/ objective trajectory importance "
-            "likelihood flow fit",
+            "numbers process grid density gaussian lattice parameterisation reverse denoiser windows sampler/ "
+            "objective trajectory importance likelihood flow fit",
         ),
         (
             "data",

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from tests.test_defaults import digits, model, without_kernels
 from tests.training.test_loop import recipe
-from undiffuse.diffusion.denoiser import Denoiser, FixedSmall
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.objective import OBJECTIVES, Trajectory
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.diffusion.trajectory import Taught

@@ -16,9 +16,10 @@ import undiffuse
 from undiffuse import errors
 from undiffuse.data.format.procedural import PROCEDURAL
 from undiffuse.data.source import FORMATS
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES
 from undiffuse.diffusion.objective import OBJECTIVES
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS
 from undiffuse.diffusion.process import PROCESSES
+from undiffuse.diffusion.reverse import VARIANCES
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.machine.sink import SINKS
 from undiffuse.network.base import NETWORKS

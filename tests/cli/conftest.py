@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.cli.toy import save
-from undiffuse.diffusion.denoiser import Learned
+from undiffuse.diffusion.reverse import Learned
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from undiffuse.diffusion.denoiser import Eps, FixedLarge
+from undiffuse.diffusion.parameterisation import Eps
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge
 from undiffuse.machine.log import silent
 from undiffuse.model import load, recipe
 from undiffuse.model.model import Model

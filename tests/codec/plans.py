@@ -14,9 +14,11 @@ from tests.cli import toy
 from undiffuse.codec import tailfit
 from undiffuse.codec.plan import KNOTS, SCALES, Plan
 from undiffuse.codec.tail import Tail
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.parameterisation import X0
 from undiffuse.diffusion.process import ContinuousCosine, Linear
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.model import load
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
@@ -24,6 +26,10 @@ from undiffuse.network.unet import UNet
 
 STD = 0.2  # of the Gaussian data, 25.5 grey levels
 EVERY = range(-SCALES, SCALES + 1)
+
+
+def pictures(n: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, *shape), np.uint8))
 
 
 @cache

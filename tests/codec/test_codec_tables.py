@@ -17,9 +17,11 @@ from undiffuse.codec.container import Header
 from undiffuse.codec.plan import EXTRA, KNOTS, MOST_BITS, SCALES
 from undiffuse.codec.stream import Codec
 from undiffuse.config import plain
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall, Mu
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.parameterisation import X0, Mu
 from undiffuse.diffusion.process import Cosine, Edm, Linear, Straight
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.model import fitted
 from undiffuse.model.load import load, save, shipped

@@ -10,13 +10,15 @@ import torch
 from torch.distributions import Normal
 
 from tests.cli import toy
-from tests.codec.plans import STD, gaussian, gaussian_images, gaussian_plan, plan, square
+from tests.codec.plans import STD, gaussian, gaussian_images, gaussian_plan, pictures, plan, square
 from undiffuse.codec import container, stream, trellis
 from undiffuse.codec.chain import Chain, Order
 from undiffuse.codec.container import Header, parse
 from undiffuse.codec.stream import Codec
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.parameterisation import X0
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key
 from undiffuse.model.load import load
@@ -37,10 +39,6 @@ def untrained(tmp_path_factory) -> Codec:
     return Codec(
         model, plan(64, (2, 2, 1), (14, 20, 20, 30, 40), weights=model.digest(), times=(1.0, 0.8, 0.6, 0.4, 0.2, 0.1))
     )
-
-
-def pictures(n: int, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, *shape), np.uint8))
 
 
 @pytest.fixture
@@ -336,60 +334,6 @@ def test_progress_is_told_as_often_as_said():
     assert sum(ticks) == CODEC.turns(5, 3, 2) == 9
     CODEC.decode(data, ticks.append)
     assert sum(ticks) == 18 and CODEC.turns(17) == 2 * PLAN.steps
-
-
-@pytest.mark.parametrize("steps", [0, -1, 9])
-def test_steps_that_the_tables_lack_are_refused(steps):
-    with pytest.raises(UsageError, match=f"^{steps} steps are not possible; the tables of this model have 1 to 8$"):
-        CODEC.encode(gaussian_images(1), steps)
-
-
-@pytest.mark.parametrize(
-    "images",
-    [pictures(2, 3, 12, 12), pictures(0, 1, 12, 12), pictures(1, 1, 0, 5)],
-    ids=["channels", "none", "empty"],
-)
-def test_images_that_are_none_of_the_model_are_refused(images):
-    with pytest.raises(UsageError, match=r"cannot be encoded by this model; give uint8 of shape \[n, 1, h, w\]$"):
-        CODEC.encode(images)
-
-
-def test_more_images_than_a_file_holds_are_refused():
-    with pytest.raises(
-        UsageError, match="^5000 images of 12×12 are more than a file holds: 4096 images, sides of 16384, "
-    ):
-        CODEC.encode(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(5000, 1, 12, 12))
-    with pytest.raises(UsageError, match="1 images of 2×16385 are more than a file holds"):
-        CODEC.encode(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(1, 1, 2, 16385))
-
-
-def test_more_values_than_a_file_may_have_are_refused(monkeypatch):
-    """Else there would be a file that nobody reads."""
-    monkeypatch.setattr(container, "MOST_VALUES", 300)
-    assert CODEC.decode(CODEC.encode(gaussian_images(2), 1)).mean().shape == (2, *SHAPE)
-    with pytest.raises(UsageError, match="more than"):
-        CODEC.encode(gaussian_images(3), 1)
-
-
-@pytest.mark.parametrize("group", [0, -1, 65])
-def test_groups_that_no_file_has_are_refused(group):
-    with pytest.raises(UsageError, match="group"):
-        CODEC.encode(gaussian_images(1).expand(70, -1, -1, -1), 1, group=group)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_that_no_file_has_are_refused(seed):
-    with pytest.raises(UsageError, match="seed"):
-        CODEC.encode(gaussian_images(1), 1, seed=seed)
-
-
-def test_a_class_that_the_model_lacks_is_refused():
-    """Of a model without classes, or of one with fewer."""
-    with pytest.raises(UsageError, match="label|class"):
-        CODEC.encode(gaussian_images(1), 1, label=3)
-    model = replace(MODEL, config=replace(MODEL.config, classes=2))
-    with pytest.raises(UsageError, match="label|class"):
-        Codec(model, PLAN).encode(gaussian_images(1), 1, label=3)
 
 
 def test_tables_of_few_bits_and_one_step_will_do():

@@ -6,28 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from undiffuse.diffusion.denoiser import (
-    PARAMETERISATIONS,
+from undiffuse.diffusion.denoiser import Denoiser, network_time
+from undiffuse.diffusion.gaussian import decoder_nll, kl
+from undiffuse.diffusion.lattice import FINE
+from undiffuse.diffusion.numbers import ready
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS, X0, Eps, Mu, V
+from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight
+from undiffuse.diffusion.reverse import (
     VARIANCES,
-    X0,
-    Denoiser,
-    Eps,
     FixedLarge,
     FixedSmall,
     Learned,
     LearnedRange,
-    Mu,
     Prediction,
     Step,
-    V,
     bound_term,
-    network_time,
     reverse,
 )
-from undiffuse.diffusion.gaussian import decoder_nll, kl
-from undiffuse.diffusion.lattice import FINE
-from undiffuse.diffusion.numbers import ready
-from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight
 from undiffuse.errors import UsageError
 from undiffuse.network.base import Conditioning
 

@@ -193,7 +193,9 @@ class Listener(torch.nn.Module):
 
 @pytest.mark.parametrize("objective", [Simple, MinSnr, P2, Sigmoid])
 def test_an_objective_takes_what_suits_the_process_or_what_is_named(objective):
-    from undiffuse.diffusion.denoiser import X0, Denoiser, FixedLarge
+    from undiffuse.diffusion.denoiser import Denoiser
+    from undiffuse.diffusion.parameterisation import X0
+    from undiffuse.diffusion.reverse import FixedLarge
     from undiffuse.network.base import NOTHING
 
     process, network, keys = Edm(), Listener(), Key(1).rows(50)

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from undiffuse.diffusion.denoiser import FixedLarge, FixedSmall, Learned, Mu, Prediction
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.numbers import per_image, ready
+from undiffuse.diffusion.parameterisation import Mu
 from undiffuse.diffusion.process import PROCESSES, Edm, Jsd, Linear, Process, Straight
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall, Learned, Prediction
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, Turn, renoise, sample
 from undiffuse.diffusion.sampler.ddim import DDIM

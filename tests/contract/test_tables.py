@@ -3,11 +3,12 @@
 import pytest
 
 from undiffuse.config import plain
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, VARIANCES
 from undiffuse.diffusion.density import DENSITIES
 from undiffuse.diffusion.grid import GRIDS
 from undiffuse.diffusion.objective import OBJECTIVES
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS
 from undiffuse.diffusion.process import PROCESSES
+from undiffuse.diffusion.reverse import VARIANCES
 from undiffuse.diffusion.sampler.base import SAMPLERS
 from undiffuse.network.base import NETWORKS
 from undiffuse.quality.feature.base import FEATURES

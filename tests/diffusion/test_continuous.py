@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, X0, Denoiser, FixedSmall, LearnedRange
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.density import AlphaSquared
 from undiffuse.diffusion.gaussian import LN2
 from undiffuse.diffusion.likelihood import bound, chain
 from undiffuse.diffusion.numbers import per_image
 from undiffuse.diffusion.objective import ContinuousVlb, Simple
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS, X0
 from undiffuse.diffusion.process import PROCESSES, Cosine, Edm, Sigmoid, Straight, Vdm
+from undiffuse.diffusion.reverse import FixedSmall, LearnedRange
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.network.base import NOTHING

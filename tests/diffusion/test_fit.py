@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.fit import LEVEL, LONG, PREDICTED, Costs, Products, Watched
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.numbers import per_image
 from undiffuse.diffusion.process import Cosine, Edm, Process
+from undiffuse.diffusion.reverse import Prediction
 from undiffuse.diffusion.sampler.base import sample
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp
 from undiffuse.diffusion.sampler.unipc import Unipc

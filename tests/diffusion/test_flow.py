@@ -10,7 +10,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from undiffuse.data.format.procedural import Gaussian, entropy_bits, level_probabilities
-from undiffuse.diffusion.denoiser import X0, Denoiser, Eps, FixedSmall, Prediction
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.flow import (
     TAU,
     FlowTerms,
@@ -22,7 +22,9 @@ from undiffuse.diffusion.flow import (
     truncated_normal,
 )
 from undiffuse.diffusion.gaussian import LN2
+from undiffuse.diffusion.parameterisation import X0, Eps
 from undiffuse.diffusion.process import PROCESSES, Cosine, Edm, Jsd, Linear, Process, Straight
+from undiffuse.diffusion.reverse import FixedSmall, Prediction
 from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.key import Key
 

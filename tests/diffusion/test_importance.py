@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from tests.diffusion.test_objective import Wave, images
-from undiffuse.diffusion.denoiser import Denoiser, Eps, FixedLarge, LearnedRange
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.density import Importance, Uniform
 from undiffuse.diffusion.importance import Drawn, Seen
 from undiffuse.diffusion.objective import Hybrid, MinSnr, Simple, Vlb, by_quartile, quartile_sums
+from undiffuse.diffusion.parameterisation import Eps
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge, LearnedRange
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.model.recipe import load_recipe

@@ -9,10 +9,12 @@ from torch import nn
 
 from undiffuse.config import plain
 from undiffuse.data.source import ArraySource
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, Denoiser, FixedSmall, Lattice, LearnedRange, Mu, V
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.lattice import FINE, LEVELS, level_nll, level_noise
 from undiffuse.diffusion.numbers import per_image
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS, Lattice, Mu, V
 from undiffuse.diffusion.process import Edm, Straight, Vdm
+from undiffuse.diffusion.reverse import FixedSmall, LearnedRange
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.model.load import load, save

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from undiffuse.data.format.procedural import LEVEL, Gaussian, Law, PixelMixture
-from undiffuse.diffusion.denoiser import X0, Denoiser, Eps, FixedLarge, FixedSmall, Learned
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.gaussian import LN2, bits, decoder_nll, prior_kl
 from undiffuse.diffusion.likelihood import Terms, bound, chain, strata
+from undiffuse.diffusion.parameterisation import X0, Eps
 from undiffuse.diffusion.process import PROCESSES, Cosine, Edm, Jsd, Linear, Process, Straight
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall, Learned
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 

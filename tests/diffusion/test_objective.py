@@ -6,16 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from undiffuse.diffusion.denoiser import (
-    PARAMETERISATIONS,
-    VARIANCES,
-    Denoiser,
-    Eps,
-    FixedLarge,
-    Learned,
-    LearnedRange,
-    Mu,
-)
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.density import Importance, LogNormal, Uniform
 from undiffuse.diffusion.objective import (
     OBJECTIVES,
@@ -26,7 +17,9 @@ from undiffuse.diffusion.objective import (
     by_quartile,
     quartile_sums,
 )
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS, Eps, Mu
 from undiffuse.diffusion.process import Jsd, Linear, Straight
+from undiffuse.diffusion.reverse import VARIANCES, FixedLarge, Learned, LearnedRange
 from undiffuse.diffusion.trajectory import Taught
 from undiffuse.errors import UsageError
 from undiffuse.key import Key

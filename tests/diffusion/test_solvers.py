@@ -4,8 +4,10 @@ import diffusers
 import pytest
 import torch
 
-from undiffuse.diffusion.denoiser import Denoiser, Eps, FixedLarge
+from undiffuse.diffusion.denoiser import Denoiser
+from undiffuse.diffusion.parameterisation import Eps
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge
 from undiffuse.diffusion.sampler.base import Sampler, sample
 from undiffuse.diffusion.sampler.deis import BASHFORTH, Deis, Ipndm
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp, DpmppSde

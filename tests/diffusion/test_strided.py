@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from undiffuse.diffusion.denoiser import Denoiser, Eps, FixedLarge, FixedSmall, LearnedRange, Prediction, Step
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.grid import Even
 from undiffuse.diffusion.likelihood import chain
 from undiffuse.diffusion.numbers import ready
+from undiffuse.diffusion.parameterisation import Eps
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall, LearnedRange, Prediction, Step
 from undiffuse.diffusion.sampler.base import sample
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.key import Key

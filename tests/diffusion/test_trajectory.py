@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from tests.codec.plans import gaussian
-from undiffuse.diffusion.denoiser import X0, Denoiser, Edm, Eps, FixedSmall, Lattice, V
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.objective import Trajectory, spreads
+from undiffuse.diffusion.parameterisation import X0, Edm, Eps, Lattice, V
 from undiffuse.diffusion.process import Cosine, Linear, Process
 from undiffuse.diffusion.process import Edm as Exploding
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.diffusion.trajectory import Taught
 from undiffuse.errors import UsageError
 from undiffuse.key import Key

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests.diffusion.test_objective import Wave, images
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, Denoiser, Eps, FixedLarge
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.objective import P2, MinSnr, Sigmoid, Simple
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS, Eps
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge
 from undiffuse.key import Key
 from undiffuse.network.base import NOTHING
 

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.parameterisation import X0
 from undiffuse.diffusion.process import ContinuousCosine, Linear
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.diffusion.windows import Windows, places
 from undiffuse.errors import UsageError
 from undiffuse.key import Key

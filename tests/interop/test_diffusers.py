@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from undiffuse.config import parse, plain
-from undiffuse.diffusion.denoiser import X0, Eps, FixedLarge, FixedSmall, Lattice, Learned, LearnedRange, Mu, V
+from undiffuse.diffusion.parameterisation import X0, Eps, Lattice, Mu, V
 from undiffuse.diffusion.process import Const, Cosine, Linear, Quad, Vdm
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall, Learned, LearnedRange
 from undiffuse.errors import Corrupt, StorageError, UsageError
 from undiffuse.interop import diffusers as interop
 from undiffuse.interop.diffusers_files import is_folder

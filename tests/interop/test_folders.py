@@ -13,8 +13,9 @@ import torch
 
 from tests.interop.theirs import WEIGHTS, network, variants
 from undiffuse.config import parse, plain
-from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall, LearnedRange, V
+from undiffuse.diffusion.parameterisation import Eps, V
 from undiffuse.diffusion.process import Cosine, Linear, Quad
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall, LearnedRange
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.diffusers import read_folder, write_folder
 from undiffuse.interop.diffusers_chain import CHAINS, DDPMScheduler

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from undiffuse.config import parse
-from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall
+from undiffuse.diffusion.parameterisation import Eps
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.original import read_file
 from undiffuse.model.recipe import ModelConfig

@@ -13,9 +13,10 @@ from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_ddpm
 
 from undiffuse.config import parse, plain
-from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall
 from undiffuse.diffusion.grid import Even
+from undiffuse.diffusion.parameterisation import Eps
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import sample
 from undiffuse.interop.diffusers import read_folder, write_folder

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from tests.cli import toy
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.parameterisation import X0
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.errors import UsageError
 from undiffuse.measure.along import evaluate_along, stops
 from undiffuse.measure.evaluate import Query, evaluate

@@ -94,8 +94,9 @@ def test_of_pictures_the_first_n_are_taken(drawn, digits):
 
 
 def test_a_label_is_told(digits, tmp_path):
-    from undiffuse.diffusion.denoiser import Eps, FixedLarge
+    from undiffuse.diffusion.parameterisation import Eps
     from undiffuse.diffusion.process import Linear
+    from undiffuse.diffusion.reverse import FixedLarge
     from undiffuse.model.model import Model
     from undiffuse.model.recipe import ModelConfig
     from undiffuse.network.unet import UNet

@@ -12,9 +12,11 @@ from torch import nn
 from tests.cli.toy import save
 from tests.machine.test_dist import finish, start
 from undiffuse.data.source import ArraySource, open_source
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.parameterisation import X0
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.figure import DRAWN
 from undiffuse.measure.evaluate import Query, evaluate
 from undiffuse.measure.memorise import FILE, memorise

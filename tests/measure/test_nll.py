@@ -9,9 +9,10 @@ import torch
 
 from undiffuse.config import plain
 from undiffuse.data.source import ArraySource, open_source
-from undiffuse.diffusion.denoiser import X0, Eps, FixedLarge, Learned
 from undiffuse.diffusion.likelihood import Terms
+from undiffuse.diffusion.parameterisation import X0, Eps
 from undiffuse.diffusion.process import Jsd, Linear
+from undiffuse.diffusion.reverse import FixedLarge, Learned
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.measure import nll
 from undiffuse.measure.nll import Nll, table, terms_of

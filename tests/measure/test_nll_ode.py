@@ -10,9 +10,10 @@ import torch
 
 import undiffuse
 from undiffuse.data.source import ArraySource
-from undiffuse.diffusion.denoiser import FixedLarge, V
 from undiffuse.diffusion.flow import Solver, flow_bits
+from undiffuse.diffusion.parameterisation import V
 from undiffuse.diffusion.process import Cosine
+from undiffuse.diffusion.reverse import FixedLarge
 from undiffuse.errors import Corrupt, NotFiniteError, UsageError
 from undiffuse.key import Key
 from undiffuse.measure import nll

@@ -12,8 +12,10 @@ from tests.training.test_loop import recipe, run
 from undiffuse.config import plain
 from undiffuse.data.source import ArraySource, Item, Source
 from undiffuse.data.subset import Subset
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedLarge
+from undiffuse.diffusion.denoiser import Denoiser
+from undiffuse.diffusion.parameterisation import X0
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge
 from undiffuse.errors import Corrupt, DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.measure import nll

@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 from undiffuse.config import plain
-from undiffuse.diffusion.denoiser import Eps, FixedLarge
+from undiffuse.diffusion.parameterisation import Eps
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.diffusers import write_folder
 from undiffuse.machine.tensorfile import read_weights, write_weights

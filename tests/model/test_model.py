@@ -9,11 +9,13 @@ from torch import nn
 
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.pack import pack
-from undiffuse.diffusion.denoiser import X0, Denoiser, Eps, FixedLarge, FixedSmall
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.likelihood import bound
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.parameterisation import X0, Eps
 from undiffuse.diffusion.process import ContinuousCosine, Cosine, Linear, Process
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.dpmpp import DpmppSde

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 import pytest
 
 from undiffuse.config import parse, to_toml
-from undiffuse.diffusion.denoiser import Eps, FixedLarge, FixedSmall, Learned, Mu
 from undiffuse.diffusion.objective import Simple, Vlb
+from undiffuse.diffusion.parameterisation import Eps, Mu
 from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.reverse import FixedLarge, FixedSmall, Learned
 from undiffuse.errors import UsageError
 from undiffuse.machine.tensorfile import read_weights
 from undiffuse.model.load import shipped

@@ -8,8 +8,8 @@ import torch
 from tests.model.test_model import bright
 from tests.view.test_explore import gaussian, model
 from undiffuse.config import plain
-from undiffuse.diffusion.denoiser import Mu
 from undiffuse.diffusion.grid import Even, Karras, LogSnr
+from undiffuse.diffusion.parameterisation import Mu
 from undiffuse.diffusion.process import Cosine, Edm
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.ddim import DDIM

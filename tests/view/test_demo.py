@@ -9,8 +9,9 @@ from PIL import Image
 from tests.codec.plans import gaussian, gaussian_images, gaussian_plan
 from undiffuse.codec.stream import Codec, Decoded
 from undiffuse.data.source import ArraySource, open_source
-from undiffuse.diffusion.denoiser import FixedSmall, V
+from undiffuse.diffusion.parameterisation import V
 from undiffuse.diffusion.process import Cosine
+from undiffuse.diffusion.reverse import FixedSmall
 from undiffuse.figure import enlarged, grid
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig

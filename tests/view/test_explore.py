@@ -9,9 +9,11 @@ from PIL import Image
 from torch import nn
 
 from undiffuse.data.source import ArraySource
-from undiffuse.diffusion.denoiser import X0, Denoiser, FixedSmall, Learned
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.parameterisation import X0
 from undiffuse.diffusion.process import Linear, Process
+from undiffuse.diffusion.reverse import FixedSmall, Learned
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.model.model import Model, to_float, to_uint8

@@ -143,14 +143,16 @@ def parse_header(data: bytes) -> tuple[Header, int]:
             raise Corrupt(f"the file is cut off or damaged in its header, where {what} stands")
         found, place = taken
         if not least <= found <= most:
-            raise Corrupt(f"the file is damaged: its header says {what} {found}, and {least} to {most} are possible")
+            raise Corrupt(
+                f"the file is damaged: its header says that {what} is {found}, and {least} to {most} are possible"
+            )
         return found
 
-    count = number(1, MOST_IMAGES, "images") if flags & ARCHIVE else 1
-    group = number(1, MOST_GROUP, "images a group") if flags & ARCHIVE else 1
-    size = (number(1, MOST_SIDE, "height"), number(1, MOST_SIDE, "width")) if flags & SIZED else None
-    seed = number(1, MOST_SEED, "seed") if flags & SEEDED else 0
-    label = number(0, MOST_CLASS, "class") if flags & LABELLED else None
+    count = number(1, MOST_IMAGES, "the number of images") if flags & ARCHIVE else 1
+    group = number(1, MOST_GROUP, "the size of a group") if flags & ARCHIVE else 1
+    size = (number(1, MOST_SIDE, "the height"), number(1, MOST_SIDE, "the width")) if flags & SIZED else None
+    seed = number(1, MOST_SEED, "the seed") if flags & SEEDED else 0
+    label = number(0, MOST_CLASS, "the class") if flags & LABELLED else None
     return Header(data[3:7], data[7], count, group, size, seed, label, bool(flags & LOSSLESS)), place
 
 

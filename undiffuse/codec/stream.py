@@ -15,8 +15,8 @@ from undiffuse.codec.chain import Chain, Order, wanted_scales
 from undiffuse.codec.container import Group, Header, Parsed, canvas
 from undiffuse.codec.plan import DELTA_BITS, LEAST, SCALES, Plan
 from undiffuse.codec.trellis import Problem
-from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.numbers import F64
+from undiffuse.diffusion.reverse import Prediction
 from undiffuse.diffusion.sampler.base import sample
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key, Keys
@@ -198,13 +198,13 @@ class Codec:
         """What a header cannot say, or the model does not know."""
         classes = self.model.config.classes or 0
         for what, value, low, high in (
-            ("images a group", group, 1, container.MOST_GROUP),
+            ("group", group, 1, container.MOST_GROUP),
             ("seed", seed, 0, container.MOST_SEED),
             ("class", label, 0, classes - 1),
         ):
             if value is not None and not low <= value <= high:
                 there = f"give {low} to {high}" if high >= low else "this model was trained without classes"
-                raise UsageError(f"{what} {value} is not possible; {there}")
+                raise UsageError(f"{what} = {value} is not possible; {there}")
 
     def told(self, label: int | None, n: int) -> Conditioning:
         """A class, or none, of n images."""

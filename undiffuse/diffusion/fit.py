@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.reverse import Prediction
 from undiffuse.diffusion.sampler.base import Sampler, Turn
 from undiffuse.diffusion.sampler.multistep import integrals
 

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from undiffuse.diffusion.denoiser import Denoiser, Prediction
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.gaussian import LN2
 from undiffuse.diffusion.numbers import F64, per_image
 from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.reverse import Prediction
 from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import NOTHING, Conditioning

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from undiffuse.diffusion.denoiser import Denoiser, Step, bound_term
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.gaussian import bits, prior_kl
 from undiffuse.diffusion.grid import Grid, suited
 from undiffuse.diffusion.numbers import F64, ready, row
 from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.reverse import Step, bound_term
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import NOTHING, Conditioning

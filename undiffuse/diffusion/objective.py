@@ -13,11 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import Count, NonNegative, Positive, Table
-from undiffuse.diffusion.denoiser import PARAMETERISATIONS, Denoiser, Moment, Step, bound_term
+from undiffuse.diffusion.denoiser import Denoiser, Moment
 from undiffuse.diffusion.density import DENSITIES, AlphaSquared, Density, Uniform, log_variances, suited
 from undiffuse.diffusion.gaussian import LN2
 from undiffuse.diffusion.numbers import F64, per_image, ready
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS
 from undiffuse.diffusion.process import PROCESSES, Process
+from undiffuse.diffusion.reverse import Step, bound_term
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning

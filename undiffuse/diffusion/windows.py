@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.diffusion.denoiser import Denoiser, Prediction
+from undiffuse.diffusion.denoiser import Denoiser
+from undiffuse.diffusion.reverse import Prediction
 from undiffuse.errors import UsageError
 from undiffuse.network.base import NOTHING, Conditioning
 

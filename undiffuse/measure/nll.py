@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.data.source import Source
-from undiffuse.diffusion.denoiser import VARIANCES
 from undiffuse.diffusion.grid import GRIDS, Grid
 from undiffuse.diffusion.likelihood import Terms, bound, chain, strata
 from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.reverse import VARIANCES
 from undiffuse.errors import NotFiniteError
 from undiffuse.figure import line_plot
 from undiffuse.key import Key

@@ -15,8 +15,8 @@ from undiffuse.data.pack import open_data
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import ArraySource, Source, open_source, spread, unify
 from undiffuse.data.subset import Subset
-from undiffuse.diffusion.denoiser import Prediction
 from undiffuse.diffusion.grid import GRIDS
+from undiffuse.diffusion.reverse import Prediction
 from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler, sample
 from undiffuse.errors import Corrupt, DataError, NoSplit, UsageError
 from undiffuse.key import Key, Seed

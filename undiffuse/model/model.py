@@ -17,10 +17,11 @@ from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.made import Made, channels, tally
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, Wanted, open_raw, unify
-from undiffuse.diffusion.denoiser import VARIANCES, Denoiser, Variance
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.grid import GRIDS, Grid, suited
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.reverse import VARIANCES, Variance
 from undiffuse.diffusion.sampler.base import Along, Sampler, sample
 from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unknown
 from undiffuse.key import Key, Keys, Seed

@@ -26,17 +26,11 @@ from undiffuse.config import (
 )
 from undiffuse.data.levels import Range
 from undiffuse.data.picture import MAX_PIXELS, Axes, Reading
-from undiffuse.diffusion.denoiser import (
-    PARAMETERISATIONS,
-    VARIANCES,
-    Denoiser,
-    Eps,
-    FixedLarge,
-    Parameterisation,
-    Variance,
-)
+from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.objective import OBJECTIVES, Objective, Simple
+from undiffuse.diffusion.parameterisation import PARAMETERISATIONS, Eps, Parameterisation
 from undiffuse.diffusion.process import PROCESSES, Linear, Process
+from undiffuse.diffusion.reverse import VARIANCES, FixedLarge, Variance
 from undiffuse.errors import DataError, UsageError, unknown
 from undiffuse.machine.device import making_float32
 from undiffuse.network.base import NETWORKS, Network

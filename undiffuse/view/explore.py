@@ -13,9 +13,9 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from undiffuse.data.source import Source
-from undiffuse.diffusion.denoiser import Learned
 from undiffuse.diffusion.numbers import F64, per_image
 from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.reverse import Learned
 from undiffuse.diffusion.sampler.base import Sampler
 from undiffuse.errors import DataError, UsageError
 from undiffuse.figure import encoded, enlarged, grid

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.diffusion.denoiser import VARIANCES, FixedLarge, Step, Variance, reverse
 from undiffuse.diffusion.numbers import added
 from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.reverse import VARIANCES, FixedLarge, Step, Variance, reverse
 from undiffuse.diffusion.sampler.base import Sampler, Turn
 
 

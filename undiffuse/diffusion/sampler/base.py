@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import Table
-from undiffuse.diffusion.denoiser import Denoiser, Moment, Prediction
+from undiffuse.diffusion.denoiser import Denoiser, Moment
 from undiffuse.diffusion.numbers import combined, per_image, ready, row
 from undiffuse.diffusion.process import Process
+from undiffuse.diffusion.reverse import Prediction
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning
