@@ -9,11 +9,13 @@ import torch
 
 from tests.cli.toy import run_of_digits
 from tests.training.test_loop import assert_equal, state
+from undiffuse.data.source import ArraySource
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import spreads
 from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp
 from undiffuse.diffusion.sampler.heun import Heun
+from undiffuse.diffusion.trajectory import Taught
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.machine.log import silent
@@ -130,6 +132,33 @@ def test_a_model_that_must_be_told_a_class(tmp_path):
     teacher = run_of_digits(tmp_path / "told", 1, "parameterisation.name=v", "data.labels=true", "train.drop_label=0")
     model = tuned(teacher, tmp_path / "run", 1, steps=2)
     assert model.config.classes == 10 and model.sample(2, label=3).shape == (2, 1, 8, 8)
+
+
+def test_the_teacher_is_told_its_own_number_of_a_class(tmp_path, monkeypatch):
+    """Of data whose classes stand in another order, or are fewer."""
+    teacher = run_of_digits(tmp_path / "told", 1, "parameterisation.name=v", "data.labels=true")
+    images = torch.arange(16, dtype=torch.uint8)[:, None, None, None].expand(16, 1, 8, 8)
+    walked, told = Taught.walked, []
+
+    def watched(self, x, times, cond):
+        told.append(cond.label.tolist())
+        return walked(self, x, times, cond)
+
+    monkeypatch.setattr(Taught, "walked", watched)
+
+    def labels(names, label, out, *more) -> set[int]:
+        told.clear()
+        data = ArraySource(images, torch.full((16,), label), classes=names)
+        settings = [*QUICK, "train.steps=2", *more]
+        distill(teacher, data, tmp_path / out, 2, settings=settings, device="cpu", say=silent, show_progress=False)
+        return {each for batch in told for each in batch}
+
+    assert labels(("3", "7"), 1, "a", "train.drop_label=0") == {7}
+    assert labels(("3", "7"), 0, "b", "train.drop_label=1") == {3, 10}  # no class, but for held-out images
+    assert labels(tuple(map(str, range(10))), 4, "c", "train.drop_label=0") == {4}
+    with pytest.raises(DataError, match="^the data has classes that the teacher does not know: x, y. This model knows"):
+        labels(("3", "x", "y"), 0, "d")
+    assert not (tmp_path / "d").exists()
 
 
 def test_its_chain_begins_at_the_mean_of_its_own_first_answers(teacher, tmp_path):

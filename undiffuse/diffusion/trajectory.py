@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.diffusion.denoiser import Denoiser
@@ -43,6 +43,7 @@ class Taught(Objective):
 
     of: Trajectory
     teacher: Denoiser
+    labels: Int[Tensor, "classes"] | None = None  # of the teacher, for each of the student's; None where they are alike
 
     def __call__(self, denoiser: Denoiser, x_0: Float[Tensor, "b c h w"], cond: Conditioning, keys: Keys) -> Loss:
         process, n, b = denoiser.process, len(self.of.bounds), len(x_0)
@@ -56,7 +57,8 @@ class Taught(Objective):
         asked = denoiser.at(t.repeat_interleave(b))
         moment, steps, ends = ready(x_0, asked, type(steps)(*numbers), Ends(scale))
         noise = keys.fold("eps").normal(*x_0.shape[1:])
-        states = self.walked(combined(moment.alpha[:b], x_0, moment.sigma[:b], noise), times, cond)
+        told = cond if self.labels is None or cond.label is None else Conditioning(self.labels[cond.label])
+        states = self.walked(combined(moment.alpha[:b], x_0, moment.sigma[:b], noise), times, told)
         images = torch.arange(b, dtype=torch.int64, device=x_0.device).repeat(n)
         answers = denoiser(states[:-1].flatten(0, 1), moment, cond.at(images)).x_0
         before = torch.cat([answers[:b], answers[:-b]]).detach()  # the first step has none, and counts it 0 times

@@ -40,7 +40,7 @@ from undiffuse.timing import stage
 from undiffuse.training.optimizer import optimizer_of
 from undiffuse.training.plan import shares
 from undiffuse.training.scale import LossScale
-from undiffuse.training.tune import begin_with
+from undiffuse.training.tune import begin_with, teachers_labels
 
 
 class Trainer:
@@ -92,9 +92,10 @@ class Trainer:
             raise UsageError(NO_TEACHER)
         own = deepcopy(teacher.denoiser).to(self.device).requires_grad_(False).eval()
         own.computing = self.denoiser.computing
+        labels = teachers_labels(teacher, self.classes)
         if recipe.train.channels_last is True:
             own.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        return Taught(recipe.objective, own)
+        return Taught(recipe.objective, own, None if labels is None else labels.to(self.device))
 
     def _prepared(self, network: nn.Module) -> nn.Module:
         """The network as it is run: recomputation, compilation, and the sum over processes."""

@@ -8,10 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from undiffuse.config import plain
-from undiffuse.errors import UsageError
+from undiffuse.errors import DataError, UsageError
+from undiffuse.model.classes import SHOWN, Classes
 from undiffuse.model.load import from_weights, refuse_not_finite
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
@@ -136,6 +139,26 @@ def _without_labels(
     if TABLE not in label or TIME_BIAS not in rest:
         return rest
     return {**rest, TIME_BIAS: rest[TIME_BIAS] + label[TABLE][-1]}
+
+
+def teachers_labels(teacher: Model, classes: Classes | None) -> Int[Tensor, "classes"] | None:
+    """What the teacher calls each class of the data, and "no class" at the end; None where it calls them the same.
+
+    Raises DataError for a class that it does not know.
+    """
+    known = teacher.classes
+    if classes is None or known is None:
+        return None
+    names, now = _names(teacher.meta), list(classes.names)
+    rows = _rows(names, now, len(known.names), len(now))
+    if rows is None:
+        return None
+    if strange := [name for row, name in enumerate(now) if row not in rows]:
+        raise DataError(
+            f"the data has classes that the teacher does not know: {', '.join(strange[:SHOWN])}. {known.known()}. Give "
+            "other data, or --set data.labels=false"
+        )
+    return torch.tensor([rows[row] for row in range(len(now) + 1)], dtype=torch.int64, device="cpu")
 
 
 def _names(meta: Mapping[str, Any]) -> list[str] | None:
