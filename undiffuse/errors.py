@@ -22,6 +22,10 @@ class DataError(Error):
     exit_code = 2
 
 
+class Mixed(DataError):
+    """Images of several sizes where one is expected."""
+
+
 class NoSplit(DataError):
     """A data set has not the split that is asked for."""
 

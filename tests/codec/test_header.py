@@ -50,8 +50,8 @@ def test_a_header_by_hand():
     [
         (b"", "this is no coded image: it does not begin as one; files are made by `undiffuse encode`"),
         (b"\x89PNG\r\n\x1a\n", "this is no coded image: it does not begin as one"),
-        (b"\xfdU", "the file is cut off in its header: 2 bytes are there; restore it from a copy"),
-        (b"\xfdU\x20abcd", "the file is cut off in its header: 7 bytes are there"),
+        (b"\xfdU", "the file is cut off in its header, of 8 bytes or more: 2 are there; restore it"),
+        (b"\xfdU\x20abcd", "the file is cut off in its header, of 8 bytes or more: 7 are there"),
         (b"\xfdU\x40abcd\x04", r"the file has format 2, and this undiffuse reads 1; upgrade undiffuse"),
         (b"\xfdU\x00abcd\x04", r"the file has format 0, and this undiffuse reads 1; upgrade undiffuse"),
         (b"\xfdU\x21abcd\x04", "the file is cut off or damaged in its header, where the number of images stands"),

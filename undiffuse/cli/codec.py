@@ -14,9 +14,11 @@ from undiffuse.cli.options import (
     ReadOpt,
     SkipBadOpt,
     SplitOpt,
+    TestSplitOpt,
     WeightsOpt,
     open_like,
     open_model,
+    test_or_all,
     ticking,
     writable,
 )
@@ -32,7 +34,13 @@ app = typer.Typer(
 
 
 @app.command()
-def info(file: FileArg, model: ModelOpt = None, device: DeviceOpt = "cpu", as_json: JsonOpt = False) -> None:
+def info(
+    file: FileArg,
+    model: ModelOpt = None,
+    weights: WeightsOpt = None,
+    device: DeviceOpt = "cpu",
+    as_json: JsonOpt = False,
+) -> None:
     """Say what a coded file holds: its images, layers and bytes, and whether it is whole.
 
     Example:
@@ -40,7 +48,7 @@ def info(file: FileArg, model: ModelOpt = None, device: DeviceOpt = "cpu", as_js
     \b
     - `undiffuse codec info shirt.udf`
     """
-    codec, data = reader(file, model, device)
+    codec, data = reader(file, model, device, weights)
     parsed = parsed_of(file, codec, data)
     header, plan = parsed.header, codec.plan
     h, w = header.size or codec.model.image_shape[1:]
@@ -53,13 +61,16 @@ def info(file: FileArg, model: ModelOpt = None, device: DeviceOpt = "cpu", as_js
         layers.append(
             {"layer": number + 1, "steps": last - first, "bytes": round(bits / 8, 1), "groups": whole, "rmse": off}
         )
+    every = len(parsed.layers)
     result = {"images": header.count, "size": f"{w}x{h}", "bytes": len(data), "status": parsed.status}
-    result["lossless"] = sum(map(len, parsed.ends)) if parsed.ends else None
+    result |= {"groups": every, "lossless": header.lossless, "lossless_bytes": sum(map(len, parsed.ends)) or None}
     result |= {"why": parsed.why or None, "tables": header.ident.hex(), "seed": header.seed, "label": header.label}
     if not as_json:
         for each in layers:
-            known = each["rmse"] is not None
+            known = each["rmse"] is not None and each["groups"]
             off = f", then off by {each['rmse']:.1f} grey levels in images like the model's" if known else ""
+            if each["groups"] < every:
+                off += f"; whole in {each['groups']} of {every} groups" if every > 1 else ", not whole"
             steps = f"{each['steps']} step{'s' * (each['steps'] > 1)}"
             result[f"layer {each['layer']}"] = f"{steps}, {each['bytes']} bytes{off}"
     show(result | {"layers": layers}, as_json)
@@ -101,6 +112,7 @@ def fit(
     from undiffuse.network.base import NOTHING
 
     loaded = open_model(model, device, weights=weights)
+    tables.refuse(loaded, steps, memory)
     there = fitted.raw(loaded.run, loaded.digest(), fitted.CODEC) or loaded.meta.get("codec")
     if there and not overwrite:
         show({"tables": "there already", "ident": tables.of(loaded).ident.hex()}, as_json)
@@ -113,12 +125,14 @@ def fit(
         raise UsageError(f"{', '.join(data)} has no classes, and this model was never trained without; give other data")
     cond = told_of(classes, source, index).conditioning if always else NOTHING
     if not as_json:
-        log.say(tables.cost(loaded, len(some)))
+        log.say(tables.cost(len(some)))
     with ticking(tables.turns(len(some), steps), "fitting", as_json) as tick:
         plan = tables.fit(loaded, some, steps, memory, tick, cond)
     bits = sum(plan.bits[step][len(plan.bits[step]) // 2] for step in range(plan.steps))
     kept = {"ident": plan.ident.hex(), "steps": plan.steps, "bits_an_image": bits, "usual": plan.usual}
     show({"tables": tables.keep(plan, loaded), **kept}, as_json)
+    if loaded.meta.get("codec") and not as_json:
+        log.say("files that are made from now on are read with these tables alone; `undiffuse export` sends them along")
 
 
 @app.command()
@@ -131,6 +145,7 @@ def strip(
     ] = "20,30,50,80,120,200,400,800,1600",
     image: Annotated[int, typer.Option("--image", help="Which image of a file of many")] = 0,
     overwrite: OverwriteOpt = False,
+    weights: WeightsOpt = None,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
@@ -144,28 +159,29 @@ def strip(
     import torch
 
     from undiffuse.figure import encoded, enlarged, grid
-    from undiffuse.machine import disk
+    from undiffuse.machine import disk, log
 
     writable(out, overwrite)
-    codec, data = reader(file, model, device)
+    codec, data = reader(file, model, device, weights)
+    parsed = parsed_of(file, codec, data)
     try:
         wanted = sorted({int(part) for part in sizes.split(",")})
     except ValueError as error:
         raise UsageError(f'--bytes "{sizes}" is no list of numbers; give for example 20,50,100') from error
-    shown, columns = list[int](), list[Any]()
     if wanted[0] < 1:
         raise UsageError(f"--bytes {wanted[0]} is not possible; give 1 or more")
+    if not 0 <= image < parsed.header.count:
+        raise UsageError(f"image {image} is not there; the file has 0 to {parsed.header.count - 1}")
+    if parsed.status != "complete":
+        log.warn(f"{file}: {parsed.why}; what is before that is drawn")
+    shown, columns = list[int](), list[Any]()
     for size in [*(each for each in wanted if each < len(data)), len(data)]:
         try:
             found = codec.decode(data[:size])
         except Corrupt:  # nothing is in so few bytes
             continue
-        if not 0 <= image < found.parsed.header.count:
-            raise UsageError(f"image {image} is not there; the file has 0 to {found.parsed.header.count - 1}")
         shown.append(size)
         columns.append((found.mean()[image], found.drawn()[image]))
-    if not columns:
-        codec.decode(data)
     pictures = torch.stack([each[row] for row in (0, 1) for each in columns])
     disk.write_atomic(out, encoded(grid(pictures, len(columns), enlarged(pictures.shape[-1])), out))
     show({"bytes": ", ".join(map(str, shown)), "out": out}, as_json)
@@ -177,7 +193,7 @@ def bench(
     data: DataArg,
     images: Annotated[int, typer.Option("--images", "-n", help="How many are coded, with means over them")] = 32,
     label: ClassOpt = None,
-    split: SplitOpt = "test",
+    split: TestSplitOpt = None,
     skip_bad: SkipBadOpt = False,
     reading: ReadOpt = None,
     weights: WeightsOpt = None,
@@ -200,7 +216,8 @@ def bench(
 
     loaded = open_model(model, device, weights=weights)
     codec = Codec(loaded, tables.of(loaded))
-    number, source = class_of(loaded, label), open_like(loaded, data, split, skip_bad, reading)
+    number, split = class_of(loaded, label), test_or_all(data, split)
+    source = open_like(loaded, data, split, skip_bad, reading)
     some = source.gather(_first(len(source), images))[0]
     with ticking(ledger.turns(codec, len(some)), "measuring", as_json) as tick:
         found = ledger.compared(codec, some, tick, number)

@@ -1,6 +1,6 @@
 """Images to coded files and back."""
 
-from math import log10
+from math import log10, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,18 +10,19 @@ from undiffuse.cli.options import (
     DeviceOpt,
     ModelArg,
     OverwriteOpt,
-    SeedOpt,
-    SplitOpt,
+    ReadOpt,
+    TestSplitOpt,
     WeightsOpt,
     open_like,
     open_model,
     refuse_below_file,
+    test_or_all,
     ticking,
     writable,
     writable_file,
 )
 from undiffuse.cli.tools import JsonOpt, show
-from undiffuse.errors import Corrupt, NoSplit, UsageError
+from undiffuse.errors import Corrupt, Mixed, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,7 @@ ClassOpt = Annotated[
     str | None,
     typer.Option("--label", help="The class of the images, by name or number, kept in the file; none unless given"),
 ]
+NoiseOpt = Annotated[int, typer.Option("--seed", help="Of the noise that a file begins with; its reader needs none")]
 DRAWINGS = {"flow": ("unipc-2", 10), "ancestral": ("ancestral", 50)}
 
 
@@ -59,8 +61,9 @@ def encode(
         bool, typer.Option("--resize", help="Crop and resize to the size of the model's images; else windows are used")
     ] = False,
     label: ClassOpt = None,
-    split: SplitOpt = "test",
-    seed: SeedOpt = 0,
+    split: TestSplitOpt = None,
+    reading: ReadOpt = None,
+    seed: NoiseOpt = 0,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Decode the file in another process before it is kept")
     ] = True,
@@ -87,14 +90,16 @@ def encode(
     from undiffuse.machine import disk
 
     writable_file(out, overwrite)
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise UsageError(f"{out} is the picture itself, which the file would replace; give another name")
     loaded = open_model(model, device, weights=weights)
-    codec, images = Codec(loaded, tables.of(loaded)), _images(loaded, source, split, n, resize)
+    codec, images = Codec(loaded, tables.of(loaded)), _images(loaded, source, split, n, resize, reading)
     number = class_of(loaded, label)
     with ticking(codec.turns(len(images), codec.plan.tail.step if lossless else steps), "encoding", as_json) as tick:
         written = codec.write(images, steps, GROUP, seed, number, lossless, tick)
     data, found = written.data, written.shown
     result, png = _result(data, found, images), _png_bytes(images)
-    _warn(codec, images, len(data), png)
+    _warn(codec, images, data, png)
     if check:
         _check(out.name, data, found, model, device, weights)
     disk.write_atomic(out, data)
@@ -113,8 +118,9 @@ def decode(
         ),
     ] = "mean",
     realism: Annotated[
-        float, typer.Option("--realism", help="With --as flow or ancestral: 0 is the mean, 1 what is drawn")
-    ] = 1.0,
+        float | None,
+        typer.Option("--realism", help="With --as flow or ancestral: 0 is the mean, 1 what is drawn, as unless given"),
+    ] = None,
     size: Annotated[int | None, typer.Option("--bytes", help="Read only the first bytes, as of a file cut off")] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Decode what is good of a file that is cut off or damaged")
@@ -141,9 +147,11 @@ def decode(
 
     if how not in ("mean", *DRAWINGS):
         raise UsageError(f"--as {how} is not known; give mean, {' or '.join(DRAWINGS)}")
+    if how == "mean" and realism is not None:
+        raise UsageError(f"--realism {realism:g} belongs to what is drawn; give --as {' or '.join(DRAWINGS)} too")
     codec, data = reader(file, model, device, weights, size)
     parsed = parsed_of(file, codec, data)
-    _refuse_place(out, parsed.header.count > 1, overwrite)
+    _refuse_place(out, parsed.header.count, overwrite)
     if parsed.status != "complete" and not (partial or (size is not None and parsed.status == "partial")):
         raise Corrupt(f"{file}: {parsed.why}; give --partial to decode what is good of it")
     turns = codec.turns(parsed.header.count, parsed.header.steps, parsed.header.group)
@@ -151,8 +159,8 @@ def decode(
         found = codec.decode(data, tick)
     differs = ""
     try:
-        images = _shown(found, how, realism)
-    except Differs as error:
+        images = _shown(found, how, 1.0 if realism is None else realism)
+    except Corrupt as error:  # of a file whose CRC is right: this machine does not come to the numbers of the other
         images, differs = found.mean(), f"{file}: {error}; {out} is what can be decoded, and is not lossless"
     written = _written(images, out)
     if differs:
@@ -184,46 +192,48 @@ def class_of(model: "Model", label: str | None) -> int | None:
     return None if none or label is None else classes.number(label)
 
 
-def _images(model: "Model", source: str, split: str, n: int | None, resize: bool) -> "Tensor":
+def _images(
+    model: "Model", source: str, split: str | None, n: int | None, resize: bool, settings: list[str] | None
+) -> "Tensor":
     """uint8 [n, c, h, w]: a picture at its own size, or a set whose images are of one."""
     import torch
 
-    from undiffuse.data import picture
-    from undiffuse.data.source import open_raw
-
-    c = model.image_shape[0]
-    is_file = Path(source).is_file()
-    if is_file:
-        try:
-            open_raw(source, split, model.data.reading)
-        except NoSplit:  # a picture has none, and is no set
-            split = "train"
-    if not is_file or n is not None or resize:
-        found = open_like(model, [source], split, skip_bad=False)
-        count = len(found) if n is None else n
-        if not 1 <= count <= len(found):
-            raise UsageError(f"{count} images are not possible; {source} has 1 to {len(found)}")
-        return found.gather(torch.arange(count, dtype=torch.int64, device="cpu"))[0]
-    raw = open_raw(source, split, model.data.reading)
-    images = [
-        torch.from_numpy(picture.fit(raw[i].image.permute(1, 2, 0).numpy(), None, c).copy()) for i in range(len(raw))
-    ]
-    if len({image.shape for image in images}) > 1:
-        raise UsageError(f"the images of {source} differ in size; give one at a time, or --resize")
-    return torch.stack(images).permute(0, 3, 1, 2)
+    if n is not None and n < 1:
+        raise UsageError(f"--images {n} is not possible; give 1 or more")
+    split = test_or_all([source], split)
+    try:
+        found = open_like(model, [source], split, skip_bad=False, settings=settings, own_size=not resize, count=n)
+    except Mixed as error:
+        raise UsageError(f"the images of {source} differ in size; give one at a time, or --resize") from error
+    if n is not None and n > len(found):
+        raise UsageError(f"{n} images are not possible; {source} has 1 to {len(found)}")
+    return found.gather(torch.arange(len(found), dtype=torch.int64, device="cpu"))[0]
 
 
-def _refuse_place(out: Path, many: bool, overwrite: bool) -> None:
+def _refuse_place(out: Path, count: int, overwrite: bool) -> None:
     """Before anything is decoded."""
+    from undiffuse.data.listing import is_picture
+
     if out.suffix.lower() == ".npz":
         return writable(out, overwrite, picture=False)
-    if not many:
+    if count == 1:
         if out.suffix.lower() != ".png":
             raise UsageError(f"{out} would not keep the image as it is; give the name of a .png or a .npz")
         return writable(out, overwrite)
+    if is_picture(out.name) and not out.is_dir():
+        raise UsageError(f"{out} is the name of a picture, and the file holds {count} images; give a folder or a .npz")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, and the file holds {count} images; give a new folder or a .npz")
     refuse_below_file(out)
-    if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if other := next((name for name in there if name not in _names(count)), None):
+        raise UsageError(f"{out} holds other files ({other}); give a new folder or a .npz")
+    if there and not overwrite:
         raise UsageError(f"{out} is there already; give a new folder or a .npz, or --overwrite")
+
+
+def _names(count: int) -> list[str]:
+    return [f"{i:05d}.png" for i in range(count)]
 
 
 def _written(images: "Tensor", out: Path) -> dict[str, Any]:
@@ -236,8 +246,8 @@ def _written(images: "Tensor", out: Path) -> dict[str, Any]:
         disk.write_atomic(out, png(picture(images[0])))
     else:
         disk.make_folder(out)
-        for i, image in enumerate(images):
-            disk.write_atomic(out / f"{i:05d}.png", png(picture(image)))
+        for name, image in zip(_names(len(images)), images, strict=True):
+            disk.write_atomic(out / name, png(picture(image)))
     return {"out": out}
 
 
@@ -254,6 +264,8 @@ def reader(
         raise UsageError(f"--bytes {size} is not possible; give 1 or more")
     with reading(file) as opened:
         data = opened.read() if size is None else opened.read(size)
+    if model is None and weights is not None:
+        raise UsageError(f"--weights {weights} is of a run; give --model too")
     given = None if model is None else open_model(model, device, weights=weights)
     try:
         return tables.for_file(data, given, device), data
@@ -289,15 +301,19 @@ def _png_bytes(images: "Tensor") -> int:
     return sum(len(png(picture(image))) for image in images)
 
 
-def _warn(codec: "Codec", images: "Tensor", size: int, png: int) -> None:
-    """Of images that the model was not made for."""
+def _warn(codec: "Codec", images: "Tensor", data: bytes, png: int) -> None:
+    """Of images that the model was not made for, by the bits of their paths: a lossless end is more in any case."""
+    from undiffuse.codec.container import canvas, parse
     from undiffuse.machine import log
 
-    each = 8 * size / len(images) * codec.plan.values / images[0].numel()
+    shape = codec.model.image_shape
+    values = prod(canvas((images.shape[2], images.shape[3]), shape))
+    bits = sum(n for group in parse(data, codec.plan, shape).groups for n in codec.bits(group, values))
+    each = bits / len(images) * codec.plan.values / values
     if each > 1.2 * codec.plan.usual:
         log.warn(
             f"{each:.0f} bits for each {codec.plan.values} values, and 99 of 100 images like the model's take at most "
-            f"{codec.plan.usual}: it does not know such images; a PNG takes {png:,} bytes, and this file {size:,}"
+            f"{codec.plan.usual}: it does not know such images; a PNG takes {png:,} bytes, and this file {len(data):,}"
         )
 
 
@@ -311,7 +327,7 @@ def _check(name: str, data: bytes, images: "Tensor", model: str, device: str, we
 
     off, said = None, "no word"
     with tempfile.TemporaryDirectory() as folder:
-        file, place = Path(folder) / name, Path(folder) / "check.npz"
+        file, place = Path(folder) / "file.udf", Path(folder) / "images.npz"
         file.write_bytes(data)
         command = [sys.executable, "-m", "undiffuse", "decode", str(file), str(place), "--model", model]
         command += ["--device", device, "--json", *([] if weights is None else ["--weights", weights])]

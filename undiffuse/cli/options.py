@@ -116,6 +116,9 @@ ReadOpt = Annotated[
     typer.Option("--set", help="How DATA is read, such as data.range=[0,4095] or data.axes=nchw; may be repeated"),
 ]
 SplitOpt = Annotated[str, typer.Option("--split", help="train or test, if the data has both")]
+TestSplitOpt = Annotated[
+    str | None, typer.Option("--split", help="train or test, if the data has both; unless given, test if there is one")
+]
 BatchOpt = Annotated[int, typer.Option("--batch", help="Images computed at a time; the results hardly depend on it")]
 SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out and list them")]
 
@@ -206,24 +209,48 @@ def reading_of(settings: list[str] | None, base: "DataConfig | None" = None, fix
 
 
 def open_like(
-    model: "Model", data: list[str], split: str, skip_bad: bool, settings: list[str] | None = None
+    model: "Model",
+    data: list[str],
+    split: str,
+    skip_bad: bool,
+    settings: list[str] | None = None,
+    own_size: bool = False,
+    count: int | None = None,
 ) -> "ArraySource | PackedSource":
-    """A data set in the shape that the model was trained on; what is left out of it and made of it is told."""
+    """A data set as the model was trained on; what is left out of it and made of it is told.
+
+    `own_size` keeps the size of its images, which must be one; `count` takes the first ones alone.
+    """
     from undiffuse.data import made, remark
     from undiffuse.data.format.several import join
     from undiffuse.machine import dist, log
 
     reading = reading_of(settings, model.data, fixed=("channels",))
-    source = model.source(join(data), split, skip_bad, reading)
+    source = model.source(join(data), split, skip_bad, reading, own_size, count)
     is_meant = any(setting.partition("=")[0].strip() == "data.range" for setting in settings or ())
     remark.refuse(source, join(data), split, reading, is_meant)
     if not is_meant:
         remark.refuse_clipped(source, reading)
-    if dist.is_first() and (told := made.line(source.made, len(source), model.image_shape)):
+    if dist.is_first() and (told := made.line(source.made, len(source), source.image_shape)):
         log.say(told)
     if left_out := remark.left_out(source):
         log.warn(left_out)
     return source
+
+
+def test_or_all(data: list[str], split: str | None) -> str:
+    """The split that is asked for; unless one is, the test images, or all of what has no splits, as pictures have."""
+    from undiffuse.data.format.several import join
+    from undiffuse.data.source import open_raw
+    from undiffuse.errors import NoSplit
+
+    if split is not None:
+        return split
+    try:
+        open_raw(join(data), "test")
+    except NoSplit:
+        return "train"
+    return "test"
 
 
 def said(told: "Told", model: "Model") -> dict[str, str]:

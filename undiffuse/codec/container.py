@@ -130,7 +130,7 @@ def parse_header(data: bytes) -> tuple[Header, int]:
     if data[:2] != MAGIC:
         raise Corrupt("this is no coded image: it does not begin as one; files are made by `undiffuse encode`")
     if len(data) < 8:
-        raise Corrupt(f"the file is cut off in its header: {len(data)} bytes are there; restore it from a copy")
+        raise Corrupt(f"the file is cut off in its header, of 8 bytes or more: {len(data)} are there; restore it")
     version, flags = data[2] >> 5, data[2] & 31
     if version != VERSION:
         raise Corrupt(f"the file has format {version}, and this undiffuse reads {VERSION}; upgrade undiffuse")
@@ -213,7 +213,8 @@ def parse(data: bytes, plan: Plan, own: Shape) -> Parsed:
     whole = not found.why
     ends, end = _ends(data, place + -(-found.used // 8), len(found.groups) if header.lossless and whole else 0)
     if whole and end is not None and len(data) > end:
-        raise Corrupt(f"the file is damaged: {len(data) - end} bytes follow where it should end")
+        why = f"{len(data) - end} bytes follow where it should end"
+        return Parsed(header, found.groups, "damaged", found.layers, why=why)
     full = whole and len(data) == end
     if full and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "big"):
         return Parsed(header, found.groups, "complete", found.layers, ends)
@@ -284,7 +285,7 @@ class _Reader:
 
     def _ends(self, layer: int, number: int, status: Status) -> bool:
         where = f"layer {layer + 1} of {len(self.plan.layers)}"
-        where += f", images {number * self.header.group + 1} on" if self.header.count > 1 else ""
+        where += f", from image {number * self.header.group} on" if self.header.count > 1 else ""
         self.damaged = status == "damaged"
         self.why = f"it is damaged in {where}" if self.damaged else f"it is cut off in {where}"
         return False

@@ -24,7 +24,7 @@ FORMAT = 1
 KNOTS = 13  # of h, even over [−1, 1]
 SCALES = 16  # a scale is −SCALES … SCALES, in quarters of an octave
 LEAST, DELTA_BITS = -3, 3  # of a scale from one layer to the next: −3 … 4
-MEMORIES = (10, 12, 14, 16)  # the bits of a state
+WASTE = {10: 0.125, 12: 0.095, 14: 0.075, 16: 0.06}  # bits of a path on top of its KL, by the bits of a state
 EXTRA = 3  # bits of a path, whatever it is over: it has to start
 MOST_BITS = 1 << 16  # of a step
 
@@ -61,13 +61,7 @@ class Plan:
         whole = all(len(row) == 2 * SCALES + 1 and 0 <= min(row) and max(row) <= MOST_BITS for row in self.bits)
         end = 1 <= self.tail.step <= n and self.tail.check() and len(self.tail.spreads) == KNOTS
         if not (
-            falls
-            and end
-            and sizes
-            and wide
-            and whole
-            and min(self.layers) > 0 < self.values
-            and self.memory in MEMORIES
+            falls and end and sizes and wide and whole and min(self.layers) > 0 < self.values and self.memory in WASTE
         ):
             raise Corrupt(
                 f"{where} is damaged: its tables do not belong together; give `undiffuse codec fit --overwrite`"

@@ -15,7 +15,7 @@ from torch import Tensor
 from undiffuse.codec import tailfit
 from undiffuse.codec.chain import hats
 from undiffuse.codec.container import Group, Header, parse_header
-from undiffuse.codec.plan import KNOTS, SCALES, Plan
+from undiffuse.codec.plan import KNOTS, SCALES, WASTE, Plan
 from undiffuse.codec.stream import GROUP, Codec
 from undiffuse.codec.tail import Tail
 from undiffuse.config import parse
@@ -36,7 +36,6 @@ FIRST, LAYER = 8, 4  # steps of the first layer, which has no scale, and of the 
 EARLY = 30.0  # bits; see `shortest`
 FLOOR = 0.05  # of h: no value is sure
 END = 0.6  # grey levels that x̂_0 is off at the end: below it the bits do little
-WASTE = {10: 0.125, 12: 0.095, 14: 0.075, 16: 0.06}  # bits of a path on top of its KL, by its memory
 CODED = 64  # images that are coded, for how many bits are usual and for the lossless end
 ENDS = 7  # of the last steps, at which that may begin
 
@@ -188,7 +187,18 @@ def plan(
     )
 
 
-def cost(model: Model, images: int = IMAGES) -> str:
+def refuse(model: Model, steps: int, memory: int) -> None:
+    """UsageError for what `fit` cannot do."""
+    model.refuse_distilled("a codec")
+    if model.config.parameterisation.needs_table:
+        raise UsageError("mu prediction holds for steps of 1/T only, and files take few; train eps, x0 or v")
+    if not 1 <= steps < NODES:
+        raise UsageError(f"{steps} steps are not possible; give 1 to {NODES - 1}")
+    if memory not in WASTE:
+        raise UsageError(f"memory = {memory} is not possible; give {', '.join(map(str, WASTE))}")
+
+
+def cost(images: int = IMAGES) -> str:
     """What `fit` takes, in words."""
     return f"{NODES} evaluations of each of {images} images"
 
@@ -210,13 +220,7 @@ def fit(
 
     `cond` is what files will say of them: their classes, if the model was never trained without. Raises UsageError.
     """
-    model.refuse_distilled("a codec")
-    if model.config.parameterisation.needs_table:
-        raise UsageError("mu prediction holds for steps of 1/T only, and files take few; train eps, x0 or v")
-    if steps < 1:
-        raise UsageError(f"{steps} steps are not possible; give 1 or more")
-    if memory not in WASTE:
-        raise UsageError(f"memory = {memory} is not possible; give {', '.join(map(str, WASTE))}")
+    refuse(model, steps, memory)
     found, values = measured(model, images, cond, tick=tick), prod(model.image_shape)
     made = plan(found, model.process, model.digest(), len(images), values, steps, memory)
     codec, some = Codec(model, made), images[:CODED]
@@ -260,7 +264,7 @@ def for_file(data: bytes, model: Model | None = None, device: str = "cpu") -> Co
             return Codec(own, plan)
     raise UsageError(
         f"no shipped model made this file (tables {header.ident.hex()}; shipped: {', '.join(shipped())}); give the one "
-        "that did with --model"
+        "that did with --model. One with other tables than the shipped ones comes from `undiffuse export`"
     )
 
 

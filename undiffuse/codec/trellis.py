@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -100,16 +100,17 @@ def _searched(problems: list[Problem], memory: int) -> list[UInt8[np.ndarray, "_
     # State p·2 + bit follows p, or p with its oldest bit set, whichever has come further.
     without, having, followers = metric[:, :half], metric[:, half:], metric.view(count, half, 2)
     best = torch.empty((count, half), dtype=metric.dtype, device=device)
-    turns = torch.empty((blocks - 1, count, half), dtype=torch.bool, device=device)
     some = max(1, NARROW // metric.numel())
+    turns = torch.empty((some, count, half), dtype=torch.bool, device=device)
+    taken = np.empty((blocks - 1, count, -(-half // 8)), np.uint8)  # a bit each: all that grows with a path
     for low in range(1, blocks, some):
         gains = _scores(problems, low, min(low + some, blocks), memory).view(-1, count, half, 2)
-        for turn, gain in zip(turns[low - 1 :], gains, strict=False):
+        for turn, gain in zip(turns[: len(gains)], gains, strict=True):
             torch.gt(having, without, out=turn)
             torch.maximum(without, having, out=best)
             torch.add(gain, best[:, :, None], out=followers)
-    last, taken = metric.argmax(1).tolist(), turns.cpu().numpy()
-    every = zip(problems, last, strict=True)
+        taken[low - 1 : low - 1 + len(gains)] = np.packbits(turns[: len(gains)].cpu().numpy(), axis=2)
+    every = zip(problems, metric.argmax(1).tolist(), strict=True)
     return [_walked_back(state, taken[:, i], memory, each.total) for i, (each, state) in enumerate(every)]
 
 
@@ -145,11 +146,11 @@ def _folded(values: Float[Tensor, "_"], ends: Int[np.ndarray, "_"], wide: int) -
 
 
 def _walked_back(
-    state: int, turns: Bool[np.ndarray, "branches half"], memory: int, total: int
+    state: int, turns: UInt8[np.ndarray, "branches bytes"], memory: int, total: int
 ) -> UInt8[np.ndarray, "n"]:
-    path = np.zeros(memory + len(turns), np.uint8)
+    path, half = np.zeros(memory + len(turns), np.uint8), (1 << memory) // 2
     for j in reversed(range(len(turns))):
         path[memory + j], state = state & 1, state >> 1
-        state += turns.shape[1] * int(turns[j, state])
+        state += half * (int(turns[j, state >> 3]) >> 7 - (state & 7) & 1)
     path[:memory] = state >> np.arange(memory - 1, -1, -1) & 1
     return path[max(0, memory - total) :][:total]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from undiffuse.config import plain
 from undiffuse.data.format import packed
@@ -39,6 +40,7 @@ from undiffuse.data.source import (
     refuse_bad,
     unify,
 )
+from undiffuse.data.subset import Subset
 from undiffuse.data.workers import finished
 from undiffuse.errors import Corrupt, DataError, Locked, UsageError
 from undiffuse.machine import disk, log, store
@@ -130,16 +132,19 @@ def open_data(
     show_progress: bool = False,
     split: str = "train",
     stride: int = 8,
+    count: int | None = None,
 ) -> ArraySource | PackedSource:
     """A split of a data set in one shape: in memory, or packed in the cache if it is large or `use_cache` says so.
 
     Large is over 1 GB, or over 20,000 pictures to decode. What is packed already, or an array already, and fits, is
-    given as it is. Where sizes differ and none is given, the error proposes a multiple of `stride`. Of several
-    processes that ask for the same, one packs it and the others wait.
+    given as it is. Where sizes differ and none is given, the error proposes a multiple of `stride`. With `count` it is
+    the first ones alone. Of several processes that ask for the same, one packs it and the others wait.
     """
     wanted = Wanted.of(size, channels, stride)
     reading = wanted.reading(reading)
     raw = open_raw(spec, split, reading)
+    if count is not None and count < len(raw):
+        raw = Subset(raw, torch.arange(count, dtype=torch.int64, device="cpu"))
     if isinstance(raw, PackedSource) and wanted.accepts(raw.image_shape):
         return raw
     if use_cache is None:

@@ -27,7 +27,7 @@ from undiffuse.data.listing import Split
 from undiffuse.data.made import Made, summed, tally
 from undiffuse.data.passed import Passed
 from undiffuse.data.picture import PLAIN, Reading
-from undiffuse.errors import DataError, MemoryExhausted, NoSplit, UsageError, nearest
+from undiffuse.errors import DataError, MemoryExhausted, Mixed, NoSplit, UsageError, nearest
 from undiffuse.machine import log
 from undiffuse.machine.disk import SMALL
 from undiffuse.strict import whole
@@ -393,7 +393,7 @@ def _mixed(first: str, one: tuple[int, ...], second: str, two: tuple[int, ...], 
     if one[1:] != two[1:]:
         sizes = f"{first} is {one[2]}x{one[1]}, {second} is {two[2]}x{two[1]}"
         side = max(stride, min(*one[1:], *two[1:]) // stride * stride)
-        return DataError(f"images differ in size: {sizes} (width x height). Give one, for example --size {side}")
+        return Mixed(f"images differ in size: {sizes} (width x height). Give one, for example --size {side}")
     found = f"images differ in channels: {first} has {one[0]}, {second} has {two[0]}"
     if {one[0], two[0]} != {1, 3}:
         return DataError(f"{found}. Only grey and RGB are made one; give data of one kind")

@@ -15,8 +15,9 @@ from undiffuse.config import parse, plain
 from undiffuse.data import picture
 from undiffuse.data.format.packed import PackedSource
 from undiffuse.data.made import Made, channels, tally
+from undiffuse.data.pack import open_data
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import ArraySource, Wanted, open_raw, unify
+from undiffuse.data.source import ArraySource, Wanted
 from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.grid import GRIDS, Grid, suited
 from undiffuse.diffusion.numbers import F64
@@ -30,6 +31,7 @@ from undiffuse.machine import dist
 from undiffuse.model import distilled, fitted, walk
 from undiffuse.model.classes import ALL, Classes, Label, Told, told
 from undiffuse.model.fitted import Fit
+from undiffuse.model.mean import DRAWS, mean_of
 from undiffuse.model.recipe import DataConfig, ModelConfig
 from undiffuse.model.walk import Steps, Walk
 from undiffuse.model.weights import digest_of_weights, weights_of
@@ -37,8 +39,6 @@ from undiffuse.network.base import NOTHING, Conditioning
 from undiffuse.strict import whole
 
 PRECISIONS = ("auto", "float32", *machine.HALF, "tf32")
-DRAWS = 8  # of x̂_0 at t = 1, for the mean that a chain begins at
-MOST_OUT = 4.0  # what an error of the network may be multiplied by in that
 
 
 def to_float(image: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -164,17 +164,22 @@ class Model:
         return replace(self, config=replace(self.config, variance=new), denoiser=denoiser, precision=precision)
 
     def source(
-        self, data: str | Path, split: str = "train", skip_bad: bool = False, reading: Reading | None = None
+        self,
+        data: str | Path,
+        split: str = "train",
+        skip_bad: bool = False,
+        reading: Reading | None = None,
+        own_size: bool = False,
+        count: int | None = None,
     ) -> ArraySource | PackedSource:
         """A data set made into images as those of the training were: of this shape, and read in the same way.
 
-        In memory, or as it is if it is packed in this shape. `reading` says it in another way.
+        In memory, or as it is if it is packed in this shape. `reading` says it in another way; `own_size` keeps the
+        size of its images, and `count` takes the first ones alone.
         """
-        c, h, w = self.image_shape
-        raw = open_raw(data, split, Wanted.of((h, w), c).reading(reading or self.data.reading))
-        if isinstance(raw, PackedSource) and raw.image_shape == (c, h, w):
-            return raw
-        return unify(raw, (h, w), c, skip_bad)
+        c, size = self.image_shape[0], None if own_size else self.image_shape[1:]
+        reading = reading or self.data.reading
+        return open_data(data, size, c, reading, skip_bad, use_cache=False, split=split, count=count)
 
     def picture(self, path: Path) -> UInt8[Tensor, "c h w"]:
         """One picture file made into such an image. Raises DataError."""
@@ -361,7 +366,6 @@ class Model:
             )
         return x.cpu()
 
-    @torch.no_grad()
     def mean(self, label: int | None = None) -> Float[Tensor, "c h w"]:
         """E[x_0] of a class as the network has it, in [−1, 1]: x̂_0 at t = 1, where x_t tells nothing.
 
@@ -370,16 +374,10 @@ class Model:
         distilled model, whose x̂_0 is a sample, over 64 draws at the start of its first step.
         """
         if label not in self._means:
-            at, draws = (torch.ones(1, dtype=F64, device="cpu"), DRAWS)
+            at, draws = torch.ones(1, dtype=F64, device="cpu"), DRAWS
             if self.config.bounds is not None:
                 at, draws = self.times()[:1], 8 * DRAWS
-            out = float(self.config.parameterisation.coefficients(self.process, at).out)
-            if not abs(out) <= MOST_OUT:
-                return self._means.setdefault(label, torch.zeros(self.image_shape, dtype=torch.float32, device="cpu"))
-            noise = Key(0).fold("mean").rows(draws).to(self.device).normal(*self.image_shape)
-            told = None if label is None else torch.full((draws,), label, dtype=torch.int64, device=self.device)
-            x_0 = self.denoiser(float(self.process.sigma(at)) * noise, at.expand(draws), Conditioning(told)).x_0
-            self._means[label] = x_0.mean(0).cpu()
+            self._means[label] = mean_of(self.denoiser, self.config, label, at, draws, self.device)
         return self._means[label]
 
     @cached_property
