@@ -98,6 +98,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def nearest(given: str, known: Iterable[str]) -> str:
     """The hint of a message: ` Did you mean "x"? Known: …`; the question is left out when nothing is close."""
     names = sorted(known)
+    if not names:
+        return " It has none"
     close = difflib.get_close_matches(given, names, n=1)
     return (f' Did you mean "{close[0]}"?' if close else "") + f" Known: {', '.join(names)}"
 

@@ -32,7 +32,11 @@ def test_tables_are_made_once_and_anew_when_asked(call, folder, tmp_path, cache)
     made = tables.of(load.load(model, "cpu"))
     assert (made.steps, made.images, made.values, made.memory) == (3, 5, 64, 10)
     assert str(cache / "fit" / f"{made.weights}.codec.json") in out and made.ident.hex() in out
-    assert good(call, *words) == {"tables": "there already", "ident": made.ident.hex()}
+    assert good(call, *words) == {
+        "tables": str(cache / "fit" / f"{made.weights}.codec.json"),
+        "ident": made.ident.hex(),
+        "made": "before",
+    }
     other = good(call, *words, "--overwrite")
     assert other["ident"] != made.ident.hex() and other["steps"] == 3 and other["usual"] > 0
     again = tables.of(load.load(model, "cpu"))

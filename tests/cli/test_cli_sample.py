@@ -58,7 +58,8 @@ def test_the_bound_takes_the_same_options(call, folder):
 
 def test_figures_take_any_subset_of_steps_and_any_lambda(call, folder, tmp_path):
     out, a, b = tmp_path / "x.png", folder / "PICTURES" / "a.png", folder / "PICTURES" / "b.png"
-    words = ["--times", "1,0.5,0.25", "--no-clip", "--variance", "fixed-small", "--out", out, "--overwrite", "--json"]
+    words = ["--times", "1,0.5,0.25", "--no-clip", "--solver", "ancestral", "--variance", "fixed-small"]
+    words += ["--out", out, "--overwrite", "--json"]
     assert json.loads(call("progressive", folder / "MODEL", "-n", 1, *words)[1])["t"] == [1, 0.5, 0.25]
     assert json.loads(call("shared", folder / "MODEL", "-n", 1, "--at", 0.5, *words)[1])["t"] == [0.5]
     code, text, err = call("interpolate", folder / "MODEL", a, b, "--lambda", 0.1, "--lambda", 1.5, *words)
@@ -167,11 +168,20 @@ BAD = [
     ("sample MODEL --seeds 0,0 --out x", 2, "--seeds 0,0 has 0 twice, which is the same image; give it once"),
     ("sample MODEL --seeds 0-99999999 --out x", 2, "--seeds 0-99999999 are more than 1,000,000; give fewer at a time"),
     ("sample MODEL --out FILE", 2, "FILE is a file; give the name of a folder"),
+    ("sample MODEL --out FILE/x", 2, "FILE is a file, so FILE/x cannot be in it; give another place"),
+    ("sample MODEL --out x --variance fixed-large", 2, "--variance fixed-large belongs to Algorithm 2; give --solver"),
+    ("sample MODEL --out x --solver unipc-2,order=3", 2, "solver unipc-2,order=3 says its order twice; say it once"),
+    (
+        "sample MODEL --out x --solver heun,churn=4,churn_min=3,churn_max=1",
+        2,
+        "sampler heun: churn_min 3 is not below churn_max 1, so nothing is churned",
+    ),
+    ("sample MODEL --out x --solver dpmpp-sde-2", 2, 'sampler dpmpp-sde has no field "order". It has none'),
     ("sample MODEL --npz BAD", 2, "BAD is a folder; give the name of a file"),
     ("sample MODEL --out x --times 1,0.5,0.5", 2, "times 1, 0.5, 0.5 do not fall strictly"),
     ("sample MODEL --out x --times 1;2", 2, '--times "1;2" is not a list of numbers; give for example 1,0.75'),
     ("sample MODEL --out x --times 1,0.5 --steps 2", 2, "--steps 2 and --times 1,0.5 say the same twice"),
-    ("sample MODEL --out x --eta 0.5", 2, "eta = 0.5 belongs to the sampler ddim, not to ancestral"),
+    ("sample MODEL --out x --eta 0.5", 2, "eta = 0.5 belongs to the sampler ddim; name it too, or leave eta out"),
     ("sample MODEL --out x --solver ddim --eta -1", 2, '"eta" input should be greater than or equal to 0, given -1.0'),
     ("sample MODEL --out x --variance fixed-smal", 2, 'Did you mean "fixed-small"?'),
     ("sample LEARNED --out x --variance fixed-small", 2, "this model says its own (learned); leave it out"),
@@ -227,6 +237,12 @@ BAD = [
     ("train PICTURES -p cifar10 --size 30x17 --out x", 2, "use --size 32x16 (height 32, width 16) or fewer"),
     ("sample MODEL -n 100000000000 --out x", 6, "out of memory (tried to allocate 800000000000 bytes); give a smaller"),
 ]
+
+
+@pytest.mark.parametrize("words", ["-n 0", "--label cat", "--seeds 9-7", "--seeds 1,2 -n 3", "--batch 0"])
+def test_what_is_refused_is_the_only_line(call, folder, tmp_path, words):
+    code, _, err = call("sample", folder / "MODEL", "--out", tmp_path / "x", *words.split())
+    assert code == 2 and err.startswith("undiffuse: ") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("words, code, message", BAD, ids=[words for words, *_ in BAD])

@@ -112,6 +112,16 @@ def logsnr_grid(steps: int, low: float = -4.0, high: float = 6.0) -> torch.Tenso
     return torch.linspace(low, high, steps + 1, dtype=F64)
 
 
+@every_case
+def test_a_sampler_that_says_it_is_noisy_adds_noise_and_no_other_does(case):
+    """Between the ends: chains of equal starts and other keys."""
+    process, times, ends = Linear(), torch.tensor([0.5, 0.4, 0.3, 0.2], dtype=F64), []
+    for seed in (0, 1):
+        start = torch.zeros(2, 3, dtype=F64)
+        ends.append(sample(CASES[case], exact(process), process, Key(seed).rows(2), (3,), times, start=start))
+    assert torch.equal(*ends) != CASES[case].noisy
+
+
 # --- one step, and the chain of them ---
 
 

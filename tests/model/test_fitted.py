@@ -154,7 +154,7 @@ def test_a_damaged_fit_is_mended_and_is_in_nobodys_way(tmp_path, cache, call):
     code, out, err = call("fit", path, "--trajectories", 4, "--overwrite", "--json")
     assert code == 0 and json.loads(out)["steps"] == 11 and load(path).fit.trajectories == 4, err
     code, out, _ = call("fit", path, "--json")
-    assert code == 0 and json.loads(out)["grid"] == "there already"
+    assert code == 0 and json.loads(out) == {"grid": str(place), "steps": 11, "made": "before"}
 
 
 def test_each_class_is_looked_at_as_often_as_in_training():

@@ -1,6 +1,8 @@
 """The chain that is walked where nobody names a solver, and the one where somebody does."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_a_named_solver_takes_all_steps_on_the_grid_of_the_process():
             named["solver"], expected = "ddim", DDIM(0.5)
         times, sampler, said = toy.walk(**named)
         assert torch.equal(times, Even().times(toy.process, 100)) and (sampler, said) == (expected, "")
-    with pytest.raises(UsageError, match="eta = 0.5 belongs to the sampler ddim, not to ancestral"):
+    with pytest.raises(UsageError, match="eta = 0.5 belongs to the sampler ddim; name it too, or leave eta out"):
         toy.walk(eta=0.5)
     with pytest.raises(UsageError, match="steps = 101 is not possible; this model takes 1 to 100"):
         toy.walk(101)
@@ -70,6 +72,33 @@ def test_mu_takes_all_steps_of_its_table_and_says_why():
     times, sampler, said = toy.walk()
     assert len(times) == 21 and sampler == Ancestral(toy.config.variance)
     assert said == "this model predicts mu, which holds for steps of 1/T only: all steps of Algorithm 2"
+    for steps in (5, [1.0, 0.5]):
+        with pytest.raises(UsageError, match="^this model predicts mu, and Algorithm 2 holds for all 20 steps of "):
+            toy.walk(steps)
+    assert len(toy.walk(5, "ddim").times) == 6
+
+
+def test_arguments_of_another_kind_are_refused():
+    """Where no type checker stands before them, as it does in tests."""
+    code = """
+import undiffuse
+model = undiffuse.load("fashion-mnist", "cpu")
+for call in (
+    lambda: model.walk("5"),
+    lambda: model.walk(solver=3),
+    lambda: model.walk(solver=""),
+    lambda: model.variant(precision=3),
+):
+    try:
+        call()
+    except undiffuse.Error as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    steps, number, empty, precision = done.stdout.splitlines()
+    assert steps == "steps = '5' is not possible; give a whole number"
+    assert number == "solver = 3 is not possible; give its name, such as unipc-2, or a sampler"
+    assert empty.startswith('sampler "" is not known') and precision.startswith('precision "3" is not known')
 
 
 def test_the_shipped_model_has_a_grid_of_its_own():

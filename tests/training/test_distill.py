@@ -1,6 +1,7 @@
 """Distillation from end to end: a model of N steps knows them, and what it is not made for is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,38 @@ def test_data_that_is_not_there_is_refused_before_a_grid_is_fitted(tmp_path):
     assert not (tmp_path / "out").exists() and not (other / "fit").exists()
 
 
+@pytest.mark.parametrize(
+    "setting", ["data.size=16", "objective.name=simple", "objective.bounds=[1,80]", "network.channels=8"]
+)
+def test_settings_that_make_another_function_of_it_are_refused(teacher, tmp_path, setting):
+    said = []
+    with pytest.raises(UsageError, match=f"^--set {re.escape(setting)} is not possible in a distillation, whose"):
+        distill(teacher, "digits", tmp_path / "out", 2, settings=[setting], device="cpu", say=said.append)
+    assert not (tmp_path / "out").exists() and said == []
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"minutes": -1}, "a budget of -1 minutes is not possible"),
+        ({"images": 0}, "a budget of 0 images"),
+        ({"logs": ["x"]}, 'log "x"'),
+    ],
+)
+def test_what_is_refused_is_so_before_a_grid_is_fitted(tmp_path, given, words):
+    other, said = run_of_digits(tmp_path / "other", 1, "parameterisation.name=v"), []
+    with pytest.raises(UsageError, match=words):
+        distill(other, "digits", tmp_path / "out", 2, device="cpu", say=said.append, show_progress=False, **given)
+    assert said == [] and not (other / "fit").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_samples_becomes_no_run(teacher, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".undiffuse").write_text("")
+    with pytest.raises(UsageError, match="out holds samples; give a new folder for a run"):
+        tuned(teacher, tmp_path / "out", 1)
+
+
 def test_plain_training_does_not_go_on_with_it(teacher, tmp_path):
     tuned(teacher, tmp_path / "run", 2)
     with pytest.raises(UsageError, match="^a distillation goes on with its teacher alone: give `undiffuse distill"):
@@ -227,7 +260,11 @@ def test_the_command(teacher, tmp_path, call):
     code, text, err = call(*words, *(part for each in [*QUICK, "train.steps=1"] for part in ("--set", each)))
     assert code == 0, err
     found = json.loads(text)
-    assert (found["sampling_steps"], found["step"]) == (2, 1) and found["next"].startswith("undiffuse sample")
+    assert (
+        (found["sampling_steps"], found["step"]) == (2, 1)
+        and "--set train.steps=2" in found["more"]
+        and found["next"].startswith("undiffuse sample")
+    )
     code, text, err = call("sample", out, "-n", 2, "--npz", tmp_path / "x.npz", "--json")
     assert code == 0 and json.loads(text)["steps"] == 2, err
     code, _, err = call("export", out, tmp_path / "theirs", "--to", "diffusers")

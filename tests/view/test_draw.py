@@ -182,6 +182,37 @@ def test_what_is_of_another_command_is_refused(tmp_path):
     assert contents(place.folder) == before
 
 
+def test_what_was_begun_on_another_grid_of_that_name_is_refused(tmp_path):
+    toy = gaussian()
+    draw.draw(job(toy), draw.Places(tmp_path / "out"))
+    mark = tmp_path / "out" / ".undiffuse"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"walk": "0" * 64}))
+    with pytest.raises(UsageError, match=r"out holds samples of another command \(other walk\)"):
+        draw.draw(job(toy), draw.Places(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["folder", "npz"])
+def test_what_is_refused_before_anything_is_drawn_leaves_no_mark(tmp_path, name):
+    """So that the same place takes the command as it was meant."""
+
+    def never(x, t):
+        raise UsageError("not like this")
+
+    place = draw.Places(**{name: tmp_path / "out" / "x.npz"})
+    with pytest.raises(UsageError, match="^not like this$"):
+        draw.draw(job(model(never)), place)
+    assert not (tmp_path / "out" / "x.npz").exists() and not any((tmp_path / "out").glob("*"))
+    written = draw.draw(job(gaussian()), place)
+    assert written[name] == place[name == "npz"]
+
+
+def test_a_run_folder_takes_no_samples(tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "step-000000004").mkdir()
+    with pytest.raises(UsageError, match="holds a run; give a new folder for samples"):
+        draw.refuse(tmp_path)
+
+
 def test_a_folder_with_other_pictures_or_an_unknown_mark_is_refused(tmp_path):
     (tmp_path / "mine.png").write_bytes(b"")
     with pytest.raises(UsageError, match=r"holds other pictures \(mine.png\), which samples would mix with"):

@@ -14,6 +14,7 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.parameterisation import X0
 from undiffuse.diffusion.process import Linear, Process
 from undiffuse.diffusion.reverse import FixedSmall, Learned
+from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.errors import DataError, UsageError
 from undiffuse.key import Key
 from undiffuse.model.model import Model, to_float, to_uint8
@@ -306,8 +307,9 @@ def test_every_figure_takes_a_solver():
     toy = gaussian(20)
     images, _ = explore.progressive(toy, 2, slots=1, solver="ddim")
     assert torch.equal(images[:, -1], toy.sample(2, solver="ddim"))
-    branches, _ = explore.shared(toy, 3, at=(0.5,), solver="ddim")
-    assert (branches == branches[:, :1]).all()  # nothing is left to chance below t
+    with pytest.raises(UsageError, match="^solver ddim adds no noise, so that all images that share a latent are"):
+        explore.shared(toy, 3, at=(0.5,), solver="ddim")
+    branches, _ = explore.shared(toy, 3, at=(0.5,), solver=DDIM(eta=0.5))
     assert not (explore.shared(toy, 3, at=(0.5,))[0] == branches).all()
 
 

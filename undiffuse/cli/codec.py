@@ -115,7 +115,8 @@ def fit(
     tables.refuse(loaded, steps, memory)
     there = fitted.raw(loaded.run, loaded.digest(), fitted.CODEC) or loaded.meta.get("codec")
     if there and not overwrite:
-        show({"tables": "there already", "ident": tables.of(loaded).ident.hex()}, as_json)
+        place = fitted.found(loaded.run, loaded.digest(), fitted.CODEC) or model
+        show({"tables": place, "ident": tables.of(loaded).ident.hex(), "made": "before"}, as_json)
         return
     source = open_like(loaded, data, split, skip_bad, reading)
     index = _first(len(source), images)
@@ -129,7 +130,7 @@ def fit(
     with ticking(tables.turns(len(some), steps), "fitting", as_json) as tick:
         plan = tables.fit(loaded, some, steps, memory, tick, cond)
     bits = sum(plan.bits[step][len(plan.bits[step]) // 2] for step in range(plan.steps))
-    kept = {"ident": plan.ident.hex(), "steps": plan.steps, "bits_an_image": bits, "usual": plan.usual}
+    kept = {"ident": plan.ident.hex(), "steps": plan.steps, "bits_an_image": bits, "usual": plan.usual, "made": "now"}
     show({"tables": tables.keep(plan, loaded), **kept}, as_json)
     if loaded.meta.get("codec") and not as_json:
         log.say("files that are made from now on are read with these tables alone; `undiffuse export` sends them along")

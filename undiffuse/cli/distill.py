@@ -6,7 +6,7 @@ import typer
 
 from undiffuse.cli.options import DataArg, DeviceOpt, ModelArg, SkipBadOpt
 from undiffuse.cli.tools import JsonOpt, sampling, show
-from undiffuse.cli.train import AcceptOpt, ImagesOpt, LogsOpt, MinutesOpt, PackOpt, RunOpt, SetOpt
+from undiffuse.cli.train import AcceptOpt, ImagesOpt, LogsOpt, MinutesOpt, PackOpt, RunOpt, SetOpt, again
 
 
 def distill(
@@ -58,7 +58,9 @@ def distill(
     )
     if dist.is_first():
         trained = {"step": found.meta["step"], "images_seen": found.meta["images"]}
-        show({"run": out, "sampling_steps": steps, **trained, "next": sampling(out, found)}, as_json)
+        longer = {} if found.meta.get("ended") == "minutes" else {"--set train.steps": str(2 * found.meta["step"])}
+        go_on = again(longer, without=("--images",) if longer else ())
+        show({"run": out, "sampling_steps": steps, **trained, "more": go_on, "next": sampling(out, found)}, as_json)
 
 
 def register(app: typer.Typer) -> None:

@@ -201,7 +201,7 @@ def _model(
 
     if holds_model(samples):
         model = open_model(samples, device, clip, **kind)
-        walk = choose_walk(model, **drawing)
+        walk = choose_walk(model, **drawing, variance=kind.get("variance"))
         return model, {"steps": walk.times, "solver": walk.sampler}
     refuse_unknown(samples)
     given = drawing | kind | {"no-clip" if clip is False else "clip": clip}

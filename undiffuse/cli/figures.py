@@ -89,7 +89,7 @@ def progressive(
 
     writable(out, overwrite)
     loaded = open_model(model, device, clip, variance, weights)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     total = len(walk.times) - 1
     with ticking(total, "progressive", as_json) as tick:
         images, at = explore.progressive(loaded, n, seed, walk.times, slots, tick, walk.sampler, label)
@@ -121,7 +121,7 @@ def shared(
     """Draw samples that share one latent x_t.
 
     Each row is one time t (Fig. 7 of the paper). Its samples share the chain from noise down to x_t and differ after
-    it.
+    it, by the noise that the solver adds: ancestral, dpmpp-sde, heun with churn or ddim with --eta.
 
     Example:
 
@@ -132,7 +132,7 @@ def shared(
 
     writable(out, overwrite)
     loaded = open_model(model, device, clip, variance, weights)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta, noisy=True)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, noisy=True)
     at = at or [1.0, 0.75, 0.5, 0.25]
     with ticking(explore.shared_steps(loaded, at, *walk[:2]), "shared latents", as_json) as tick:
         images, branches = explore.shared(loaded, n, seed, at, walk.times, tick, walk.sampler, label)
@@ -187,7 +187,7 @@ def interpolate(
 
     writable(out, overwrite)
     loaded = open_model(model, device, clip, variance, weights)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, below=True)
     pictures = open_pair(loaded, first, second, settings)
     if mix and count is not None:
         raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
@@ -249,7 +249,7 @@ def neighbours(
     refuse_inside(out, join(data), "--out")
     _refuse_both(crop, features, feature_weights)
     loaded = open_model(model, device, clip, variance, weights)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
     extractor = None if features is None else _extractor(features, feature_weights, loaded)

@@ -6,6 +6,7 @@ import typer
 
 from undiffuse.cli.options import DeviceOpt, ModelArg, SeedOpt, WeightsOpt, open_model, ticking
 from undiffuse.cli.tools import JsonOpt, show
+from undiffuse.strict import whole
 
 
 def fit(
@@ -36,14 +37,16 @@ def fit(
     from undiffuse.model import fitted
 
     loaded = open_model(model, device, weights=weights)
+    whole("trajectories", trajectories, 1)
     if not overwrite and loaded.fit is not None:
-        show({"grid": "there already", "steps": len(loaded.fit.grid.walks)}, as_json)
+        place = fitted.found(loaded.run, loaded.digest()) or model
+        show({"grid": place, "steps": len(loaded.fit.grid.walks), "made": "before"}, as_json)
         return
     if not as_json:
         log.say(fitting.cost(loaded, trajectories))
     with ticking(fitting.steps_of(loaded, trajectories), "fitting", as_json) as tick:
         found = fitting.fit(loaded, trajectories, seed, tick)
-    show({"grid": fitted.keep(found, loaded.run), "steps": len(found.grid.walks)}, as_json)
+    show({"grid": fitted.keep(found, loaded.run), "steps": len(found.grid.walks), "made": "now"}, as_json)
 
 
 def register(app: typer.Typer) -> None:

@@ -77,7 +77,11 @@ ClipOpt = Annotated[
 ]
 VarianceOpt = Annotated[
     str | None,
-    typer.Option("--variance", help="Reverse variance: fixed-large or fixed-small; as in training unless given"),
+    typer.Option(
+        "--variance",
+        help="Reverse variance: fixed-large or fixed-small; as in training unless given. To sample with it, give "
+        "--solver ancestral too",
+    ),
 ]
 DeviceOpt = Annotated[str, typer.Option("--device", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1 or mps")]
 PrecisionOpt = Annotated[
@@ -277,14 +281,23 @@ def choose_walk(
     grid: str | None,
     solver: str | None,
     eta: float | None,
+    variance: str | None,
     noisy: bool = False,
+    below: bool = False,
 ) -> "Walk":
-    """The chain of --steps, --times, --grid, --solver and --eta; what nobody named is told in a line."""
+    """The chain of --steps, --times, --grid, --solver and --eta; what nobody named is told in a line.
+
+    `below`: of its times those below some t alone are walked. Raises UsageError for a --variance that it does not have.
+    """
+    from undiffuse.diffusion.sampler.ancestral import Ancestral
     from undiffuse.machine import dist, log
 
     walk = model.walk(_steps(steps, times, grid), solver, eta, grid, noisy)
+    if variance is not None and not isinstance(walk.sampler, Ancestral):
+        raise UsageError(f"--variance {variance} belongs to Algorithm 2; give --solver ancestral too, or leave it out")
     if walk.said and dist.is_first():
-        log.say(walk.said)
+        what, sign, other = walk.said.partition(";")
+        log.say(what + ", of which those below t are taken" * below + sign + other)
     return walk
 
 

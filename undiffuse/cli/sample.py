@@ -25,6 +25,7 @@ from undiffuse.cli.options import (
     choose_walk,
     open_model,
     parse_seeds,
+    refuse_below_file,
     said,
     ticking,
     writable,
@@ -35,8 +36,8 @@ from undiffuse.strict import whole
 
 if TYPE_CHECKING:
     from undiffuse.key import Seed
+    from undiffuse.model.classes import Told
     from undiffuse.model.model import Model
-    from undiffuse.model.walk import Walk
     from undiffuse.view.draw import Job
 
 
@@ -88,8 +89,11 @@ def sample(
 
     _refuse_places(out, npz, overwrite)
     loaded = open_model(model, device, clip, variance, weights, precision)
-    walk, numbers = choose_walk(loaded, steps, times, grid, solver, eta), _seed(seed, seeds, n)
-    job, rows = _job(loaded, n, numbers, label, batch, walk)
+    numbers = _seed(seed, seeds, n)
+    (total, told), rows = _asked(loaded, n, numbers, label)
+    batch = whole("batch", batch, 1)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
+    job = draw.Job(loaded, total, walk.times, walk.sampler, told, numbers, batch)
     wait = loaded.sampling_steps(job.n, job.times, job.batch)
     with dist.joined(dist.LONG), ticking(wait, "sampling", as_json) as tick:
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
@@ -120,26 +124,16 @@ def _seed(seed: int, seeds: str | None, n: int | None) -> "Seed":
     return parse_seeds(seeds)
 
 
-def _job(
-    model: "Model",
-    n: int | None,
-    seed: "Seed",
-    label: str | None,
-    batch: int,
-    walk: "Walk",
-) -> "tuple[Job, int | None]":
-    """What is drawn, and the columns of the grid where each class has a row."""
-    from undiffuse.view.draw import Job
-
+def _asked(model: "Model", n: int | None, seed: "Seed", label: str | None) -> "tuple[tuple[int, Told], int | None]":
+    """How many images, and their labels; and the columns of the grid where each class has a row."""
     rows = model.count(1, label) > 1
     if isinstance(seed, list):
         if rows:
             raise UsageError(f"--seeds names single images, and --label {label} rows of them; give one class")
         n = len(seed)
     n = whole("n", (8 if rows else 64) if n is None else n, 1)
-    total, columns = model.count(n, label), n if rows else None
-    told = model.told(label, total, seed)
-    return Job(model, total, walk.times, walk.sampler, told, seed, whole("batch", batch, 1)), columns
+    total = model.count(n, label)
+    return (total, model.told(label, total, seed)), n if rows else None
 
 
 def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
@@ -149,6 +143,7 @@ def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
     if out is None and npz is None:
         raise UsageError("nowhere to write; give --out FOLDER for PNGs, or --npz FILE for one array")
     if out is not None:
+        refuse_below_file(out)
         draw.refuse(out)
     writable(npz, overwrite or (npz is not None and draw.partial_of(npz).exists()), picture=False)
 

@@ -17,6 +17,7 @@ from undiffuse.errors import Corrupt, StorageError, UsageError
 Data = bytes | bytearray | Iterable[bytes]  # whole, or in pieces
 CHUNK = 2**24  # bytes in one write
 CACHE = "UNDIFFUSE_CACHE"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that less to write, or more room, would mend
 SMALL = 2**20  # bytes of JSON that are read; a longer text could take seconds, and much memory, to refuse
 
 
@@ -115,17 +116,20 @@ def writing(path: Path, size: int, temporary: Path | None = None) -> Iterator[No
             with suppress(OSError):  # the disk fails twice: the first failure is raised, and the next lock sweeps
                 remove(temporary)
         if isinstance(error, OSError):
-            raise _storage_error(path, error.strerror or str(error), size) from error
+            raise _storage_error(path, error, size) from error
         raise
 
 
-def _storage_error(path: Path, why: str, size: int) -> StorageError:
+def _storage_error(path: Path, error: OSError, size: int) -> StorageError:
+    why = f"{path} cannot be written: {error.strerror or error}"
+    if error.errno not in FULL:
+        return StorageError(f"{why}. Give another place, then run the same again; nothing older was touched")
     try:
         free = f"{shutil.disk_usage(path.parent).free / 1e6:,.3f} MB"
     except OSError:
         free = "an unknown amount"
     return StorageError(
-        f"{path} cannot be written: {why}; {size / 1e6:,.3f} MB needed, {free} free. "
+        f"{why}; {size / 1e6:,.3f} MB needed, {free} free. "
         "Free space or give another folder, then run the same again; nothing older was touched"
     )
 

@@ -61,8 +61,8 @@ class Classes:
         """Of a model that says no more than how many it has."""
         return Classes(tuple(map(str, range(count))), (1,) * count, unlabelled)
 
-    def number(self, label: Any) -> int:
-        """The number of a class, by name or number. Raises UsageError."""
+    def number(self, label: Any, words: tuple[str, ...] = (ALL, RANDOM, NONE)) -> int:
+        """The number of a class, by name or number. Raises UsageError, which may propose one of the `words`."""
         if isinstance(label, str) and label in self.names:
             return self._trained(self.names.index(label))
         try:
@@ -72,7 +72,7 @@ class Classes:
         if 0 <= number < len(self.names) and not isinstance(label, bool):
             return self._trained(number)
         is_word = isinstance(label, str) and not label.isdecimal()
-        near = nearest(str(label), (ALL, RANDOM, NONE, *self.names)) if is_word else ""
+        near = nearest(str(label), (*words, *self.names)) if is_word else ""
         question = near[: near.index("?") + 1] if "?" in near else ""
         shown = label if isinstance(label, str) and label else repr(label)
         raise UsageError(f"label {shown} is not possible.{question} {self.known()}")
@@ -165,7 +165,7 @@ def _number_or_none(classes: Classes, label: Any) -> int:
     """One of a list, in which None and "none" are no class."""
     if label is None or (isinstance(label, str) and label == NONE and NONE not in classes.names):
         return classes.none()
-    return classes.number(label)
+    return classes.number(label, (NONE,))
 
 
 def drawn(classes: Classes | None, n: int, seed: Seed = 0) -> Told:

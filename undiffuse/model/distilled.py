@@ -9,6 +9,7 @@ from torch import Tensor
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.errors import UsageError
+from undiffuse.strict import whole
 
 Bounds = tuple[float, ...] | None
 
@@ -23,11 +24,11 @@ def refuse(bounds: Bounds, what: str) -> None:
 
 
 def times(bounds: tuple[float, ...], process: Process, asked: Any) -> Float[Tensor, "times"]:
-    """The times of its chain; `asked` are these or their number, or None. Raises UsageError for others."""
+    """The times of its chain; `asked` is a list of these, their number, or None. Raises UsageError for others."""
     falling = torch.tensor(bounds, dtype=F64, device="cpu").flip(0)
     own = torch.cat([process.time_of_spread(falling).clamp(max=1), falling.new_zeros(1)])
-    if hasattr(asked, "__len__"):
-        asked = [float(t) for t in asked]
-    if asked not in (None, len(bounds), own.tolist(), own[:-1].tolist()):
+    if asked is not None and not isinstance(asked, list):
+        asked = whole("steps", asked)
+    if asked not in (None, len(bounds), own.tolist()):
         refuse(bounds, "another number of steps or grid")
     return own

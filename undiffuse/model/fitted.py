@@ -73,6 +73,8 @@ class Fit:
                 f"{where} is fitted to other weights ({self.weights[:12]}) than those of this model ({digest[:12]}); "
                 "make one with `undiffuse fit`"
             )
+        if not self.grid.walks:
+            raise Corrupt(f"{where} is damaged: it has no grid; give `undiffuse fit --overwrite`")
         for steps, walk in enumerate(self.grid.walks, 1):
             falls = all(s < t for t, s in zip(walk, walk[1:], strict=False))
             if len(walk) != steps or not falls or walk[0] > 1:
@@ -108,7 +110,13 @@ def found(run: Path | None, digest: str, kind: str = "") -> Path | None:
 def find(run: Path | None, digest: str) -> Fit | None:
     """The grid that was fitted to the weights of that hash."""
     path = found(run, digest)
-    return None if path is None else parsed(disk.read_json(path), digest, str(path))
+    if path is None:
+        return None
+    try:
+        kept = disk.read_json(path)
+    except Corrupt as error:
+        raise Corrupt(f"{path} is damaged; make it anew with `undiffuse fit --overwrite`") from error
+    return parsed(kept, digest, str(path))
 
 
 def raw(run: Path | None, digest: str, kind: str = "") -> Any:

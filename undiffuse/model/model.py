@@ -156,7 +156,7 @@ class Model:
         computing, precision = it.computing, self.precision if precision is None else precision
         if precision != self.precision:
             if precision not in PRECISIONS:
-                raise unknown("precision", precision, PRECISIONS)
+                raise unknown("precision", str(precision), PRECISIONS)
             precision = machine.native_precision(self.device) if precision == "auto" else precision
             machine.refuse_precision(precision, self.device, "precision")
             computing = machine.in_precision(precision, self.device)
@@ -276,7 +276,8 @@ class Model:
         if self.config.bounds is not None:
             if grid is not None:
                 self.refuse_distilled(f"grid {grid}")
-            return distilled.times(self.config.bounds, self.process, steps)
+            asked = walk.listed(self.process, steps).tolist() if walk.are_times(steps) else steps
+            return distilled.times(self.config.bounds, self.process, asked)
         if not walk.are_times(steps):
             chosen = suited(self.process) if grid is None else self.grid(grid)
             return chosen.times(self.process, None if steps is None else whole("steps", steps))
@@ -300,7 +301,7 @@ class Model:
         if solver is not None or eta is not None or self.config.bounds is not None:
             return Walk(self.times(steps, grid), self.sampler(solver, eta))
         if self.config.parameterisation.needs_table:
-            return Walk(self.times(steps, grid), self.sampler(), walk.MU)
+            return Walk(walk.whole_table(self.process, self.times(steps, grid)), self.sampler(), walk.MU)
         name = walk.NOISY if noisy else walk.SOLVER
         if walk.are_times(steps):
             return Walk(self.times(steps, grid), walk.sampler(self.config, name))

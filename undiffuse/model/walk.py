@@ -57,10 +57,15 @@ def sampler(config: ModelConfig, solver: str | Sampler | None, eta: float | int 
         asked = named(solver, eta) if isinstance(solver, str) else solver or trajectory.SOLVER
         if asked == trajectory.SOLVER and not eta:
             return asked
-        distilled.refuse(config.bounds, f"solver {solver if isinstance(solver, str) else type(solver).__name__}")
-    solver = solver or "ancestral"
+        name = solver if isinstance(solver, str) else type(solver).__name__
+        distilled.refuse(config.bounds, f"eta = {eta}" if solver is None else f"solver {name}")
+    if solver is None and eta is not None:
+        raise UsageError(f"eta = {eta:g} belongs to the sampler ddim; name it too, or leave eta out")
+    solver = "ancestral" if solver is None else solver
     if isinstance(solver, Sampler):
         return solver
+    if not isinstance(solver, str):
+        raise UsageError(f"solver = {solver!r} is not possible; give its name, such as unipc-2, or a sampler")
     if solver == "ancestral" and eta is None:
         return Ancestral(config.variance)
     return named(solver, eta)
@@ -68,7 +73,17 @@ def sampler(config: ModelConfig, solver: str | Sampler | None, eta: float | int 
 
 def are_times(steps: Steps) -> bool:
     """Whether the times themselves are given, and not their number."""
-    return isinstance(steps, Sequence) or getattr(steps, "ndim", 0) > 0
+    return (isinstance(steps, Sequence) and not isinstance(steps, str)) or getattr(steps, "ndim", 0) > 0
+
+
+def whole_table(process: Process, times: Float[Tensor, "times"]) -> Float[Tensor, "times"]:
+    """The times, if they are all of the table, as mu needs them. Raises UsageError."""
+    if len(times) - 1 != process.steps:
+        raise UsageError(
+            f"this model predicts mu, and Algorithm 2 holds for all {process.steps} steps of its table then; leave the "
+            "steps out, or name another solver, such as ddim"
+        )
+    return times
 
 
 def listed(process: Process, steps: Any) -> Float[Tensor, "times"]:

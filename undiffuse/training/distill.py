@@ -14,7 +14,7 @@ from undiffuse.data.source import Source, open_raw
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import Trajectory, spreads
 from undiffuse.errors import UsageError
-from undiffuse.machine import dist, log, store
+from undiffuse.machine import dist, log, sink
 from undiffuse.machine.log import Say
 from undiffuse.model import fitted
 from undiffuse.model.fit import cost, fit, steps_of
@@ -23,11 +23,12 @@ from undiffuse.model.model import Model
 from undiffuse.model.recipe import Recipe, TrainConfig, with_settings
 from undiffuse.strict import whole
 from undiffuse.training.resume import saved_recipe
-from undiffuse.training.start import Data, train
+from undiffuse.training.start import Data, asked, train
 
 MOST = 8
 TEACHING = 16  # evaluations of the teacher for a whole chain, and so many for each step at least:
 LEAST = 3
+FREE, FIXED = ("network.dropout", "objective.substeps"), ("data.size", "data.channels")  # among the settings
 EVALUATIONS = 64  # of the student in a batch at most; each image has one for every step
 
 
@@ -52,7 +53,7 @@ def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
         channels_last="auto",
         drop_label=0.1 if before is None else before.drop_label,
     )
-    about = f"{model.digest()[:12]} distilled to {len(bounds)} steps"
+    about = f"{model.digest()[:12]} distilled to {len(bounds)} step{'s' * (len(bounds) > 1)}"
     parts = (config.process, config.parameterisation, config.variance, config.network)
     each = max(LEAST, -(-TEACHING // len(bounds)))
     return Recipe(about, data, *parts, Trajectory(bounds, each), tuning)
@@ -94,7 +95,10 @@ def distill(
     `data` is what it was trained on; `images`, `minutes`, `skip_bad` and the like are those of `train`. Raises
     UsageError for a model that predicts none of v, x0 and edm, and as `train` does.
     """
-    steps, run = whole("steps", steps, 1), store.Run(Path(out))
+    steps = whole("steps", steps, 1)
+    run, _, _ = asked(data, out, None, given.get("images"), given.get("minutes"), settings)
+    sink.find(given.get("logs", ()))
+    _refuse_settings(settings)
     if steps > MOST:
         raise UsageError(f"steps = {steps} is not possible; give 1 to {MOST}, or sample this model in as many steps")
     teacher = model if isinstance(model, Model) else load(model, device)
@@ -114,6 +118,18 @@ def distill(
         recipe = recipe_for(teacher, bounds)
         say(f"steps begin at sigma/alpha {', '.join(f'{u:g}' for u in reversed(bounds))}")
         return train(data, out, recipe, init=teacher, **how, **given)
+
+
+def _refuse_settings(settings: Sequence[str]) -> None:
+    """UsageError for what makes of the student another function than its teacher is."""
+    for setting in settings:
+        name = setting.partition("=")[0].strip()
+        section = name.partition(".")[0]
+        if section not in ("data", "train") and name not in FREE or name in FIXED:
+            raise UsageError(
+                f"--set {setting} is not possible in a distillation, whose network, images and steps are those of the "
+                "teacher; change train.* and how data is read"
+            )
 
 
 def _refuse_teacher(teacher: Model, steps: int) -> None:

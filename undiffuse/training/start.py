@@ -12,7 +12,7 @@ import torch
 from undiffuse.config import plain
 from undiffuse.data import made, remark
 from undiffuse.data.format.several import spec_of
-from undiffuse.data.listing import refuse_inside
+from undiffuse.data.listing import MARK, refuse_inside
 from undiffuse.data.pack import WORKERS, open_data
 from undiffuse.data.passed import line
 from undiffuse.data.source import LISTED, Source, Wanted, open_raw, unify
@@ -61,13 +61,7 @@ def train(
     for what cannot be trained, NotFiniteError for a loss that is lost, and as the disk does.
     """
     used = torch.cuda.is_initialized()  # before this run uses it
-    run, budget = store.Run(Path(out)), _budget(steps, images, minutes, settings)
-    named: str | Source = data if isinstance(data, Source) else spec_of(data)
-    if isinstance(named, str):
-        refuse_inside(run.path, named, "--out")
-    _refuse(run.path, init)
-    if not dist.together():  # so that a second writer need not read all data to be told so; the first looks again
-        run.refuse_second()
+    run, budget, named = asked(data, out, steps, images, minutes, settings, init)
     chosen, say = machine.choose(device), say if dist.is_first() else log.silent
     auto = not isinstance(preset, Recipe) and str(preset) == "auto"
     with dist.joined() if auto else nullcontext():
@@ -82,11 +76,26 @@ def train(
             recipe = recipe_of(saved, settings)
         else:
             recipe = _chosen(named, settings, chosen, budget, begin, say)
-        source, held = _images(named, recipe, preset, skip_bad, use_cache, show_progress and dist.is_first(), say)
+        about = f"preset {preset}" if saved is None and not isinstance(preset, Recipe) else recipe.about
+        source, held = _images(named, recipe, about, skip_bad, use_cache, show_progress and dist.is_first(), say)
         show = show_progress and dist.is_first()
         return loop.train(
             recipe, source, run.path, held, begin, budget, chosen, say, show, accept_data, logs, profile, used
         )
+
+
+def asked(
+    data: Data, out: str | Path, steps: Any, images: Any, minutes: Any, settings: Any, init: Any = None
+) -> tuple[store.Run, Budget, str | Source]:
+    """The run, when it ends, and what it is trained on. What can be refused without reading data is: UsageError."""
+    run, budget = store.Run(Path(out)), _budget(steps, images, minutes, settings)
+    named: str | Source = data if isinstance(data, Source) else spec_of(data)
+    if isinstance(named, str):
+        refuse_inside(run.path, named, "--out")
+    _refuse(run.path, init)
+    if not dist.together():  # so that a second writer need not read all data to be told so; the first looks again
+        run.refuse_second()
+    return run, budget, named
 
 
 def _budget(steps: Any, images: Any, minutes: Any, settings: Any) -> Budget:
@@ -102,6 +111,8 @@ def _budget(steps: Any, images: Any, minutes: Any, settings: Any) -> Budget:
 def _refuse(out: Path, init: Any) -> None:
     if os.path.isfile(out):
         raise UsageError(f"{out} is a file; give the name of a folder")
+    if (out / MARK).exists():
+        raise UsageError(f"{out} holds samples; give a new folder for a run")
     if init is not None and not isinstance(init, (str, Path, Model)):
         raise UsageError(f"init = {init!r} is not possible; give a model, or the path or name of one")
 
@@ -127,7 +138,7 @@ def _chosen(
 def _images(
     named: str | Source,
     recipe: Recipe,
-    preset: str | Path | Recipe,
+    about: str,
     skip_bad: bool,
     use_cache: bool | None,
     show: bool,
@@ -144,7 +155,7 @@ def _images(
         remark.refuse(source, named, "train", reading, is_meant=reading.range is not None)
     c, h, w = shape_of(source)
     images = f"{len(source):,} image{'s' * (len(source) != 1)}"
-    say(f"{images} of {c}×{h}×{w} from {_named(spec)}; {_said(preset)}")
+    say(f"{images} of {c}×{h}×{w} from {_named(spec)}; {about}")
     if left_out := remark.left_out(source):
         say(left_out)
     if told := made.line(source.made, len(source), (c, h, w)):
@@ -161,10 +172,6 @@ def _images(
     if held is not None and recipe.data.labels and (missing := _without(source, held)):
         say(f"held out: no pictures of {missing}")
     return source, held
-
-
-def _said(preset: str | Path | Recipe) -> str:
-    return preset.about if isinstance(preset, Recipe) else f"preset {preset}"
 
 
 def _without(source: Source, held: Source) -> str:

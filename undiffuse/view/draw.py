@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from undiffuse.config import plain
-from undiffuse.data.listing import GRID, MARK, is_picture
+from undiffuse.data.listing import GRID, MARK, is_picture, is_run
 from undiffuse.errors import Corrupt, Locked, StorageError, UsageError
 from undiffuse.figure import enlarged, grid, picture, png
 from undiffuse.key import Key, Seed
@@ -58,7 +59,8 @@ class Job:
         """What makes the images so: with as many of them, and in the same batches, they are the same to the bit."""
         found = said_of_drawing(self.model, self.times, self.solver, self.seed, self.told.words, counted=False)
         model = claim.digest([self.model.digest(), plain(self.model.config)])
-        return claim.asked(found | {"images": self.n, "precision": self.model.precision, "model": model})
+        walk = claim.digest(self.times.tolist())  # a grid of the same name may be fitted anew
+        return claim.asked(found | {"images": self.n, "precision": self.model.precision, "model": model, "walk": walk})
 
     def names(self) -> list[str]:
         """Of the PNGs: the numbers of the images, or their seeds."""
@@ -150,10 +152,8 @@ def _read(path: Path) -> UInt8[Tensor, "c h w"]:
 @contextmanager
 def _pictures(job: Job, folder: Path) -> Iterator[Pictures]:
     refuse(folder)
-    if not (folder / MARK).exists():
-        with suppress(UsageError):  # another process was faster; what it asks is compared below
-            disk.write_new(folder / MARK, disk.to_json(job.asked))
-    with _locked(folder / MARK, folder):
+    mark, said = folder / MARK, disk.to_json(job.asked)
+    with _claimed(mark, said, lambda: any(map(is_picture, os.listdir(folder)))), _locked(mark, folder):
         if not (folder / MARK).stat().st_size:  # that of a demonstration
             raise UsageError(f"{folder} holds samples already; give a new folder, or remove it")
         claim.check(folder, job.asked, MARK, "samples of another command")
@@ -162,6 +162,24 @@ def _pictures(job: Job, folder: Path) -> Iterator[Pictures]:
                 if LEFTOVER.fullmatch(path.name):
                     disk.remove(path)
         yield Pictures(folder, job.names())
+
+
+@contextmanager
+def _claimed(path: Path, said: bytes, is_used: Callable[[], bool]) -> Iterator[None]:
+    """The file says what is asked, unless it is there already; what is refused before anything is drawn leaves none."""
+    mine, new = False, not path.parent.exists()
+    with suppress(UsageError):  # another process was faster; what it asks is compared then
+        if not path.exists():
+            disk.write_new(path, said)
+            mine = True
+    try:
+        yield
+    except UsageError:
+        if mine and not is_used():
+            disk.remove(path)
+            with suppress(OSError):  # others may have put something into it
+                path.parent.rmdir() if new else None
+        raise
 
 
 @contextmanager
@@ -188,6 +206,8 @@ def refuse(folder: Path) -> None:
         raise UsageError(f"{folder} is the name of a picture, and samples are many; give the name of a folder")
     if (folder / MARK).exists():
         return
+    if folder.is_dir() and is_run(os.listdir(folder)):
+        raise UsageError(f"{folder} holds a run; give a new folder for samples")
     other = next((path.name for path in sorted(folder.glob("*")) if is_picture(path.name)), None)
     if other is not None:
         raise UsageError(f"{folder} holds other pictures ({other}), which samples would mix with; give a new folder")
@@ -239,10 +259,8 @@ def partial_of(path: Path) -> Path:
 @contextmanager
 def _array(job: Job, path: Path) -> Iterator[Array]:
     partial, batch = partial_of(path), share_of(job.n, job.batch)
-    if not partial.exists():
-        with suppress(UsageError):  # another process was faster; what it asks is compared below
-            disk.write_new(partial, to_json(job.asked | {"batch": batch}).encode() + b"\n")
-    with _locked(partial, path) as file:
+    said = to_json(job.asked | {"batch": batch}).encode() + b"\n"
+    with _claimed(partial, said, lambda: partial.stat().st_size > len(said)), _locked(partial, path) as file:
         head = file.readline(disk.SMALL)
         before = disk.from_json(partial, head)
         if not isinstance(before, dict) or {**before, "batch": 0} != json.loads(to_json(job.asked)) | {"batch": 0}:

@@ -16,7 +16,7 @@ from undiffuse.data.source import Source
 from undiffuse.diffusion.numbers import F64, per_image
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.reverse import Learned
-from undiffuse.diffusion.sampler.base import Sampler
+from undiffuse.diffusion.sampler.base import SAMPLERS, Sampler
 from undiffuse.errors import DataError, UsageError
 from undiffuse.figure import encoded, enlarged, grid
 from undiffuse.key import Key, Keys
@@ -78,7 +78,7 @@ def shared(
     """n samples for each t of `at` that have x_t in common, and those times (Fig. 7).
 
     One chain runs from the noise to an image; where it passes t, n independent continuations leave it. All are of one
-    class. A deterministic solver continues in one way only.
+    class. A solver that adds no noise would continue in one way only, and is refused.
     """
     model.refuse_distilled("a latent on the way")
     n, told = whole("n", n, 1), _one_class(model, label, seed)
@@ -114,6 +114,11 @@ def _shared_chains(
         raise UsageError("no t was given; name the times at which the latent is shared, for example 0.5")
     branches = [_place(model, t, low=model.process.t_min) for t in at]
     way = model.walk(steps, solver, noisy=True)
+    if not way.sampler.noisy:
+        raise UsageError(
+            f"solver {SAMPLERS.name_of(way.sampler)} adds no noise, so that all images that share a latent are the "
+            "same; give ancestral, dpmpp-sde, or ddim with eta above 0"
+        )
     times = _with(way.times, *branches)
     return way.sampler, branches, [times, *(times[times <= t] for t in branches)]
 

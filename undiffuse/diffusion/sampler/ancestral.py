@@ -18,6 +18,10 @@ class Ancestral(Sampler):
 
     variance: Annotated[Variance, VARIANCES] = FixedLarge()
 
+    @property
+    def noisy(self) -> bool:
+        return True
+
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Step:
         return Step.between(process, t, s)
 

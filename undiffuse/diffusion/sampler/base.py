@@ -49,6 +49,11 @@ class Sampler(ABC):
 
     order: int = 1
 
+    @property
+    def noisy(self) -> bool:
+        """Whether steps add noise, so that two chains from one x_t end in two images."""
+        return False
+
     def converges(self) -> tuple[int, int]:
         """The order of the error of its deterministic part: on grids whose steps change smoothly, and on any."""
         return self.order, self.order
@@ -77,6 +82,8 @@ def named(solver: str, eta: float | int | None = None) -> Sampler:
         raise UsageError(f"eta = {eta:g} is given beside the fields of {solver}; say it there, or leave them out")
     name, _, order = head.rpartition("-")
     if name and ":" not in head and order.isdecimal():
+        if "order=" in fields.replace(" ", ""):
+            raise UsageError(f"solver {solver} says its order twice; say it once")
         solver = f"{name},order={order}{comma}{fields}"
     return SAMPLERS.build(solver if eta is None else {"name": solver, "eta": eta}, trusted=True)
 

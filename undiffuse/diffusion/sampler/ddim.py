@@ -28,6 +28,10 @@ class DDIM(Sampler):
 
     eta: Fraction = 0.0
 
+    @property
+    def noisy(self) -> bool:
+        return self.eta > 0
+
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(t), process.alpha_sigma(s)
         # The share of sigma_s² that is left for ε̂; as a product it cannot fall below 0 by rounding.

@@ -76,6 +76,10 @@ class DpmppSde(Sampler):
 
     order = 2
 
+    @property
+    def noisy(self) -> bool:
+        return True
+
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Noisy:
         chain = Chain.of(process, t, s)
         less = torch.expm1(2 * (chain.lambda_t - chain.lambda_s))  # e^(−2h) − 1

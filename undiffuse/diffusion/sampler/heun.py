@@ -12,6 +12,7 @@ from undiffuse.diffusion.numbers import F64, added, combined
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler, Turn
 from undiffuse.diffusion.sampler.multistep import NOISE
+from undiffuse.errors import UsageError
 
 MOST = 2**0.5 - 1  # sigma/alpha is raised by this share at most, so that noise is not more than doubled
 
@@ -52,11 +53,24 @@ class Heun(Sampler):
     churn_max: Positive | None = None
     order = 2
 
+    def __post_init__(self) -> None:
+        low, high = self.between
+        if low >= high:
+            raise UsageError(f"sampler heun: churn_min {low:g} is not below churn_max {high:g}, so nothing is churned")
+
+    @property
+    def noisy(self) -> bool:
+        return bool(self.churn)
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """sigma/alpha of the steps that are churned."""
+        return 0.05 if self.churn_min is None else self.churn_min, 50.0 if self.churn_max is None else self.churn_max
+
     def raised(self, process: Process, t: Float[Tensor, "*n"], steps: int) -> Float[Tensor, "*n"]:
         """r: t, or where noise has been added to."""
-        log_ratio = -process.logsnr(t) / 2
-        low = 0.05 if self.churn_min is None else self.churn_min
-        inside = (log_ratio.exp() >= low) & (log_ratio.exp() <= (self.churn_max or 50.0))
+        log_ratio, (low, high) = -process.logsnr(t) / 2, self.between
+        inside = (log_ratio.exp() >= low) & (log_ratio.exp() <= high)
         share = inside.to(F64) * min((self.churn or 0.0) / steps, MOST)
         return torch.where(share > 0, process.time(-2 * (log_ratio + torch.log1p(share))).clamp(max=1), t)
 
