@@ -89,9 +89,7 @@ def encode(
     from undiffuse.codec.stream import GROUP, Codec
     from undiffuse.machine import disk
 
-    writable_file(out, overwrite)
-    if out.exists() and Path(source).exists() and out.samefile(source):
-        raise UsageError(f"{out} is the picture itself, which the file would replace; give another name")
+    _refuse_file(out, source, overwrite)
     loaded = open_model(model, device, weights=weights)
     codec, images = Codec(loaded, tables.of(loaded)), _images(loaded, source, split, n, resize, reading)
     number = class_of(loaded, label)
@@ -145,10 +143,7 @@ def decode(
     from undiffuse.codec.tail import Differs
     from undiffuse.machine import dist, log
 
-    if how not in ("mean", *DRAWINGS):
-        raise UsageError(f"--as {how} is not known; give mean, {' or '.join(DRAWINGS)}")
-    if how == "mean" and realism is not None:
-        raise UsageError(f"--realism {realism:g} belongs to what is drawn; give --as {' or '.join(DRAWINGS)} too")
+    _refuse_drawing(how, realism)
     codec, data = reader(file, model, device, weights, size)
     parsed = parsed_of(file, codec, data)
     _refuse_place(out, parsed.header.count, overwrite)
@@ -168,6 +163,13 @@ def decode(
     if parsed.status != "complete" and dist.is_first():
         log.warn(f"{file}: {parsed.why}; what is before that is decoded")
     show({"images": len(images), "status": parsed.status, "bytes": len(data), **written}, as_json)
+
+
+def _refuse_drawing(how: str, realism: float | None) -> None:
+    if how not in ("mean", *DRAWINGS):
+        raise UsageError(f"--as {how} is not known; give mean, {' or '.join(DRAWINGS)}")
+    if how == "mean" and realism is not None:
+        raise UsageError(f"--realism {realism:g} belongs to what is drawn; give --as {' or '.join(DRAWINGS)} too")
 
 
 def _shown(found: "Decoded", how: str, realism: float) -> "Tensor":
@@ -208,6 +210,13 @@ def _images(
     if n is not None and n > len(found):
         raise UsageError(f"{n} images are not possible; {source} has 1 to {len(found)}")
     return found.gather(torch.arange(len(found), dtype=torch.int64, device="cpu"))[0]
+
+
+def _refuse_file(out: Path, source: str, overwrite: bool) -> None:
+    """Before anything is encoded."""
+    writable_file(out, overwrite)
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise UsageError(f"{out} is the picture itself, which the file would replace; give another name")
 
 
 def _refuse_place(out: Path, count: int, overwrite: bool) -> None:

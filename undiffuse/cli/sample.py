@@ -89,11 +89,10 @@ def sample(
 
     _refuse_places(out, npz, overwrite)
     loaded = open_model(model, device, clip, variance, weights, precision)
-    numbers = _seed(seed, seeds, n)
+    numbers, batch = _seed(seed, seeds, n), whole("batch", batch, 1)
     (total, told), rows = _asked(loaded, n, numbers, label)
-    batch = whole("batch", batch, 1)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
-    job = draw.Job(loaded, total, walk.times, walk.sampler, told, numbers, batch)
+    chain = choose_walk(loaded, steps, times, grid, solver, eta, variance)[:2]
+    job = draw.Job(loaded, total, *chain, told, numbers, batch)
     wait = loaded.sampling_steps(job.n, job.times, job.batch)
     with dist.joined(dist.LONG), ticking(wait, "sampling", as_json) as tick:
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
