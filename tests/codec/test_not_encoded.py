@@ -34,10 +34,10 @@ def test_images_that_are_none_of_the_model_are_refused(images):
 
 def test_more_images_than_a_file_holds_are_refused():
     with pytest.raises(
-        UsageError, match="^5000 images of 12×12 are more than a file holds: 4096 images, sides of 16384, "
+        UsageError, match="^5000 × 12×12 .width × height. is more than a file holds: 4096 images, sides of 16384, "
     ):
         CODEC.encode(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(5000, 1, 12, 12))
-    with pytest.raises(UsageError, match="1 images of 2×16385 are more than a file holds"):
+    with pytest.raises(UsageError, match="1 × 16385×2 .width × height. is more than a file holds"):
         CODEC.encode(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(1, 1, 2, 16385))
 
 
@@ -46,7 +46,7 @@ def test_more_values_than_a_file_may_have_are_refused(monkeypatch):
     monkeypatch.setattr(container, "MOST_VALUES", 300)
     assert CODEC.decode(CODEC.encode(gaussian_images(2), 1)).mean().shape == (2, *SHAPE)
     with pytest.raises(
-        UsageError, match="^3 images of 12×12 are more than a file holds: 4096 images, sides of 16384, and 300 values; "
+        UsageError, match="^3 × 12×12 .width × height. is more than a file holds: 4096 images, sides of 16384, and 300 "
     ):
         CODEC.encode(gaussian_images(3), 1)
 

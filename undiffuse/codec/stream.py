@@ -190,7 +190,7 @@ class Codec:
         values = len(images) * prod(canvas((images.shape[2], images.shape[3]), self.model.image_shape))
         if len(images) > container.MOST_IMAGES or max(images.shape[2:]) > most or values > container.MOST_VALUES:
             raise UsageError(
-                f"{len(images)} images of {images.shape[2]}×{images.shape[3]} are more than a file holds: "
+                f"{len(images)} × {images.shape[3]}×{images.shape[2]} (width × height) is more than a file holds: "
                 f"{container.MOST_IMAGES} images, sides of {most}, and {container.MOST_VALUES} values; give fewer"
             )
 
