@@ -1,5 +1,6 @@
 """Images to coded files and back."""
 
+import os
 from math import log10, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -215,7 +216,7 @@ def _images(
 def _refuse_file(out: Path, source: str, overwrite: bool) -> None:
     """Before anything is encoded."""
     writable_file(out, overwrite)
-    if out.exists() and Path(source).exists() and out.samefile(source):
+    if os.path.exists(out) and os.path.exists(source) and os.path.samefile(out, source):
         raise UsageError(f"{out} is the picture itself, which the file would replace; give another name")
 
 

@@ -1,5 +1,6 @@
 """The command line. Each command is a short call into the library; torch is imported only when one runs."""
 
+import errno
 import os
 import re
 import sys
@@ -11,6 +12,8 @@ from undiffuse import __version__
 from undiffuse.cli import codec, data, distill, encode, evaluate, figures, fit, measure, report, sample, tools, train
 from undiffuse.cli.train import again
 from undiffuse.errors import Error, MemoryExhausted, NotFiniteError, is_out_of_memory
+
+NAMES = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)  # errors of a place that only the user can mend
 
 app = typer.Typer(
     name="undiffuse",
@@ -53,6 +56,10 @@ def main() -> None:
         code = _fail(str(error), error.exit_code)
     except typer.TyperException as error:
         code = _fail(error.format_message(), 2)
+    except OSError as error:
+        if error.filename is None or error.errno not in NAMES:
+            raise
+        code = _fail(f"{error.filename} cannot be used: {error.strerror}; give another name or place", 2)
     except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:

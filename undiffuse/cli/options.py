@@ -1,5 +1,6 @@
 """What several commands share: their arguments and options, a progress bar, and the model that they name."""
 
+import errno
 import itertools
 import os
 import re
@@ -128,7 +129,12 @@ SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable p
 
 
 def refuse_below_file(path: Path) -> None:
-    """UsageError for a path whose folder is a file."""
+    """UsageError for a path whose folder is a file, or that no disk takes, such as one with too long a name."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise UsageError(f"{path} cannot be written: {error.strerror}; give another place") from error
     above = next((each for each in path.parents if os.path.exists(each)), None)
     if above is not None and not above.is_dir():
         raise UsageError(f"{above} is a file, so {path} cannot be in it; give another place")
@@ -163,9 +169,9 @@ def writable_file(path: Path, overwrite: bool) -> None:
 
 
 def _refuse_folder(path: Path) -> None:
+    refuse_below_file(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
-    refuse_below_file(path)
 
 
 def _refuse_there(path: Path, overwrite: bool) -> None:

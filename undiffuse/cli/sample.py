@@ -1,5 +1,6 @@
 """The command that draws samples."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,7 +145,7 @@ def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
     if out is not None:
         refuse_below_file(out)
         draw.refuse(out)
-    writable(npz, overwrite or (npz is not None and draw.partial_of(npz).exists()), picture=False)
+    writable(npz, overwrite or (npz is not None and os.path.exists(draw.partial_of(npz))), picture=False)
 
 
 def _channels(out: Path | None, model: "Model") -> dict[str, str]:

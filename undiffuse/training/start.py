@@ -111,7 +111,7 @@ def _budget(steps: Any, images: Any, minutes: Any, settings: Any) -> Budget:
 def _refuse(out: Path, init: Any) -> None:
     if os.path.isfile(out):
         raise UsageError(f"{out} is a file; give the name of a folder")
-    if (out / MARK).exists():
+    if os.path.exists(out / MARK):
         raise UsageError(f"{out} holds samples; give a new folder for a run")
     if init is not None and not isinstance(init, (str, Path, Model)):
         raise UsageError(f"init = {init!r} is not possible; give a model, or the path or name of one")
