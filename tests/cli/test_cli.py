@@ -245,7 +245,7 @@ BAD = [
     (["export", "fashion-mnist", "n" * 300], 2, "cannot be used: File name too long; give another name or place"),
     (["nll", "fashion-mnist", "digits", "--out", "n" * 300], 2, "cannot be used: File name too long; give another na"),
     (["sample", "fashion-mnist", "--out", "n" * 300], 2, "cannot be written: File name too long; give"),
-    (["progressive", "fashion-mnist", "--out", "n" * 251 + ".png"], 2, "cannot be written: File name too long; give"),
+    (["progressive", "fashion-mnist", "--out", "n" * 252 + ".png"], 2, "cannot be written: File name too long; give"),
     (["data", "inspect", "EMPTY"], 2, NO_IMAGES),
     (["data", "check", "EMPTY"], 2, NO_IMAGES),
     (["data", "pack", "EMPTY", "--out", "x"], 2, "EMPTY has no images: 0 files"),

@@ -219,3 +219,9 @@ def test_a_huge_file_costs_neither_time_nor_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert time.monotonic() - started < 1 and peak < 4 * 2**20
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ö" * 127], ids=["bytes", "two bytes"])
+def test_a_name_as_long_as_a_disk_takes_is_written(tmp_path, name):
+    disk.write_atomic(tmp_path / name, b"all")
+    assert (tmp_path / name).read_bytes() == b"all" and len(list(tmp_path.iterdir())) == 1

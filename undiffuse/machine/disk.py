@@ -102,8 +102,8 @@ def remove(path: Path) -> None:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """A name in the same folder that no other process chooses: `.tmp-0123456789ab-name`."""
-    return path.with_name(f".{kind}-{os.urandom(6).hex()}-{path.name}")
+    """A name in the same folder that no other process chooses: `.tmp-0123456789ab-name`, of a long one the end."""
+    return path.with_name(f".{kind}-{os.urandom(6).hex()}-{path.name[-40:]}")
 
 
 @contextmanager
