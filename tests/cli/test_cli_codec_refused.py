@@ -193,3 +193,12 @@ def test_a_lossless_file_of_known_images_is_not_warned_of(call, folder, place, t
     """By the bits of its chain: its end is more, and no surprise."""
     code, _, err = call("encode", place / "MODEL", sheet(folder)[3], tmp_path / "x.udf", "--lossless", "--no-check")
     assert code == 0 and "does not know such images" not in err
+
+
+def test_an_array_is_read_as_it_is_said(call, place, tmp_path):
+    values = np.random.default_rng(5).integers(0, 255, (3, 8, 8), np.uint8)
+    np.save(tmp_path / "a.npy", values)
+    words = ["encode", place / "MODEL", tmp_path / "a.npy", tmp_path / "x.udf", "--no-check"]
+    code, _, err = call(*words)
+    assert code == 2 and "data.axes" in err, err
+    assert good(call, *words, "--set", "data.axes=nhw")["images"] == 3

@@ -217,7 +217,7 @@ def bench(
 
     loaded = open_model(model, device, weights=weights)
     codec = Codec(loaded, tables.of(loaded))
-    number, split = class_of(loaded, label), test_or_all(data, split)
+    number, split = class_of(loaded, label), test_or_all(loaded, data, split, reading)
     source = open_like(loaded, data, split, skip_bad, reading)
     some = source.gather(_first(len(source), images))[0]
     with ticking(ledger.turns(codec, len(some)), "measuring", as_json) as tick:

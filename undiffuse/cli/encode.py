@@ -203,7 +203,7 @@ def _images(
 
     if n is not None and n < 1:
         raise UsageError(f"--images {n} is not possible; give 1 or more")
-    split = test_or_all([source], split)
+    split = test_or_all(model, [source], split, settings)
     try:
         found = open_like(model, [source], split, skip_bad=False, settings=settings, own_size=not resize, count=n)
     except Mixed as error:

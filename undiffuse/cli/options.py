@@ -248,7 +248,7 @@ def open_like(
     return source
 
 
-def test_or_all(data: list[str], split: str | None) -> str:
+def test_or_all(model: "Model", data: list[str], split: str | None, settings: list[str] | None = None) -> str:
     """The split that is asked for; unless one is, the test images, or all of what has no splits, as pictures have."""
     from undiffuse.data.format.several import join
     from undiffuse.data.source import open_raw
@@ -257,7 +257,7 @@ def test_or_all(data: list[str], split: str | None) -> str:
     if split is not None:
         return split
     try:
-        open_raw(join(data), "test")
+        open_raw(join(data), "test", reading_of(settings, model.data, fixed=("channels",)))
     except NoSplit:
         return "train"
     return "test"
