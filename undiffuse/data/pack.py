@@ -5,6 +5,7 @@ any time and however hard, goes on with the shards that have none, and ends with
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -273,7 +274,7 @@ def _mark(out: Path, k: int) -> Path:
 def _refuse_full(out: Path, needed: int) -> None:
     with disk.writing(out / MANIFEST, needed):
         if shutil.disk_usage(out).free < needed:
-            raise OSError("the disk is too full")
+            raise OSError(errno.ENOSPC, "the disk is too full")
 
 
 def _write_all(raw: Source, plan: Plan, out: Path, missing: list[int], workers: int) -> Iterator[int]:

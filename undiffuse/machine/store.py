@@ -7,6 +7,7 @@ a kill or a power cut leaves behind is a whole checkpoint, or a name that the ne
 Order is by step number, never by a clock. Tensors are safetensors, the rest is JSON; a pickle is refused unread.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -121,7 +122,7 @@ class Run:
         needed = round(1.1 * sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values()))
         with writing(final, needed, temporary):
             if shutil.disk_usage(self.path).free < needed:
-                raise OSError("the disk is too full")
+                raise OSError(errno.ENOSPC, "the disk is too full")
             disk.make_folder(temporary)
             files = {f"{name}.safetensors": part for name, part in tensors.items()}
             entries = {name: self._put(temporary / name, encode(part)) for name, part in files.items()}
