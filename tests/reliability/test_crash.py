@@ -347,9 +347,7 @@ def test_a_folder_that_vanished_is_a_storage_error(tmp_path):
     run = Run(tmp_path / "run")
     with run.lock():
         shutil.rmtree(run.path)
-        with pytest.raises(
-            StorageError, match="cannot be written: No such file or directory. Give another place"
-        ):
+        with pytest.raises(StorageError, match="cannot be written: No such file or directory. Give another place"):
             save(run, 1)
     assert list(tmp_path.iterdir()) == []
 

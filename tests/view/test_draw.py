@@ -186,8 +186,8 @@ def test_what_was_begun_on_another_grid_of_that_name_is_refused(tmp_path):
     toy = gaussian()
     draw.draw(job(toy), draw.Places(tmp_path / "out"))
     mark = tmp_path / "out" / ".undiffuse"
-    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"walk": "0" * 64}))
-    with pytest.raises(UsageError, match=r"out holds samples of another command \(other walk\)"):
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"times": "0" * 64}))
+    with pytest.raises(UsageError, match=r"out holds samples of another command \(other times\)"):
         draw.draw(job(toy), draw.Places(tmp_path / "out"))
 
 

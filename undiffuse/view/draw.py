@@ -59,8 +59,8 @@ class Job:
         """What makes the images so: with as many of them, and in the same batches, they are the same to the bit."""
         found = said_of_drawing(self.model, self.times, self.solver, self.seed, self.told.words, counted=False)
         model = claim.digest([self.model.digest(), plain(self.model.config)])
-        walk = claim.digest(self.times.tolist())  # a grid of the same name may be fitted anew
-        return claim.asked(found | {"images": self.n, "precision": self.model.precision, "model": model, "walk": walk})
+        times = {"times": claim.digest(self.times.tolist())}  # a grid of the same name may be fitted anew
+        return claim.asked(times | found | {"images": self.n, "precision": self.model.precision, "model": model})
 
     def names(self) -> list[str]:
         """Of the PNGs: the numbers of the images, or their seeds."""
