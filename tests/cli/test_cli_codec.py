@@ -43,6 +43,16 @@ def test_tables_are_made_once_and_anew_when_asked(call, folder, tmp_path, cache)
     assert again.images == 8 and other["bits_an_image"] == sum(row[16] for row in again.bits)
 
 
+def test_damaged_tables_are_said_to_be_so_and_made_anew(call, folder, tmp_path, cache):
+    model = untrained(tmp_path / "M")
+    words = ["codec", "fit", model, folder / "SHEET", "--steps", 3, "--memory", 10, "-n", 5]
+    assert call(*words)[0] == 0
+    next((cache / "fit").iterdir()).write_text("{")
+    code, _, err = call("encode", model, sheet(folder)[0], tmp_path / "x.udf")
+    assert code == 5 and err.endswith(".codec.json is damaged; make it anew with `undiffuse codec fit --overwrite`\n")
+    assert good(call, *words, "--overwrite")["made"] == "now"
+
+
 @pytest.mark.parametrize("command", ["fit", "encode", "decode"])
 def test_progress_ends_at_a_hundred(call, folder, place, tmp_path, command):
     words = {

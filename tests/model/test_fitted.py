@@ -123,6 +123,12 @@ def test_what_does_not_belong_is_refused(tmp_path, cache):
         path.write_text(json.dumps(good | change))
         with pytest.raises(error, match=words):
             load(tmp_path / "bare.safetensors").times(3, "fitted")
+    path.write_text("{")
+    with pytest.raises(Corrupt, match=r"json is damaged; make it anew with `undiffuse fit --overwrite`$"):
+        load(tmp_path / "bare.safetensors").times(3, "fitted")
+    path.write_text(json.dumps(good | {"grid": {"walks": []}}))
+    with pytest.raises(Corrupt, match="is damaged: it has no grid; give `undiffuse fit --overwrite`$"):
+        load(tmp_path / "bare.safetensors").times(3, "fitted")
     path.write_text("[]")
     with pytest.raises(Corrupt, match="is damaged: it is not a JSON object; make it anew with `undiffuse fit --ov"):
         load(tmp_path / "bare.safetensors").times(3, "fitted")

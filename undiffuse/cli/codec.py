@@ -18,7 +18,6 @@ from undiffuse.cli.options import (
     WeightsOpt,
     open_like,
     open_model,
-    test_or_all,
     ticking,
     writable,
 )
@@ -113,9 +112,8 @@ def fit(
 
     loaded = open_model(model, device, weights=weights)
     tables.refuse(loaded, steps, memory)
-    there = fitted.raw(loaded.run, loaded.digest(), fitted.CODEC) or loaded.meta.get("codec")
-    if there and not overwrite:
-        place = fitted.found(loaded.run, loaded.digest(), fitted.CODEC) or model
+    place = fitted.found(loaded.run, loaded.digest(), fitted.CODEC) or (model if loaded.meta.get("codec") else None)
+    if place and not overwrite:
         show({"tables": place, "ident": tables.of(loaded).ident.hex(), "made": "before"}, as_json)
         return
     source = open_like(loaded, data, split, skip_bad, reading)
@@ -217,8 +215,7 @@ def bench(
 
     loaded = open_model(model, device, weights=weights)
     codec = Codec(loaded, tables.of(loaded))
-    number, split = class_of(loaded, label), test_or_all(loaded, data, split, reading)
-    source = open_like(loaded, data, split, skip_bad, reading)
+    number, source = class_of(loaded, label), open_like(loaded, data, split, skip_bad, reading)
     some = source.gather(_first(len(source), images))[0]
     with ticking(ledger.turns(codec, len(some)), "measuring", as_json) as tick:
         found = ledger.compared(codec, some, tick, number)

@@ -6,7 +6,7 @@ import typer
 
 from undiffuse.cli.options import DataArg, DeviceOpt, ModelArg, SkipBadOpt
 from undiffuse.cli.tools import JsonOpt, sampling, show
-from undiffuse.cli.train import AcceptOpt, ImagesOpt, LogsOpt, MinutesOpt, PackOpt, RunOpt, SetOpt, again
+from undiffuse.cli.train import AcceptOpt, ImagesOpt, LogsOpt, MinutesOpt, PackOpt, RunOpt, SetOpt, more
 
 
 def distill(
@@ -58,9 +58,8 @@ def distill(
     )
     if dist.is_first():
         trained = {"step": found.meta["step"], "images_seen": found.meta["images"]}
-        longer = {} if found.meta.get("ended") == "minutes" else {"--set train.steps": str(2 * found.meta["step"])}
-        go_on = again(longer, without=("--images",) if longer else ())
-        show({"run": out, "sampling_steps": steps, **trained, "more": go_on, "next": sampling(out, found)}, as_json)
+        then = {"more": more(found, "--set train.steps"), "next": sampling(out, found)}
+        show({"run": out, "sampling_steps": steps, **trained, **then}, as_json)
 
 
 def register(app: typer.Typer) -> None:

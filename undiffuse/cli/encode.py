@@ -1,6 +1,5 @@
 """Images to coded files and back."""
 
-import os
 from math import log10, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,6 @@ from undiffuse.cli.options import (
     open_like,
     open_model,
     refuse_below_file,
-    test_or_all,
     ticking,
     writable,
     writable_file,
@@ -203,7 +201,6 @@ def _images(
 
     if n is not None and n < 1:
         raise UsageError(f"--images {n} is not possible; give 1 or more")
-    split = test_or_all(model, [source], split, settings)
     try:
         found = open_like(model, [source], split, skip_bad=False, settings=settings, own_size=not resize, count=n)
     except Mixed as error:
@@ -216,7 +213,7 @@ def _images(
 def _refuse_file(out: Path, source: str, overwrite: bool) -> None:
     """Before anything is encoded."""
     writable_file(out, overwrite)
-    if os.path.exists(out) and os.path.exists(source) and os.path.samefile(out, source):
+    if out.exists() and Path(source).exists() and out.samefile(source):
         raise UsageError(f"{out} is the picture itself, which the file would replace; give another name")
 
 

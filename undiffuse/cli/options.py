@@ -1,6 +1,5 @@
 """What several commands share: their arguments and options, a progress bar, and the model that they name."""
 
-import errno
 import itertools
 import os
 import re
@@ -129,12 +128,7 @@ SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable p
 
 
 def refuse_below_file(path: Path) -> None:
-    """UsageError for a path whose folder is a file, or that no disk takes, such as one with too long a name."""
-    try:
-        os.lstat(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise UsageError(f"{path} cannot be written: {error.strerror}; give another place") from error
+    """UsageError for a path whose folder is a file."""
     above = next((each for each in path.parents if os.path.exists(each)), None)
     if above is not None and not above.is_dir():
         raise UsageError(f"{above} is a file, so {path} cannot be in it; give another place")
@@ -169,9 +163,9 @@ def writable_file(path: Path, overwrite: bool) -> None:
 
 
 def _refuse_folder(path: Path) -> None:
-    refuse_below_file(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
+    refuse_below_file(path)
 
 
 def _refuse_there(path: Path, overwrite: bool) -> None:
@@ -221,7 +215,7 @@ def reading_of(settings: list[str] | None, base: "DataConfig | None" = None, fix
 def open_like(
     model: "Model",
     data: list[str],
-    split: str,
+    split: str | None,
     skip_bad: bool,
     settings: list[str] | None = None,
     own_size: bool = False,
@@ -229,12 +223,19 @@ def open_like(
 ) -> "ArraySource | PackedSource":
     """A data set as the model was trained on; what is left out of it and made of it is told.
 
-    `own_size` keeps the size of its images, which must be one; `count` takes the first ones alone.
+    Without a split these are the test images, or all of what has no such split, as pictures have none. `own_size` keeps
+    the size of the images, which must be one; `count` takes the first ones alone.
     """
     from undiffuse.data import made, remark
     from undiffuse.data.format.several import join
+    from undiffuse.errors import NoSplit
     from undiffuse.machine import dist, log
 
+    if split is None:
+        try:
+            return open_like(model, data, "test", skip_bad, settings, own_size, count)
+        except NoSplit:
+            split = "train"
     reading = reading_of(settings, model.data, fixed=("channels",))
     source = model.source(join(data), split, skip_bad, reading, own_size, count)
     is_meant = any(setting.partition("=")[0].strip() == "data.range" for setting in settings or ())
@@ -246,21 +247,6 @@ def open_like(
     if left_out := remark.left_out(source):
         log.warn(left_out)
     return source
-
-
-def test_or_all(model: "Model", data: list[str], split: str | None, settings: list[str] | None = None) -> str:
-    """The split that is asked for; unless one is, the test images, or all of what has no splits, as pictures have."""
-    from undiffuse.data.format.several import join
-    from undiffuse.data.source import open_raw
-    from undiffuse.errors import NoSplit
-
-    if split is not None:
-        return split
-    try:
-        open_raw(join(data), "test", reading_of(settings, model.data, fixed=("channels",)))
-    except NoSplit:
-        return "train"
-    return "test"
 
 
 def said(told: "Told", model: "Model") -> dict[str, str]:
@@ -302,8 +288,7 @@ def choose_walk(
     if variance is not None and not isinstance(walk.sampler, Ancestral):
         raise UsageError(f"--variance {variance} belongs to Algorithm 2; give --solver ancestral too, or leave it out")
     if walk.said and dist.is_first():
-        what, sign, other = walk.said.partition(";")
-        log.say(what + ", of which those below t are taken" * below + sign + other)
+        log.say(walk.said + "; of these steps those below t are taken" * below)
     return walk
 
 

@@ -1,6 +1,5 @@
 """The command that draws samples."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +90,7 @@ def sample(
     _refuse_places(out, npz, overwrite)
     loaded = open_model(model, device, clip, variance, weights, precision)
     numbers, batch = _seed(seed, seeds, n), whole("batch", batch, 1)
-    (total, told), rows = _asked(loaded, n, numbers, label)
+    total, told, rows = _asked(loaded, n, numbers, label)
     chain = choose_walk(loaded, steps, times, grid, solver, eta, variance)[:2]
     job = draw.Job(loaded, total, *chain, told, numbers, batch)
     wait = loaded.sampling_steps(job.n, job.times, job.batch)
@@ -124,7 +123,7 @@ def _seed(seed: int, seeds: str | None, n: int | None) -> "Seed":
     return parse_seeds(seeds)
 
 
-def _asked(model: "Model", n: int | None, seed: "Seed", label: str | None) -> "tuple[tuple[int, Told], int | None]":
+def _asked(model: "Model", n: int | None, seed: "Seed", label: str | None) -> "tuple[int, Told, int | None]":
     """How many images, and their labels; and the columns of the grid where each class has a row."""
     rows = model.count(1, label) > 1
     if isinstance(seed, list):
@@ -133,7 +132,7 @@ def _asked(model: "Model", n: int | None, seed: "Seed", label: str | None) -> "t
         n = len(seed)
     n = whole("n", (8 if rows else 64) if n is None else n, 1)
     total = model.count(n, label)
-    return (total, model.told(label, total, seed)), n if rows else None
+    return total, model.told(label, total, seed), n if rows else None
 
 
 def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
@@ -145,7 +144,7 @@ def _refuse_places(out: Path | None, npz: Path | None, overwrite: bool) -> None:
     if out is not None:
         refuse_below_file(out)
         draw.refuse(out)
-    writable(npz, overwrite or (npz is not None and os.path.exists(draw.partial_of(npz))), picture=False)
+    writable(npz, overwrite or (npz is not None and draw.partial_of(npz).exists()), picture=False)
 
 
 def _channels(out: Path | None, model: "Model") -> dict[str, str]:

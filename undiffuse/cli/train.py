@@ -119,12 +119,15 @@ def ended(model: "Model", out: Path, profile: bool) -> dict[str, Any]:
     }
 
 
-def more(model: "Model") -> str:
-    """The command that goes on with a finished run: as long again, or past the end that its held-out loss set."""
+def more(model: "Model", steps: str = "--steps") -> str:
+    """The command that goes on with a finished run: as long again, or past the end that its held-out loss set.
+
+    `steps` is the option of the command for how many there are.
+    """
     if model.meta.get("ended") == "minutes":
         return again({}, without=("--init",))
     itself = {"--set train.patience": "0"} if model.meta.get("ended") == "held-out loss" else {}
-    return again({"--steps": str(2 * model.meta["step"]), **itself}, without=("--images", "--init"))
+    return again({steps: str(2 * model.meta["step"]), **itself}, without=("--images", "--init"))
 
 
 def again(options: dict[str, str], without: tuple[str, ...] = ()) -> str:

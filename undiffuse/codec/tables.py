@@ -24,7 +24,6 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key
-from undiffuse.machine import disk
 from undiffuse.machine.tensorfile import refuse_newer
 from undiffuse.model import fitted
 from undiffuse.model.load import load, shipped
@@ -281,7 +280,7 @@ def of(model: Model, ident: bytes | None = None) -> Plan:
     """
     path, found = fitted.found(model.run, model.digest(), fitted.CODEC), list[Plan]()
     if path is not None:
-        found.append(_parsed(disk.read_json(path), model, str(path)))
+        found.append(_parsed(fitted.read(path), model, str(path)))
     if "codec" in model.meta and (path is None or ident not in (None, found[0].ident)):
         found.append(_parsed(model.meta["codec"], model, "the codec in the file of this model"))
     if not found:

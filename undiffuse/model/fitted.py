@@ -110,19 +110,22 @@ def found(run: Path | None, digest: str, kind: str = "") -> Path | None:
 def find(run: Path | None, digest: str) -> Fit | None:
     """The grid that was fitted to the weights of that hash."""
     path = found(run, digest)
-    if path is None:
-        return None
+    return None if path is None else parsed(read(path), digest, str(path))
+
+
+def read(path: Path) -> Any:
+    """What is kept there, as plain data. Raises Corrupt."""
     try:
-        kept = disk.read_json(path)
+        return disk.read_json(path)
     except Corrupt as error:
-        raise Corrupt(f"{path} is damaged; make it anew with `undiffuse fit --overwrite`") from error
-    return parsed(kept, digest, str(path))
+        command = "codec fit" if path.stem.endswith(CODEC) else "fit"
+        raise Corrupt(f"{path} is damaged; make it anew with `undiffuse {command} --overwrite`") from error
 
 
 def raw(run: Path | None, digest: str, kind: str = "") -> Any:
     """As plain data, unread. Raises Corrupt."""
     path = found(run, digest, kind)
-    return None if path is None else disk.read_json(path)
+    return None if path is None else read(path)
 
 
 def keep(fit: Any, run: Path | None, kind: str = "") -> Path:

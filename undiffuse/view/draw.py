@@ -152,8 +152,8 @@ def _read(path: Path) -> UInt8[Tensor, "c h w"]:
 @contextmanager
 def _pictures(job: Job, folder: Path) -> Iterator[Pictures]:
     refuse(folder)
-    mark, said = folder / MARK, disk.to_json(job.asked)
-    with _claimed(mark, said, lambda: any(map(is_picture, os.listdir(folder)))), _locked(mark, folder):
+    path, said = folder / MARK, disk.to_json(job.asked)
+    with _claimed(path, said, lambda: any(map(is_picture, os.listdir(folder)))), _locked(path, folder):
         if not (folder / MARK).stat().st_size:  # that of a demonstration
             raise UsageError(f"{folder} holds samples already; give a new folder, or remove it")
         claim.check(folder, job.asked, MARK, "samples of another command")
@@ -177,8 +177,8 @@ def _claimed(path: Path, said: bytes, is_used: Callable[[], bool]) -> Iterator[N
     except UsageError:
         if mine and not is_used():
             disk.remove(path)
-            with suppress(OSError):  # others may have put something into it
-                path.parent.rmdir() if new else None
+            if new and not os.listdir(path.parent):
+                disk.remove(path.parent)
         raise
 
 
