@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -36,11 +37,12 @@ from undiffuse.diffusion.process import TableProcess
 from undiffuse.figure import line_plot
 from undiffuse.key import Key
 from undiffuse.machine import disk
+from undiffuse.machine.device import processor
 from undiffuse.model.model import Model, to_uint8
 
 HERE = Path(__file__).parent
 FEW, MANY = (4, 5, 6, 8, 10, 15, 20), (50, 250)
-GRIDS = ("even", "log-snr", "karras", "fitted")
+GRIDS = ("even", "quadratic", "log-snr", "karras", "fitted")
 SOLVERS = ("ddim", "dpmpp-2", "dpmpp-3", "dpmpp-sde", "unipc-2", "unipc-3", "deis-3", "ipndm", "heun")
 OURS = {f"{solver}, {grid}": (solver, grid) for grid in GRIDS for solver in SOLVERS}
 TRAILING, KARRAS = {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}
@@ -115,7 +117,9 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {name} | {' | '.join(_cell(each) for each in found)} |")
         floor = [row for row in result["rows"] if row["n"] == n and row["name"] == REAL]
         lines.append(f"| {REAL} | {' | '.join(_cell(floor) if i == 0 else '' for i in range(len(counts)))} |")
-    ran = f"{result['machine']['processor']}, torch {result['machine']['torch']}, {result['date']}"
+    each = Counter(row["processor"] for row in result["rows"]).most_common()
+    on = each[0][0] if len(each) == 1 else ", ".join(f"{name} ({count} figures)" for name, count in each)
+    ran = f"{on}, torch {result['machine']['torch']}, {result['date']}"
     return "\n".join([*lines[1:], "", f"{ran}; `{result['command']}`."])
 
 
@@ -204,7 +208,7 @@ def main() -> None:
         if images is not None:
             seconds = {"seconds": round(time.monotonic() - began, 1)}
             grey = {"grey": float(images.double().mean())}
-            row = asked | seconds | grey | distances(images, given.work)
+            row = asked | seconds | grey | distances(images, given.work) | {"processor": processor()}
             keep(given.json, given.work, row, command, lambda: made_of(given.model, *EXTRACTORS), fit)
 
     test = open_source("fashion-mnist", split="test").images[given.seed * given.n : (given.seed + 1) * given.n]
