@@ -5,7 +5,8 @@
 Each log is the `log.jsonl` of a run of the preset from untrained weights to its end, each of another seed. Where there
 are three or more, the band of a step is where the next seed is expected with 95 % (Student's t, from their mean and
 spread); in any case it is 1 % to either side at least, for other seeds, machines and precisions, and with one run alone
-just that, so records from before the first thousand steps, where seeds differ by more, are left out of it. Writes
+just that, so records from before the first thousand steps, where seeds differ by more, are left out of it. So are
+records of steps before which a run had another learning rate than the preset within a quarter of its length. Writes
 `bench/curve-PRESET.json` and the table at the end of the preset.
 """
 
@@ -14,17 +15,27 @@ import json
 import statistics
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import t as student
 
 from undiffuse.data.pack import open_data
 from undiffuse.machine import disk
 from undiffuse.machine.log import read_rows
-from undiffuse.model.recipe import load_recipe
+from undiffuse.model.recipe import Recipe, learning_rate, load_recipe
 
 HERE = Path(__file__).parent
 LEAST = 0.01  # of the mean, to either side
 SETTLED = 1000  # steps, from which seeds differ by less
+SAME = 0.02  # of the highest rate: what a log's mean over its records, and a run's end that was moved, may differ by
+
+
+def follows(recipe: Recipe, log: list[dict[str, Any]], step: int) -> bool:
+    """Whether the rate of a run was the preset's at a step, and for a quarter of the preset's length before it."""
+    train = recipe.train
+    first = max(step - train.steps / 4, 2 * train.warmup)  # a record has the mean of its rates, which a warm-up bends
+    rates = [(row["step"], row["lr"]) for row in log if "lr" in row and first <= row["step"] <= step]
+    return all(abs(rate - learning_rate(train, at, train.steps)) <= SAME * train.lr for at, rate in rates)
 
 
 def band(values: list[float]) -> tuple[float, float]:
@@ -49,8 +60,10 @@ def main() -> None:
     parser.add_argument("--data", help="the data, if the set has not the name of the preset")
     given = parser.parse_args()
     recipe = load_recipe(given.preset)
-    runs = [{row["step"]: row["held_out"] for row in read_rows(log) if "held_out" in row} for log in given.logs]
+    logs = [list(read_rows(log)) for log in given.logs]
+    runs = [{row["step"]: row["held_out"] for row in log if "held_out" in row} for log in logs]
     steps = [step for step in runs[0] if len(runs) > 2 or step >= SETTLED]
+    steps = [step for step in steps if all(follows(recipe, log, step) for log in logs)]
     rows = [{"step": step, "held_out": (each := [run[step] for run in runs]), "band": band(each)} for step in steps]
     result = {"command": f"python bench/curve.py {given.preset} RUN/log.jsonl", "date": date.today().isoformat()}
     result |= {"steps": recipe.train.steps, "rows": rows}

@@ -123,6 +123,12 @@ def test_the_curves_of_the_presets_are_those_of_the_files():
         for row in measured["rows"]:
             (loss,), (low, high) = row["held_out"], row["band"]
             assert (low, high) == pytest.approx((0.99 * loss, 1.01 * loss), abs=1e-4)
+        # The run behind them had the preset's learning rate there, and well before: else they would blame a right run.
+        train, rates = found[name].train, [row for row in read_rows(BENCH / f"shipped-{name}.log.jsonl") if "lr" in row]
+        for step, *_ in curve.held_out:
+            near = [row for row in rates if max(step - train.steps / 4, 500) <= row["step"] <= step]
+            expected = [learning_rate(train, row["step"], train.steps) for row in near]
+            assert near and [row["lr"] for row in near] == pytest.approx(expected, abs=0.02 * train.lr), step
 
 
 @pytest.mark.data
