@@ -105,8 +105,8 @@ def run_demo(out: Path, quick: bool = False, model: Model | None = None, say: Sa
     ]
     took, threads = log.duration(time.monotonic() - started), torch.get_num_threads()
     lead = (
-        f"Made in {took} on {threads} thread{'s' * (threads > 1)} of a CPU, from data inside the package. First a model "
-        "is trained from nothing on tiny digits; then a trained one draws clothes and is measured."
+        f"Made in {took} on {threads} thread{'s' * (threads > 1)} of a CPU, from data inside the package. First a "
+        "model is trained from nothing on tiny digits; then a trained one draws clothes and is measured."
     )
     draw.mark(out)
     write_report(out / "report.html", sections, "undiffuse demo", f"{lead}\n\n{_warning(quick)}")
