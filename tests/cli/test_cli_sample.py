@@ -177,6 +177,31 @@ BAD = [
         "sampler heun: churn_min 3 is not below churn_max 1, so nothing is churned",
     ),
     ("sample MODEL --out x --solver dpmpp-sde-2", 2, 'sampler dpmpp-sde has no field "order". It has none'),
+    (
+        "sample MODEL --out x --solver unipc-3 --steps 1",
+        2,
+        "order 3, for which 1 step of a chain is too few; give 3 or",
+    ),
+    (
+        "sample MODEL --out x --solver dpmpp-2 --times 0.5",
+        2,
+        "solver dpmpp-2 has order 2, for which 1 step of a chain is",
+    ),
+    (
+        "sample MODEL --out x --grid fitted,rho=2",
+        2,
+        "grid fitted,rho=2: the fitted grid has no fields; give fitted alone",
+    ),
+    (
+        "progressive MODEL --out x.png --steps 4 --slots 9",
+        2,
+        "9 slots along a chain of 4 steps are not possible; give 1 to 4",
+    ),
+    (
+        "nll MODEL digits -n 1 --grid fitted --steps 2",
+        2,
+        'grid "fitted" is not known. Known: even, karras, log-snr, quad',
+    ),
     ("sample MODEL --npz BAD", 2, "BAD is a folder; give the name of a file"),
     ("sample MODEL --out x --times 1,0.5,0.5", 2, "times 1, 0.5, 0.5 do not fall strictly"),
     ("sample MODEL --out x --times 1;2", 2, '--times "1;2" is not a list of numbers; give for example 1,0.75'),
@@ -253,6 +278,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(call, folder, monkeypatch, w
     lines = [line for line in err.splitlines() if line.startswith("undiffuse: ")]
     assert (got, out, len(lines)) == (code, "", 1)
     assert message in lines[0] and "Traceback" not in err
+    assert "evaluations of" not in err  # which is what it would have done
     assert "%" not in err  # nothing had been drawn or measured: no progress was shown
     assert sorted(folder.rglob("*")) == before
 

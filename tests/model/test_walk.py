@@ -78,6 +78,36 @@ def test_mu_takes_all_steps_of_its_table_and_says_why():
     assert len(toy.walk(5, "ddim").times) == 6
 
 
+def test_mu_is_asked_at_the_times_of_its_table_alone():
+    """Between them its coefficients are those of no step that it has learned."""
+    toy = model(lambda x, t: x, 20)
+    free = toy.times(4, "log-snr") * 20
+    object.__setattr__(toy.config, "parameterisation", Mu())
+    found = toy.walk(4, "unipc-2", grid="log-snr").times * 20
+    assert not torch.equal(free, free.round()) and torch.equal(found, free.round())
+    assert torch.equal(toy.times([0.97, 0.33]), torch.tensor([0.95, 0.35, 0.0], dtype=torch.float64))
+    with pytest.raises(
+        UsageError, match="alone, and of these 18 steps some lie at the same; give fewer, or --grid even$"
+    ):
+        toy.times(18, "log-snr")
+    with pytest.raises(
+        UsageError, match="^this model predicts mu, .* so that no grid is fitted to it; sample it in all"
+    ):
+        fit(toy, 4)
+
+
+def test_a_solver_by_name_has_the_steps_that_its_order_needs():
+    toy = model(lambda x, t: x, 20)
+    for name, order in (("unipc-3", 3), ("deis-4", 4), ("dpmpp-sde", 2), ("heun", 2), ("ddim", 1)):
+        assert len(toy.walk(order, name).times) == order + 1
+        if order > 1:
+            with pytest.raises(
+                UsageError, match=f"^solver {name} has order {order}, for which .* too few; give {order} or"
+            ):
+                toy.walk(order - 1, name)
+    assert len(toy.walk(1).times) == 2  # what nobody named has a lower order there
+
+
 def test_arguments_of_another_kind_are_refused():
     """Where no type checker stands before them, as it does in tests."""
     code = """

@@ -36,6 +36,8 @@ from undiffuse.cli.tools import JsonOpt, show
 from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from undiffuse.data.picture import Reading
     from undiffuse.measure.along import Along
     from undiffuse.measure.evaluate import Query
@@ -149,13 +151,17 @@ def evaluate(
     writable(save_statistics, overwrite, picture=False)
     kind = {"variance": variance, "weights": weights, "precision": precision}
     drawing = {"steps": steps, "times": times, "grid": grid, "solver": solver, "eta": eta}
-    model, walk = _model(samples, drawing, kind, device, clip)
+    model, walk, told = _model(samples, drawing, kind, device, clip)
     query = _query(features, metrics, feature_weights, resize, split, pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
+
+    def ticks(what: str, total: int) -> "AbstractContextManager[Callable[[int], None]]":
+        return ticking(total, what, as_json, told.pop() if told else "")
+
     with dist.joined(dist.LONG):
         found = _how(samples, progressive, whole, drawn=model is not None)(
             model or samples, data, query, n=n, **walk, label=label, seed=seed, seeds=seeds, batch=batch, out=out,
-            named=samples, device=device, ticking=lambda what, n: ticking(n, what, as_json), say=_say(as_json),
+            named=samples, device=device, ticking=ticks, say=_say(as_json),
         )  # fmt: skip
     _show(found, out, as_json)
 
@@ -194,21 +200,21 @@ def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bo
 
 def _model(
     samples: str, drawing: dict[str, Any], kind: dict[str, Any], device: str, clip: bool | None
-) -> "tuple[Model | None, dict[str, Any]]":
-    """The model that is named, and its chain; None for pictures, which cannot be asked what only a model can."""
+) -> "tuple[Model | None, dict[str, Any], list[str]]":
+    """The model that is named, its chain, and what is to be said of it; None for pictures, which have no chain."""
     from undiffuse.measure.evaluate import refuse_unknown
     from undiffuse.model.load import holds_model
 
     if holds_model(samples):
         model = open_model(samples, device, clip, **kind)
         walk = choose_walk(model, **drawing, variance=kind.get("variance"))
-        return model, {"steps": walk.times, "solver": walk.sampler}
+        return model, {"steps": walk.times, "solver": walk.sampler}, [walk.said] if walk.said else []
     refuse_unknown(samples)
     given = drawing | kind | {"no-clip" if clip is False else "clip": clip}
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")
-    return None, {}
+    return None, {}, []
 
 
 def _show(found: "Result | Along", out: Path | None, as_json: bool) -> None:

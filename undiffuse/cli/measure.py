@@ -10,7 +10,6 @@ from undiffuse.cli.options import (
     ClipOpt,
     DataArg,
     DeviceOpt,
-    GridOpt,
     ModelArg,
     PrecisionOpt,
     ReadOpt,
@@ -64,7 +63,12 @@ def nll(
     n: CountOpt = None,
     draws: DrawsOpt = None,
     steps: ChainOpt = None,
-    grid: GridOpt = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="How --steps are spread: even (in t), quadratic, log-snr or karras; unless given, as suits the process"
+        ),
+    ] = None,
     rate_distortion: RateOpt = False,
     ode: OdeOpt = False,
     tolerance: ToleranceOpt = None,

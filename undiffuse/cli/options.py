@@ -174,12 +174,19 @@ def _refuse_there(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def ticking(total: int, what: str, as_json: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error."""
+def ticking(total: int, what: str, as_json: bool, said: str = "") -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; `said` is a line above it, which a command that is refused does not say."""
     from undiffuse.machine import dist, log
 
+    left = [said] if said and dist.is_first() else []
     with log.progress(total, what, not as_json and dist.is_first()) as bar:
-        yield bar.advance
+
+        def advance(done: int) -> None:
+            while left:
+                log.say(left.pop())
+            bar.advance(done)
+
+        yield advance
 
 
 def open_model(
@@ -277,19 +284,16 @@ def choose_walk(
     noisy: bool = False,
     below: bool = False,
 ) -> "Walk":
-    """The chain of --steps, --times, --grid, --solver and --eta; what nobody named is told in a line.
+    """The chain of --steps, --times, --grid, --solver and --eta; its `said` tells in a line what nobody named.
 
     `below`: of its times those below some t alone are walked. Raises UsageError for a --variance that it does not have.
     """
     from undiffuse.diffusion.sampler.ancestral import Ancestral
-    from undiffuse.machine import dist, log
 
     walk = model.walk(_steps(steps, times, grid), solver, eta, grid, noisy)
     if variance is not None and not isinstance(walk.sampler, Ancestral):
         raise UsageError(f"--variance {variance} belongs to Algorithm 2; give --solver ancestral too, or leave it out")
-    if walk.said and dist.is_first():
-        log.say(walk.said + "; of these steps those below t are taken" * below)
-    return walk
+    return walk._replace(said=walk.said + "; of these steps those below t are taken" * (below and bool(walk.said)))
 
 
 def _steps(steps: int | None, times: str | None, grid: str | None) -> int | list[float] | None:

@@ -91,10 +91,10 @@ def sample(
     loaded = open_model(model, device, clip, variance, weights, precision)
     numbers, batch = _seed(seed, seeds, n), whole("batch", batch, 1)
     total, told, rows = _asked(loaded, n, numbers, label)
-    chain = choose_walk(loaded, steps, times, grid, solver, eta, variance)[:2]
-    job = draw.Job(loaded, total, *chain, told, numbers, batch)
+    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
+    job = draw.Job(loaded, total, *walk[:2], told, numbers, batch)
     wait = loaded.sampling_steps(job.n, job.times, job.batch)
-    with dist.joined(dist.LONG), ticking(wait, "sampling", as_json) as tick:
+    with dist.joined(dist.LONG), ticking(wait, "sampling", as_json, walk.said) as tick:
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
     if not dist.is_first():
         return

@@ -10,6 +10,7 @@ from undiffuse.diffusion.fit import Products, Watched
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp
+from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.model.classes import drawn
 from undiffuse.model.fitted import MOST, Fit, Fitted
@@ -53,6 +54,11 @@ def fit(
     classes is told each as often as in training. Costs 61 evaluations a trajectory. Raises UsageError, NotFiniteError.
     """
     model.refuse_distilled("a grid")
+    if model.config.parameterisation.needs_table:
+        raise UsageError(
+            "this model predicts mu, which it knows at the steps of its table alone, so that no grid is fitted to it; "
+            "sample it in all steps, or in fewer with --solver ddim --steps N"
+        )
     n = whole("trajectories", trajectories, 1)
     keys, told = Key(seed).fold("fit").rows(n), drawn(model.classes, n, seed).conditioning
     times, parts = LogSnr().times(model.process, stamps(model)), list[Products]()

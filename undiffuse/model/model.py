@@ -19,7 +19,7 @@ from undiffuse.data.pack import open_data
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import ArraySource, Wanted
 from undiffuse.diffusion.denoiser import Denoiser
-from undiffuse.diffusion.grid import GRIDS, Grid, suited
+from undiffuse.diffusion.grid import Grid, suited
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.reverse import VARIANCES, Variance
@@ -270,8 +270,8 @@ class Model:
     def times(self, steps: Steps = None, grid: str | Grid | None = None) -> Float[Tensor, "times"]:
         """The times that sampling walks: all of the table, that many steps of a grid, or these times and 0.
 
-        `grid` is what suits the process unless it is named. Times fall strictly, and need not be points of a table. A
-        distilled model has its own.
+        `grid` is what suits the process unless it is named. Times fall strictly, and need not be points of a table but
+        where the model predicts mu. A distilled model has its own.
         """
         if self.config.bounds is not None:
             if grid is not None:
@@ -280,10 +280,11 @@ class Model:
             return distilled.times(self.config.bounds, self.process, asked)
         if not walk.are_times(steps):
             chosen = suited(self.process) if grid is None else self.grid(grid)
-            return chosen.times(self.process, None if steps is None else whole("steps", steps))
+            count = None if steps is None else whole("steps", steps)
+            return walk.on_table(self.config, self.process, chosen.times(self.process, count))
         if grid is not None:
             raise UsageError(f"the times are given, so that no grid ({grid}) can choose them; leave one of them out")
-        return walk.listed(self.process, steps)
+        return walk.on_table(self.config, self.process, walk.listed(self.process, steps))
 
     def walk(
         self,
@@ -299,7 +300,7 @@ class Model:
         there is none, on one that suits it. mu, which holds for the steps of its table only, takes all of them.
         """
         if solver is not None or eta is not None or self.config.bounds is not None:
-            return Walk(self.times(steps, grid), self.sampler(solver, eta))
+            return walk.enough(Walk(self.times(steps, grid), self.sampler(solver, eta)), solver)
         if self.config.parameterisation.needs_table:
             return Walk(walk.whole_table(self.process, self.times(steps, grid)), self.sampler(), walk.MU)
         name = walk.NOISY if noisy else walk.SOLVER
@@ -319,13 +320,7 @@ class Model:
 
     def grid(self, grid: str | Grid) -> Grid:
         """One by name, `fitted` included, or with its fields, `karras,rho=5`. Raises UsageError."""
-        if grid != fitted.NAME:
-            if isinstance(grid, str) and not {",", ":"} & set(grid) and grid not in GRIDS.classes:
-                raise unknown("grid", grid, (*GRIDS.classes, fitted.NAME))
-            return GRIDS.build(grid, trusted=True)
-        if self.fit is None:
-            raise UsageError("no grid is fitted to this model; make one with `undiffuse fit`, or choose log-snr")
-        return self.fit.grid
+        return walk.grid(self.fit, grid)
 
     def chain(
         self,
@@ -340,15 +335,15 @@ class Model:
         """One batch along `times`, in float32 on the model's device, returned on the CPU.
 
         From `start`, or from noise at the first of the times; below t = 1 with `mean` in it, which noise alone would
-        lack. `callback(remaining, x, t)` is called before each step, `progress(1)` after it.
+        lack. `callback(remaining, x, t)` is called before each step, `progress(1)` after it, first `progress(0)`.
         """
         self.config.parameterisation.check(self.process)
         like = torch.empty(1, *self.config.image, dtype=torch.float32, device=self.device)
         denoise = Along(self.denoiser, times, like, cond.to(self.device))
 
         def watch(remaining: int, x: Tensor, t: Tensor) -> None:
-            if progress is not None and remaining < len(times) - 1:
-                progress(1)
+            if progress is not None:
+                progress(int(remaining < len(times) - 1))
             if callback is not None:
                 callback(remaining, x, t)
 

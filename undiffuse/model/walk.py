@@ -13,7 +13,7 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import Sampler, named
-from undiffuse.errors import UsageError
+from undiffuse.errors import UsageError, unknown
 from undiffuse.model import distilled, fitted
 from undiffuse.model.fitted import Fit
 from undiffuse.model.recipe import ModelConfig
@@ -40,6 +40,20 @@ def best(process: Process, fit: Fit | None, steps: int | None) -> tuple[Grid, in
         return fit.grid, steps
     own = suited(process)  # what is even in t suits a table, and no solver of few steps
     return LogSnr() if isinstance(own, Even) else own, steps
+
+
+def grid(fit: Fit | None, asked: str | Grid) -> Grid:
+    """See `Model.grid`."""
+    head, comma, _ = asked.partition(",") if isinstance(asked, str) else ("", "", "")
+    if head == fitted.NAME:
+        if comma:
+            raise UsageError(f"grid {asked}: the fitted grid has no fields; give {fitted.NAME} alone")
+        if fit is None:
+            raise UsageError("no grid is fitted to this model; make one with `undiffuse fit`, or choose log-snr")
+        return fit.grid
+    if head and not comma and ":" not in head and head not in GRIDS.classes:
+        raise unknown("grid", head, (*GRIDS.classes, fitted.NAME))
+    return GRIDS.build(asked, trusted=True)
 
 
 def words(process: Process, grid: Grid, steps: int, solver: str, unfitted: bool = False) -> str:
@@ -84,6 +98,31 @@ def whole_table(process: Process, times: Float[Tensor, "times"]) -> Float[Tensor
             "steps out, or name another solver, such as ddim"
         )
     return times
+
+
+def enough(walk: Walk, solver: str | Sampler | None) -> Walk:
+    """The walk, if it is long enough for the order of a solver by name. Raises UsageError."""
+    steps, order = len(walk.times) - 1, walk.sampler.order
+    if isinstance(solver, str) and 0 < steps < order:
+        count = "1 step of a chain is" if steps == 1 else f"{steps} steps of a chain are"
+        raise UsageError(
+            f"solver {solver} has order {order}, for which {count} too few; give {order} or more, or a "
+            "solver of a lower order"
+        )
+    return walk
+
+
+def on_table(config: ModelConfig, process: Process, times: Float[Tensor, "times"]) -> Float[Tensor, "times"]:
+    """The times; at the nearest of the table for a model that predicts mu, which it has there only."""
+    if process.steps is None or not config.parameterisation.needs_table:
+        return times
+    near = (times * process.steps).round() / process.steps
+    if not bool((near.diff() < 0).all()):
+        raise UsageError(
+            f"this model predicts mu, which it knows at the {process.steps} steps of its table alone, and of these "
+            f"{len(times) - 1} steps some lie at the same; give fewer, or --grid even"
+        )
+    return near
 
 
 def listed(process: Process, steps: Any) -> Float[Tensor, "times"]:

@@ -117,7 +117,7 @@ def _shared_chains(
     if not way.sampler.noisy:
         raise UsageError(
             f"solver {SAMPLERS.name_of(way.sampler)} adds no noise, so that all images that share a latent are the "
-            "same; give ancestral, dpmpp-sde, or ddim with eta above 0"
+            "same; give ancestral, dpmpp-sde, ddim with eta above 0, or heun with a churn, such as heun,churn=40"
         )
     times = _with(way.times, *branches)
     return way.sampler, branches, [times, *(times[times <= t] for t in branches)]
