@@ -57,6 +57,10 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LONG = ("ancestral, even", "ddim, even")
 HALF = ", bf16"  # the network computes in it, as with --precision bf16
+FREE = ", no clip"  # of x̂_0, as with --no-clip
+SNAPPED = ", snapped"  # each time moved to the nearest of the table
+OTHERWISE = tuple(f"{name}{FREE}" for name in ("unipc-2, fitted", "dpmpp-2, log-snr", "ddim, even", "unipc-3, fitted"))
+OTHERWISE += tuple(f"{name}{SNAPPED}" for name in ("unipc-2, fitted", "unipc-2, log-snr", "dpmpp-3, log-snr"))
 IN_HALF = tuple(f"{name}{HALF}" for name in ("unipc-2, fitted", "dpmpp-2, fitted", "unipc-2, log-snr", *LONG))
 BATCH = 125
 REAL = "real images"
@@ -70,7 +74,9 @@ def ours(model: Model, solver: str, grid: str, evaluations: int, n: int, seed: i
         if evaluations % 2 == 0:
             return None
         steps = (evaluations + 1) // 2
-    return model.sample(n, model.times(steps, grid), solver, seed, BATCH)
+    grid, snapped, _ = grid.partition(SNAPPED)
+    times, total = model.times(steps, grid), model.process.steps or 1
+    return model.sample(n, (times * total).round() / total if snapped else times, solver, seed, BATCH)
 
 
 @torch.no_grad()
@@ -98,9 +104,11 @@ def peer(
 def drawn(model: Model, name: str, evaluations: int, n: int, seed: int) -> UInt8[Tensor, "n c h w"] | None:
     if name.endswith(HALF):
         return drawn(model.variant(precision="bf16"), name.removesuffix(HALF), evaluations, n, seed)
+    if name.endswith(FREE):
+        return drawn(model.variant(clip=False), name.removesuffix(FREE), evaluations, n, seed)
     if name in PEERS:
         return peer(model, *PEERS[name], evaluations, n, seed)
-    solver, _, grid = name.rpartition(", ")
+    solver, _, grid = name.partition(", ")
     return ours(model, solver, grid, evaluations, n, seed)
 
 
@@ -140,7 +148,7 @@ def plot(result: dict[str, Any]) -> str:
     """Of each grid and of diffusers the best of those that were run at the most numbers, of the fewest samples."""
     least = min(row["n"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["n"] == least and row["evaluations"] <= max(FEW)]
-    names = {row["name"] for row in rows} - {REAL, *IN_HALF}
+    names = {row["name"] for row in rows} - {REAL, *IN_HALF, *OTHERWISE}
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault("diffusers" if name in PEERS else name.rpartition(", ")[2], []).append(name)
@@ -185,7 +193,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=HERE / "solvers.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    model, known = undiffuse.load(given.model, "cpu"), [*OURS, *PEERS, *LONG, *IN_HALF]
+    model, known = undiffuse.load(given.model, "cpu"), [*OURS, *PEERS, *LONG, *IN_HALF, *OTHERWISE]
     if unknown := set(given.names) - set(known):
         raise SystemExit(f"{', '.join(sorted(unknown))}: not known; give some of {'; '.join(known)}")
     if model.fit is None:
@@ -218,7 +226,9 @@ def main() -> None:
         every = open_source(str(given.chain)).images
         note("ancestral, even", model.process.steps or 0, lambda: every[: given.n])
         return
-    for name, count in itertools.product(given.names or [*OURS, *PEERS], map(int, given.evaluations.split(","))):
+    for name, count in itertools.product(
+        given.names or [*OURS, *PEERS, *OTHERWISE], map(int, given.evaluations.split(","))
+    ):
         note(name, count, lambda name=name, count=count: drawn(model, name, count, given.n, given.seed))
 
 

@@ -66,6 +66,34 @@ def test_a_solver_of_many_steps_converges_as_it_says(case, process, even):
     assert measured == pytest.approx(sampler.converges()[0 if even else 1], abs=0.25), error
 
 
+def random_grid(count: int, seed: int) -> torch.Tensor:
+    """The same in steps of ½ to 1½ of their mean, each drawn by itself, after two short ones.
+
+    A first step of order 1 and length h² errs by h⁴, a second of order 2 and length h^1.5 by h^4.5.
+    """
+    lengths = 0.5 + torch.rand(count, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    grid, h = -4 + 8 * torch.cat([torch.zeros(1, dtype=F64), lengths.cumsum(0)]) / lengths.sum(), 8 / count
+    return torch.cat([grid[:1] - h**2 - h**1.5, grid[:1] - h**1.5, grid])
+
+
+@pytest.mark.parametrize("case", ["heun churn", "heun", "ddim", *MANY])
+def test_a_solver_has_the_order_that_it_declares_on_random_grids(case):
+    """By the root mean square over eight grids: on single ones errors of either sign may cancel."""
+    sampler, process, counts, error = CASES[case], PROCESSES.classes["edm"](), (60, 240), []
+    for count in counts:
+        found = []
+        for seed in range(8):
+            times = process.time(random_grid(count, seed))
+            (mean, std), (_, end) = truth(process, times[0]), truth(process, times[-1])
+            found.append(law_of_chain(sampler, process, times, float(mean), float(std))[1] / float(end) - 1)
+        error.append(math.hypot(*found))
+    slope = math.log2(error[0] / error[1]) / 2
+    smooth, declared = sampler.converges()
+    assert slope > declared - 0.4, error
+    if declared < smooth:  # it is lost, and not only unlucky
+        assert slope < declared + 0.4, error
+
+
 # --- samplers whose steps know of no other ---
 
 

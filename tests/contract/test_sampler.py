@@ -39,8 +39,10 @@ CASES = {
     "unipc 1": Unipc(1),
     "unipc 2": Unipc(2),
     "unipc 3": Unipc(3),
+    "unipc 2 bh1": Unipc(2, "bh1"),
     "deis 2": Deis(2),
     "deis 3": Deis(3),
+    "deis 4": Deis(4),
     "ipndm 2": Ipndm(2),
     "ipndm 4": Ipndm(),
 }
