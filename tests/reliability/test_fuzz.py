@@ -216,20 +216,20 @@ def damaged(data: bytes, chance: np.random.Generator) -> bytearray:
     return found
 
 
-def attack(victim: Victim, honest: bytes, cases: int, told: mmap.mmap) -> None:
+def attack(victim: Victim, honest: bytes, cases: range, told: mmap.mmap) -> None:
     """In a child of its own, which tells the number of the case it is at, and what went wrong with the last."""
     room = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     torch.set_num_threads(1)  # the threads of the parent are not here to share work with
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest's own handler would wait for a call that hangs to return
-    for case in range(cases):
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a handler of Python's would wait for a call that hangs to return
+    for case in cases:
         data = damaged(honest, np.random.default_rng(case))
         forged = victim.forge is not None and case % 2 == 0
         if forged:
             victim.forge(data)
         victim.path.write_bytes(data)
         told[:] = f"case {case}: killed".encode().ljust(len(told))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor, which others may use too
         try:
             victim.read()
             wrong = "read, and is not what was written" if victim.sealed and not forged and data != honest else None
@@ -237,7 +237,7 @@ def attack(victim: Victim, honest: bytes, cases: int, told: mmap.mmap) -> None:
             wrong = f"several lines: {error}" if "\n" in str(error) else None
         except BaseException as error:  # of whatever kind: it is told, and fails the test
             wrong = f"{type(error).__name__}: {error}"
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         if wrong:
             told[:] = f"case {case}: {wrong}".encode()[: len(told)].ljust(len(told))
             os._exit(1)
@@ -257,7 +257,7 @@ def test_damaged_files_are_refused_or_read(tmp_path, kind, share):
     cases, told = int(share * CASES * SHARES.get(kind, 1 / len(KINDS))), mmap.mmap(-1, 300)
     child = os.fork()
     if child == 0:
-        attack(victim, honest, cases, told)
+        attack(victim, honest, range(cases), told)
     _, status = os.waitpid(child, 0)
     said = told[:].decode(errors="replace").rstrip("\0 ")
     assert status == 0, f"{kind}, {said} (status {status})"
