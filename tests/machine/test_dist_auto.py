@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine.test_dist import finish, start
+from tests.cli.toy import run_of_digits
+from tests.machine.test_dist import finish, start, wait_for_steps
+from tests.training.test_loop import assert_equal, state
 from undiffuse.machine.store import Run
+from undiffuse.model.load import load
 
 SETTINGS = ["network.channels=8", "process.steps=4", "train.sample_every=0", "train.batch=8", "train.held_out=4"]
 WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
@@ -37,3 +40,26 @@ def test_what_process_0_measures_ends_all(tmp_path):
     assert held == list(range(1, 7)) and Run(out).latest() == 6
     assert "is finished already, at step 6" in ended[0][2]
     assert (Path(out) / "best.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_distillation_by_two_processes_that_is_killed_is_that_of_one(tmp_path, monkeypatch):
+    """To the bit, by sums in a fixed order; process 0 alone fits the grid, and tells the bounds."""
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    teacher = run_of_digits(tmp_path / "teacher", 2, "parameterisation.name=v")
+    settings = ["batch=8", "exact_shards=2", "save_every=1", "log_every=1", "sample_every=0", "held_out=0", "steps=40"]
+    words = [word for each in settings for word in ("--set", f"train.{each}")]
+    words = ["distill", str(teacher), "digits", "--steps", "2", "--device", "cpu", *words, "--out"]
+    assert [code for code, _, _ in finish(start(1, *words, str(tmp_path / "alone")))] == [0]
+    running = start(2, *words, str(tmp_path / "other"))
+    wait_for_steps(tmp_path / "other", running, 2)
+    for process in running:
+        process.kill()
+    finish(running)
+    before = Run(tmp_path / "other").latest()
+    assert before is not None and before < 40
+    ended = finish(start(2, *words, str(tmp_path / "other")))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert "resuming" in ended[0][2] and ended[1][1:] == ("", ""), ended
+    assert_equal(state(tmp_path / "alone", 40), state(tmp_path / "other", 40))
+    assert load(tmp_path / "other").config.bounds == load(tmp_path / "alone").config.bounds

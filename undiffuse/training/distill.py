@@ -116,7 +116,8 @@ def distill(
         own = fitted_bounds(teacher, steps, say, show_progress) if dist.is_first() else ()
         bounds = tuple(json.loads(dist.tell(json.dumps(own))))  # another machine might come to slightly others
         recipe = recipe_for(teacher, bounds)
-        say(f"steps begin at sigma/alpha {', '.join(f'{u:g}' for u in reversed(bounds))}")
+        if dist.is_first():
+            say(f"steps begin at sigma/alpha {', '.join(f'{u:g}' for u in reversed(bounds))}")
         return train(data, out, recipe, init=teacher, **how, **given)
 
 
