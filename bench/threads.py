@@ -3,8 +3,9 @@
     python bench/threads.py
 
 Machines are shared: each variant is a process that is asked for a second of steps again and again, all in turn, and
-what other processes took meanwhile, in cores, is measured beside it. "Alone" are spans in which that was under 0.15,
-"beside" those in which it was within 0.15 of 1, with a busy process of our own where it was less. Runs until each has
+what other processes took meanwhile, in cores, is measured beside it, and kept with whether a busy process of our own
+ran. "Beside" are spans in which it ran, or others took at least half a core: beside two threads on two cores what would
+take a whole one gets 0.6 to 0.8. "Alone" are those in which it did not and others took under 0.15. Runs until each has
 so many spans, or its minutes are over. Writes `bench/threads.json` and the table of docs/scaling.md.
 """
 
@@ -29,7 +30,11 @@ WAITING, SPINS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}, "1000"  # some tens of �
 PRESETS = {"digits": 8, "fashion-mnist": 28}  # and the size of their images
 WAITS = {"spins": {}, "sleeps": {"GOMP_SPINCOUNT": SPINS}}  # how long a thread spins: as libgomp has it, and little
 VARIANTS = [(1, "spins"), (2, "spins"), (2, "sleeps")]
-OTHERS = ((0, 0.15), (0.85, 1.15), (1.15, 9))  # the cores that others take: none, one, more
+ALONE, BESIDE = "alone", "beside"
+NOBODY, SOMEBODY = 0.15, 0.5  # the cores that others take: less, and there are none; as much, and there is one at least
+
+
+Span = dict[str, Any]
 
 
 def busy() -> float:
@@ -62,6 +67,14 @@ def steps(preset: str, seconds: float) -> None:
         print(json.dumps({"seconds": wall / count, "own": own / wall, "others": (all_ - own) / wall}), flush=True)
 
 
+def kind(span: Span) -> str | None:
+    """Neither, if others took something and less than half a core. What others took alone judges spans of before it was
+    kept whether our busy process ran."""
+    if span.get("spinner", False) or span["others"] >= SOMEBODY:
+        return BESIDE
+    return ALONE if span["others"] < NOBODY else None
+
+
 class Asked:
     """One variant, in a process that works only when it is asked to."""
 
@@ -74,21 +87,17 @@ class Asked:
             env={**env, "OMP_NUM_THREADS": str(threads), **WAITS[wait]},
         )  # fmt: skip
         self.weights = self._line()
-        self.spans: list[dict[str, float]] = []
+        self.spans: list[Span] = []
 
     def _line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def ask(self) -> None:
+    def ask(self, spinner: bool) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        self.spans.append(json.loads(self._line()))
-
-    def among(self, low: float, high: float) -> int:
-        """The spans in which others took so many cores."""
-        return sum(low <= span["others"] < high for span in self.spans)
+        self.spans.append({**json.loads(self._line()), "spinner": spinner})
 
 
 def idle(seconds: float = 0.5) -> float:
@@ -100,14 +109,16 @@ def idle(seconds: float = 0.5) -> float:
 
 def measured(variants: list[Asked], spans: int, minutes: float) -> None:
     end = time.monotonic() + 60 * minutes
-    while time.monotonic() < end and any(each.among(*OTHERS[n]) < spans for each in variants for n in (0, 1)):
+    while time.monotonic() < end and any(
+        [kind(span) for span in each.spans].count(which) < spans for each in variants for which in (ALONE, BESIDE)
+    ):
         for each in variants:
-            each.ask()
-        if idle() < 0.5:
+            each.ask(spinner=False)
+        if idle() < SOMEBODY:
             spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
             try:
                 for each in variants:
-                    each.ask()
+                    each.ask(spinner=True)
             finally:
                 spinner.kill()
                 spinner.wait()
@@ -115,18 +126,26 @@ def measured(variants: list[Asked], spans: int, minutes: float) -> None:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| preset | threads | one that waits | alone, ms a step (spans) | beside one busy process | beside more |",
+        "| preset | threads | one that waits | alone, ms a step (spans) | beside a busy process | times |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         word = {"spins": "spins", "sleeps": f"sleeps (`GOMP_SPINCOUNT={SPINS}`)"}[row["wait"]]
         waits = "–" if row["threads"] == 1 else word
-        parts = ([s["seconds"] for s in row["spans"] if low <= s["others"] < high] for low, high in OTHERS)
-        cells = " | ".join(f"{1e3 * median(part):,.0f} ({len(part)})" if part else "–" for part in parts)
-        lines.append(f"| `{row['preset']}` | {row['threads']} | {waits} | {cells} |")
-    ran = result["machine"]
-    made = f"{ran['processor']}, {os.cpu_count()} cores, torch {ran['torch']}, {result['date']}"
-    return "\n".join([*lines, "", f"Medians. {made}; made by `{result['command']}`."])
+        parts = [[s["seconds"] for s in row["spans"] if kind(s) == which] for which in (ALONE, BESIDE)]
+        cells = [f"{1e3 * median(part):,.0f} ({len(part)})" if part else "–" for part in parts]
+        cells.append(f"{median(parts[1]) / median(parts[0]):.2f}" if all(parts) else "–")
+        lines.append(f"| `{row['preset']}` | {row['threads']} | {waits} | {' | '.join(cells)} |")
+    spans, ran = [span for row in result["rows"] for span in row["spans"]], result["machine"]
+    how = f"Medians of spans. Alone: others took under {NOBODY} cores. Beside: "
+    if all("spinner" in span for span in spans):
+        how += f"a busy process of our own ran, or others took at least {SOMEBODY} cores"
+    else:
+        how += f"others took at least {SOMEBODY} cores; in which spans our busy process ran was not kept yet"
+    left = sum(kind(span) is None for span in spans)
+    how += f". Between the two are {left} of {len(spans)} spans, which are left out."
+    made = f"{ran['processor']}, {result.get('cores', ran['threads'])} cores, torch {ran['torch']}, {result['date']}"
+    return "\n".join([*lines, "", f"{how} {made}; made by `{result['command']}`."])
 
 
 def main() -> None:
@@ -153,6 +172,7 @@ def main() -> None:
         "command": f"python bench/threads.py --spans {given.spans} --minutes {given.minutes:g}",
         "date": date.today().isoformat(),
         "machine": machine(),
+        "cores": os.cpu_count(),
         "rows": [{**each.names, "weights": each.weights, "spans": each.spans} for each in variants],
     }
     disk.write_atomic(HERE / "threads.json", (json.dumps(result, indent=1) + "\n").encode())

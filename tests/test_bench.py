@@ -5,7 +5,18 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.test_docs import ROOT, load
+
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of bench/, which imports others there."""
+    monkeypatch.syspath_prepend(BENCH)
+    return lambda name: load(BENCH / f"{name}.py")
 
 
 def results() -> dict[str, dict]:
@@ -57,3 +68,23 @@ def test_what_has_changed_is_made_anew(tmp_path):
     assert run("--dry-run") == (0, ["new: of today's weights", done], "")
     assert run("new") == (0, [f"new: asked for: {command}", "made --n 2 a b", "old: left out, other fashion-mnist"], "")
     assert run("other")[::2] == (1, "other is no result that is made of weights; give some of new, old")
+
+
+def test_a_span_is_beside_where_the_busy_process_ran_whatever_it_got(script):
+    threads = script("threads")
+    others = [0.1, 0.14, 0.15, 0.49, 0.5, 1.4]
+    assert [threads.kind({"others": n, "spinner": True}) for n in others] == ["beside"] * 6
+    for said in ({"spinner": False}, {}):
+        found = [threads.kind({"others": n, **said}) for n in others]
+        assert found == ["alone", "alone", None, None, "beside", "beside"]
+    spans = [{"seconds": 0.1, "others": 0.0}, {"seconds": 0.25, "others": 0.7}, {"seconds": 9.0, "others": 0.3}]
+    row = {"preset": "digits", "threads": 2, "wait": "spins"}
+    result = {"date": "2026-11-26", "command": "c", "machine": {"processor": "P", "threads": 2, "torch": "2"}}
+    lines = threads.table({**result, "rows": [{**row, "spans": spans}]}).splitlines()
+    assert lines[2] == "| `digits` | 2 | spins | 100 (1) | 250 (1) | 2.50 |"
+    assert "was not kept yet" in lines[-1] and "are 1 of 3 spans" in lines[-1]
+    spans[0]["spinner"] = spans[2]["spinner"] = False
+    spans[1] |= {"spinner": True, "others": 0.2}
+    lines = threads.table({**result, "rows": [{**row, "spans": spans}]}).splitlines()
+    assert lines[2] == "| `digits` | 2 | spins | 100 (1) | 250 (1) | 2.50 |"
+    assert "a busy process of our own ran, or" in lines[-1]
