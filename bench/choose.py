@@ -5,7 +5,8 @@
 Each candidate is `bench/small.toml` with the settings of `CANDIDATES`, trained for so many seconds of processor
 time on one thread (240 are two minutes of both threads of a small machine), with a rate that falls to 0 at their end.
 1,000 samples of DDIM in 20 steps are judged by the Fréchet distance on two extractors. What is there for the same
-seconds and seed is not done again. Writes `bench/choose.json` and the table of docs/benchmarks.md.
+seconds and seed is not done again, unless other extractors judged it. Writes `bench/choose.json` and the table of
+docs/benchmarks.md.
 """
 
 from functools import cache
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from candidates import CANDIDATES
-from machine import made_of
 from trial import SMALL, Found, made, run
 
 from undiffuse.data.source import open_source
@@ -29,10 +29,11 @@ SAMPLES, STEPS = 1000, 20
 
 @cache
 def reference(name: str, folder: Path) -> Moments:
-    """Of the training images; their features are kept in the folder."""
-    path, moments = folder / f"choose-{name}.npy", Moments()
+    """Of the training images; their features are kept in the folder, by the extractor's weights."""
+    extractor, moments = open_features(name, "cpu"), Moments()
+    path = folder / f"choose-{name}-{extractor.sha256[:16]}.npy"
     if not path.exists():
-        extractor, images = open_features(name, "cpu"), open_source("fashion-mnist").images[: EXTRACTORS[name]]
+        images = open_source("fashion-mnist").images[: EXTRACTORS[name]]
         np.save(path, torch.cat([extractor(part).pool for part in images.split(250)]).numpy())
     features = torch.from_numpy(np.load(path))
     moments.update(features, torch.arange(len(features)))
@@ -69,4 +70,4 @@ def table(result: Found) -> str:
 
 if __name__ == "__main__":
     candidates = {name: (SMALL, settings) for name, settings in CANDIDATES.items()}
-    run(candidates, judged, table, lambda: {"made_of": made_of(*EXTRACTORS)})
+    run(candidates, judged, table, tuple(EXTRACTORS))

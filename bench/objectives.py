@@ -4,8 +4,8 @@ numbers of images.
     python bench/objectives.py [--images 51200] [--seed 0] [NAME …]
 
 Measured are the Fréchet distance of 1,000 samples in 50 ancestral steps on two extractors, and bits/dim as in
-`bench/likelihood.py`. What is there for the same images and seed is not done again. Writes `bench/objectives.json` and
-the table of docs/benchmarks.md.
+`bench/likelihood.py`. What is there for the same images and seed is not done again, unless other extractors
+judged it. Writes `bench/objectives.json` and the table of docs/benchmarks.md.
 """
 
 from pathlib import Path
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from choose import EXTRACTORS, judged
 from likelihood import MUON, error, measured
-from machine import made_of
 from trial import IMAGES, SMALL, Found, made, run
 
 from undiffuse.training.trainer import Trainer
@@ -51,4 +50,4 @@ def table(result: Found) -> str:
 
 
 if __name__ == "__main__":
-    run(CANDIDATES, all_of, table, lambda: {"made_of": made_of(*EXTRACTORS)}, 51_200, IMAGES)
+    run(CANDIDATES, all_of, table, tuple(EXTRACTORS), 51_200, IMAGES)

@@ -6,13 +6,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, publish
+from machine import machine, made_of, publish
 
 from undiffuse.data.source import open_source
 from undiffuse.machine import disk
@@ -61,34 +61,50 @@ def command(budget: float, unit: str) -> tuple[argparse.ArgumentParser, str]:
     return parser, script.stem
 
 
+def judged(path: Path) -> list[Found]:
+    """The rows that are there, each with its extractors: while rows are done again they are not all of the same."""
+    result = read(path)
+    return [{"made_of": result.get("made_of", {}), **row} for row in result["rows"]]
+
+
 def run(
     candidates: dict[str, tuple[str, list[str]]],
     judge: Callable[[Trainer, Path], Found],
     table: Callable[[Found], str],
-    also: Callable[[], Found] = dict,
+    extractors: Sequence[str] = (),
     budget: float = 240.0,
     unit: str = SECONDS,
 ) -> None:
-    """A candidate is a preset with settings. What is there for the same seconds and seed is not done again."""
+    """A candidate is a preset with settings. What is there for the same seconds and seed is not done again, unless
+    other extractors judged it: such rows are, if no names are given, and until then stay out of the table."""
     parser, mark = command(budget, unit)
     given, path = parser.parse_args(), Path(__file__).with_name(f"{mark}.json")
     torch.set_num_threads(1)
     if unknown := set(given.names) - candidates.keys():
         raise SystemExit(f"{', '.join(sorted(unknown))}: not a candidate; give some of {', '.join(candidates)}")
-    for name in given.names or candidates:
-        asked, (preset, settings) = {"name": name, "budget": given.budget, "seed": given.seed}, candidates[name]
-        if any(asked.items() <= row.items() for row in read(path)["rows"]):
+    today, keys = made_of(*extractors), ("name", "budget", "seed")
+    asked = [dict(zip(keys, (name, given.budget, given.seed), strict=True)) for name in given.names or candidates]
+    if not given.names:
+        old = [row for row in judged(path) if row["made_of"] != today and row["name"] in candidates]
+        asked += [{key: row[key] for key in keys} for row in old]
+    for each in asked:
+        own = each | {"made_of": today}
+        if any(own.items() <= row.items() for row in judged(path)):
             continue
-        trainer, found = trained(preset, settings, given.budget, unit, given.seed)
-        row = asked | {"preset": Path(preset).name, "settings": settings, "processor": processor()}
+        preset, settings = candidates[each["name"]]
+        trainer, found = trained(preset, settings, each["budget"], unit, each["seed"])
+        row = own | {"preset": Path(preset).name, "settings": settings, "processor": processor()}
         row |= found | judge(trainer, given.work)
         print(json.dumps(row)[:1000], file=sys.stderr, flush=True)
         with (given.work / f"{mark}.lock").open("w") as lock:  # another may be at work on other names
             fcntl.flock(lock, fcntl.LOCK_EX)
-            result = {"rows": [*read(path)["rows"], row], "command": parser.prog, "date": date.today().isoformat()}
-            result |= {"unit": unit, "machine": machine(), **also()}
+            rows = [old for old in judged(path) if old["made_of"] == today or old["name"] in candidates]
+            rows = [*(old for old in rows if not each.items() <= old.items()), row]
+            others = [old["made_of"] for old in rows if old["made_of"] != today]  # with which `refresh.py` goes on
+            result = {"rows": rows, "command": parser.prog, "date": date.today().isoformat(), "unit": unit}
+            result |= {"machine": machine(), "made_of": others[0] if others else today}
             disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
-            publish("benchmarks.md", mark, table(result))
+            publish("benchmarks.md", mark, table({**result, "rows": [r for r in rows if r["made_of"] == today]}))
 
 
 def made(result: Found) -> str:

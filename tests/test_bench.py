@@ -4,8 +4,11 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.test_docs import ROOT, load
 
@@ -14,9 +17,15 @@ BENCH = ROOT / "bench"
 
 @pytest.fixture
 def script(monkeypatch):
-    """A script of bench/, which imports others there."""
-    monkeypatch.syspath_prepend(BENCH)
-    return lambda name: load(BENCH / f"{name}.py")
+    """A script of bench/, or of a copy of it, which imports others there."""
+
+    def opened(name: str, folder: Path = BENCH):
+        monkeypatch.syspath_prepend(folder)
+        for path in BENCH.glob("*.py"):
+            monkeypatch.delitem(sys.modules, path.stem, raising=False)
+        return load(folder / f"{name}.py")
+
+    return opened
 
 
 def results() -> dict[str, dict]:
@@ -68,6 +77,86 @@ def test_what_has_changed_is_made_anew(tmp_path):
     assert run("--dry-run") == (0, ["new: of today's weights", done], "")
     assert run("new") == (0, [f"new: asked for: {command}", "made --n 2 a b", "old: left out, other fashion-mnist"], "")
     assert run("other")[::2] == (1, "other is no result that is made of weights; give some of new, old")
+
+    fails = f"python {tmp_path}/none.py"
+    for name, its in (("bad", fails), ("distilled", "python bench/distilled.py RUN …"), ("solvers", fails)):
+        found = {"command": its, "made_of": {"fashion-mnist": "0" * 64}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    code, lines, said = run()
+    assert code == 1 and said.splitlines()[-1] == "failed: bad"
+    assert lines[0] == f"bad: other fashion-mnist: {fails}"
+    assert lines[1].startswith("distilled: other fashion-mnist; by hand: `undiffuse distill fashion-mnist")
+    assert lines[2:5] == ["new: of today's weights", done, "made --n 2 a b"]
+    assert lines[5].startswith("solvers: other fashion-mnist; by hand: `python bench/solvers.py`")
+    assert len(lines) == 6
+
+
+@pytest.fixture
+def tried(script, monkeypatch, tmp_path):
+    """Calls `trial.run` in a copy of bench/ where nothing is trained: what was, and the rows of result and table."""
+    (tmp_path / "docs").mkdir()
+    page, bench = tmp_path / "docs" / "benchmarks.md", tmp_path / "bench"
+    page.write_text("<!-- toy:begin -->\n<!-- toy:end -->\n")
+    bench.mkdir()
+    for name in ("trial", "machine"):
+        (bench / f"{name}.py").write_text((BENCH / f"{name}.py").read_text())
+    trial = script("trial", bench)
+
+    def call(judges: dict[str, str], *words: str, candidates: str = "a b") -> tuple[list[str], dict, list[str]]:
+        done, argv = [], [bench / "toy.py", "--work", tmp_path, *words]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        monkeypatch.setattr(trial, "made_of", lambda *names: {name: judges[name] for name in names})
+        monkeypatch.setattr(trial, "trained", lambda *given: (done.append(f"{given[1][0]} {given[2]:g}"), {}))
+        asked = {name: ("toy.toml", [name]) for name in candidates.split()}
+        trial.run(asked, lambda *_: {}, lambda result: repr([row["name"] for row in result["rows"]]), tuple(judges))
+        result = json.loads((bench / "toy.json").read_text())
+        return done, result, re.findall(r"\w+", page.read_text().splitlines()[1])
+
+    return call
+
+
+def test_rows_that_other_extractors_judged_are_done_again_and_meanwhile_not_in_the_table(tried):
+    first, second = {"judge": "1"}, {"judge": "2"}
+    assert tried(first)[0] == ["a 240", "b 240"] and tried(first, "b", "--seconds", "9")[0] == ["b 9"]
+    done, result, shown = tried(first)
+    assert (done, result["made_of"], shown) == ([], first, ["a", "b", "b"])
+
+    done, result, shown = tried(second, "b")
+    assert (done, result["made_of"], shown) == (["b 240"], first, ["b"])
+    assert [(row["name"], row["budget"], row["made_of"]) for row in result["rows"]] == [
+        ("a", 240, first), ("b", 9, first), ("b", 240, second)
+    ]  # fmt: skip
+    done, result, shown = tried(second)
+    assert (done, result["made_of"], shown) == (["a 240", "b 9"], second, ["b", "a", "b"])
+    assert all(row["made_of"] == second for row in result["rows"])
+
+
+def test_rows_of_other_extractors_go_where_they_are_no_candidates_any_more(tried):
+    tried({"judge": "1"})
+    done, result, shown = tried({"judge": "2"}, candidates="b c")
+    assert (done, result["made_of"], shown) == (["b 240", "c 240"], {"judge": "2"}, ["b", "c"])
+    done, result, shown = tried({"judge": "2"}, candidates="c d")
+    assert (done, shown) == (["d 240"], ["b", "c", "d"])
+
+
+def test_features_of_real_images_are_kept_by_the_extractor_that_made_them(script, monkeypatch, tmp_path):
+    choose, seen = script("choose"), []
+
+    class Fake:
+        def __init__(self, sha256: str):
+            self.sha256 = sha256
+
+        def __call__(self, images: torch.Tensor):
+            seen.append(self.sha256)
+            return SimpleNamespace(pool=images.flatten(1).double() * int(self.sha256[0]))
+
+    images = SimpleNamespace(images=torch.arange(8, dtype=torch.uint8).reshape(4, 1, 1, 2))
+    monkeypatch.setattr(choose, "open_source", lambda _: images)
+    for sha256, mean in (("1" * 64, [3.0, 4.0]), ("2" * 64, [6.0, 8.0]), ("1" * 64, [3.0, 4.0])):
+        monkeypatch.setattr(choose, "open_features", lambda *_, sha256=sha256: Fake(sha256))
+        choose.reference.cache_clear()
+        assert choose.reference("efflite0", tmp_path).mean.tolist() == mean
+    assert seen == ["1" * 64, "2" * 64]
 
 
 def test_a_span_is_beside_where_the_busy_process_ran_whatever_it_got(script):
