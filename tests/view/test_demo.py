@@ -1,6 +1,7 @@
 """The demo in its quick form, what its judge says of images whose nature is known, and, slowly, what it promises."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.parameterisation import V
 from undiffuse.diffusion.process import Cosine
 from undiffuse.diffusion.reverse import FixedSmall
+from undiffuse.errors import Corrupt
 from undiffuse.figure import enlarged, grid
+from undiffuse.model import load as loading
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.unet import UNet
@@ -66,6 +69,19 @@ def test_the_same_command_again_goes_on_with_the_training_that_is_there(quick):
     assert f"resuming {out / 'digits'} at step 3" in said
     verdict = [line for line in first if line.startswith("the classifier")]
     assert verdict and verdict == [line for line in said if line.startswith("the classifier")]
+
+
+def test_without_the_file_of_the_emoji_one_line_stands_for_them(tmp_path, monkeypatch):
+    """As NOTICE allows; a file that is there and is damaged is no such case."""
+    (tmp_path / "assets").mkdir()
+    monkeypatch.setattr(loading, "resources", SimpleNamespace(files=lambda _: tmp_path))
+    html = demo.run_demo(tmp_path / "without", quick=True, model=tiny(), say=lambda _: None).read_text()
+    assert "<h2>Emoji, told their style</h2>" in html and not (tmp_path / "without" / "emoji.png").exists()
+    assert "Left out, because the file of the model <code>emoji-32</code> is not in this installation." in html
+    assert html.count("<h2>") == 8 and html.count("<img ") == len(PICTURES) - 1
+    (tmp_path / "assets" / "emoji-32.safetensors").write_bytes(b"damaged")
+    with pytest.raises(Corrupt, match="emoji-32.safetensors"):
+        demo.run_demo(tmp_path / "damaged", quick=True, model=tiny(), say=lambda _: None)
 
 
 def test_copies_are_found_out_and_new_digits_are_not():
