@@ -359,6 +359,11 @@ def test_links_and_names_of_files_lead_somewhere(page):
     assert [str(path) for path in paths if not path.exists() and path not in made] == []
 
 
+def test_every_picture_is_on_a_page():
+    links = re.findall(r"\]\(\S*images/([^)]+)\)", "".join(page.read_text("utf-8") for page in PAGES))
+    assert {path.name for path in (DOCS / "images").iterdir()} == set(links)
+
+
 def test_the_tests_that_are_named_exist():
     """`tests/test_x.py::test_y`, written as `test_y` in the pages that say what shows what."""
     defined = {

@@ -6,6 +6,7 @@ an error, so nothing is left out in silence.
 """
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -152,3 +153,18 @@ def test_a_result_that_is_missing_is_seen(folder, monkeypatch):
 def test_what_is_abbreviated_wins():
     assert briefly("nll m d -n 100".split()) == "nll m d -n 100 -n 2 --steps 8".split()
     assert briefly(["inspect", "m"]) == ["inspect", "m"]
+
+
+def test_the_times_that_readme_names_are_those_that_were_measured():
+    found = json.loads((ROOT / "bench" / "first_minute.json").read_text())
+    median, ran = found["median"], found["machine"]
+    text = PAGES[0].read_text("utf-8")
+    machine = f"{ran['processor']}, {ran['threads']} threads ([benchmarks](docs/benchmarks.md#the-first-minute))"
+    for what, value in (
+        (
+            "the run above (32×32, colour, 2.3 million parameters)",
+            f"{median['images_per_second']:.0f} images per second",
+        ),
+        ("64 samples of the shipped model", f"{median['seconds_to_sample_64']:.1f} seconds"),
+    ):
+        assert f"| {what} | {value} | {machine} |\n" in text
