@@ -51,6 +51,15 @@ def test_the_files_in_the_package_say_their_recipe_in_words_of_this_version():
         assert recipe.process == load_recipe(name).process and recipe.network == load_recipe(name).network
 
 
+def test_the_files_in_the_package_stay_small():
+    """In megabytes of a million bytes; whatever else lies in the folder counts too."""
+    limits = {"fashion-mnist": 2.5, "fashion-mnist-likelihood": 3.0, "emoji-32": 5.0}
+    sizes = {name: path.stat().st_size / 1e6 for name, path in shipped().items()}
+    assert {name: size for name, size in sizes.items() if size > limits[name]} == {}
+    folder = shipped()["fashion-mnist"].parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 16e6
+
+
 @pytest.mark.parametrize("name", TABLE_2)
 def test_the_rows_of_table_2(name):
     recipe = load_recipe(name)
