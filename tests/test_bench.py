@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.test_docs import ROOT, load
+from undiffuse.model.recipe import load_recipe
 
 BENCH = ROOT / "bench"
 
@@ -56,6 +57,41 @@ def test_scores_are_of_the_solver_that_they_name():
             assert "--solver" not in said or said[said.index("--solver") + 1] == solver
             own = {"fitted": "the default", "log-snr": f"{solver} on log-snr", "even": solver}
             assert chain == f"{own[drawn['grid']]}, {drawn['steps']:,} steps"
+
+
+def bits(parts: dict[str, dict]) -> dict[str, float]:
+    """As the presets have it, of the splits."""
+    found = {f"bits_per_dim_{split}": round(part["bits_per_dim"], 3) for split, part in parts.items()}
+    return found | {f"bits_per_dim_{split}_error": round(part["standard_error"], 3) for split, part in parts.items()}
+
+
+def distances(chains: dict[str, dict]) -> dict[str, float]:
+    found = dict[str, float]()
+    for steps, chain in chains.items():
+        own = {each["score"]: float(f"{each['value']:.4g}") for each in chain["scores"] if each["key"] == "fd"}
+        found[f"fd_efflite0_in_{steps}_steps"] = own["FD-EffLite0"]
+        found[f"fd_classifier_in_{steps}_steps"] = own["FD-classifier"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "emoji-32", "fashion-mnist-likelihood"])
+def test_presets_expect_what_was_measured_on_the_files_in_the_package(name):
+    expected = {key: value for key, value in load_recipe(name).expected.items() if key not in ("curve", "measured_in")}
+    del expected["parameters"]  # which tests/model/test_recipe.py counts
+    every = results()
+    if name == "fashion-mnist-likelihood":
+        found = every[f"bits-{name}"]
+        wanted = bits({split: found[split] for split in ("test", "train")}) | {"samples": 1000}
+        wanted["fd_efflite0_in_20_steps"] = float(f"{found['samples']['efflite0']:.4g}")
+        wanted["fd_classifier_in_20_steps"] = float(f"{found['samples']['classifier-28']:.4g}")
+    else:
+        found, scores = every[f"shipped-{name}"]["bits_per_dim"], every[f"scores-{name}"]
+        chains = {"10": scores["chains"]["the default, 10 steps"]}
+        if whole := scores["chains"].get("ancestral, 1,000 steps"):
+            chains["1000"] = whole
+        wanted = bits({split: found[f"{split}_stratified"] for split in ("test", "train")})
+        wanted |= distances(chains) | {"samples": scores["n"]}
+    assert expected == wanted
 
 
 def test_what_has_changed_is_made_anew(tmp_path):

@@ -321,3 +321,5 @@ def test_presets_shows_what_is_published(call):
     assert "inception score 9.46 ± 0.11, fid train 3.17, fid test 5.24, bits per dim test 3.75" in out
     assert "fid 7.89, samples 50,000, released step 4,432,000 (Ho, Jain & Abbeel 2020, Table 3)" in out
     assert "unstable True (Ho, Jain & Abbeel 2020, Table 2)" in out
+    assert "\nfashion-mnist-likelihood  Fashion-MNIST for the fewest bits" in out
+    assert re.search(r"bits per dim test 2\.\d+ ± 0\.\d+, .*samples 1,000, fd efflite0 in 20 steps \d", out)

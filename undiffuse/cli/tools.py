@@ -326,10 +326,11 @@ def presets(as_json: JsonOpt = False) -> None:
     if as_json:
         typer.echo(to_json({name: {"about": r.about, "expected": r.expected} for name, r in recipes.items()}))
         return
+    width = max(map(len, recipes)) + 2
     for name, recipe in recipes.items():
-        typer.echo(f"{name:<22}{recipe.about}")
+        typer.echo(f"{name:<{width}}{recipe.about}")
         if recipe.expected:
-            typer.echo(f"{'':<22}{results(recipe.expected)}")
+            typer.echo(f"{'':<{width}}{results(recipe.expected)}")
 
 
 def results(expected: dict[str, Any]) -> str:
