@@ -32,6 +32,32 @@ def test_a_second_signal_ends_at_once():
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "first\n")
 
 
+def test_a_thread_that_shares_its_processor_waits_for_it():
+    """Two that always want one processor have half of it each, less where others want it too."""
+    script = "import os, time\nfrom undiffuse.machine.watch import waited\n"
+    script += "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\nother = os.fork()\nwhile not other:\n    pass\n"
+    script += "began, before = time.monotonic(), waited()\nwhile time.monotonic() - began < 1:\n    pass\n"
+    script += "print(waited() - before)\nos.kill(other, 9)\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert 0.3 < float(done.stdout) < 1.1, done.stderr
+
+
+def test_a_crowd_is_told_once(monkeypatch):
+    clock, count = [0.0], [5.0]
+    monkeypatch.setattr(watch, "waited", lambda: count[0])
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    crowd, said = watch.Crowd(), []
+    for seconds, more in ((6, 9.0), (6, 0.0), (10, 0.4), (10, 9.0), (10, 9.0)):
+        clock[0], count[0] = clock[0] + seconds, count[0] + more
+        said.append(crowd.look(2))
+    assert said[0] == "" and "its 2 threads wait for a processor 38 % of the time" in said[1] and said[2:] == [""] * 3
+    alone = watch.Crowd()
+    clock[0], count[0] = clock[0] + 20, count[0] + 20
+    assert alone.look(1) == ""  # it has nothing to wait for
+    monkeypatch.setattr(watch, "waited", lambda: None)
+    assert watch.Crowd().look(2) == ""
+
+
 def test_a_hang_is_ended_with_the_stacks_of_all_threads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(watch, "TICK", 0.01)
     ended = []

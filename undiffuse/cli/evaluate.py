@@ -154,16 +154,17 @@ def evaluate(
     model, walk, told = _model(samples, drawing, kind, device, clip)
     query = _query(features, metrics, feature_weights, resize, split, pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
-
-    def ticks(what: str, total: int) -> "AbstractContextManager[Callable[[int], None]]":
-        return ticking(total, what, as_json, told.pop() if told else "")
-
     with dist.joined(dist.LONG):
         found = _how(samples, progressive, whole, drawn=model is not None)(
             model or samples, data, query, n=n, **walk, label=label, seed=seed, seeds=seeds, batch=batch, out=out,
-            named=samples, device=device, ticking=ticks, say=_say(as_json),
+            named=samples, device=device, ticking=_ticks(as_json, told), say=_say(as_json),
         )  # fmt: skip
     _show(found, out, as_json)
+
+
+def _ticks(as_json: bool, told: list[str]) -> "Callable[[str, int], AbstractContextManager[Callable[[int], None]]]":
+    """Progress bars, above the first of which stands what is told."""
+    return lambda what, total: ticking(total, what, as_json, told.pop() if told else "")
 
 
 def _say(as_json: bool) -> "Callable[[str], None]":

@@ -55,6 +55,13 @@ ToldOpt = Annotated[
     typer.Option("--label", help="Class of all images, by name or number, or none; those of the data unless given"),
 ]
 
+GridOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="How --steps are spread: even (in t), quadratic, log-snr or karras; unless given, as suits the process"
+    ),
+]
+
 
 def nll(
     model: ModelArg,
@@ -63,12 +70,7 @@ def nll(
     n: CountOpt = None,
     draws: DrawsOpt = None,
     steps: ChainOpt = None,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            help="How --steps are spread: even (in t), quadratic, log-snr or karras; unless given, as suits the process"
-        ),
-    ] = None,
+    grid: GridOpt = None,
     rate_distortion: RateOpt = False,
     ode: OdeOpt = False,
     tolerance: ToleranceOpt = None,

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end, and a watchdog for one that neither ends nor moves."""
+"""Signals that ask a run to end, a watchdog for one that neither ends nor moves, and whether threads must wait."""
 
 import faulthandler
 import os
@@ -18,6 +18,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 TICK = 0.5  # seconds between two looks of the watchdog
 ECHO = 5.0  # seconds in which torchrun passes a signal on to processes that have had it already
 PATIENCE, MULTIPLE = 60.0, 10  # a step may take this many seconds, or this many times the median
+SPAN, CROWDED = 10.0, 0.15  # over so many seconds: which share of them a thread waits for a processor beside other work
 
 
 class Asked(Exception):
@@ -129,3 +130,39 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def waited() -> float | None:
+    """Seconds in which threads of this process could run and had no processor; None where the system does not count."""
+    found = []
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            found.append(int(path.read_text().split()[1]))
+        except (OSError, IndexError, ValueError):  # a thread that has ended, or a kernel without the count
+            continue
+    return sum(found) / 1e9 if found else None
+
+
+class Crowd:
+    """Whether other work keeps several threads from their processors, which costs far more than its share of the time.
+
+    Each operation ends with its slowest thread (docs/scaling.md).
+    """
+
+    def __init__(self) -> None:
+        self._began, self._waited, self._told = time.monotonic(), waited(), False
+
+    def look(self, threads: int) -> str:
+        """What to say of it, once; else nothing."""
+        seconds = time.monotonic() - self._began
+        if self._told or threads < 2 or self._waited is None or seconds < SPAN:
+            return ""
+        now = waited()
+        share = 0.0 if now is None else (now - self._waited) / seconds / threads
+        self._began, self._waited, self._told = time.monotonic(), now, share > CROWDED
+        if not self._told:
+            return ""
+        return (
+            f"other work runs beside this: its {threads} threads wait for a processor {100 * share:.0f} % of the time, "
+            "and one may be faster; to try, stop this and start it again with OMP_NUM_THREADS=1 (docs/scaling.md)"
+        )

@@ -19,7 +19,7 @@ from undiffuse.machine import device as machine
 from undiffuse.machine import disk, dist, log, sink, store
 from undiffuse.machine.log import Say
 from undiffuse.machine.tensorfile import write_weights
-from undiffuse.machine.watch import Asked, Flag, Watchdog, listening
+from undiffuse.machine.watch import Asked, Crowd, Flag, Watchdog, listening
 from undiffuse.model.load import BEST
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import FORMAT, Recipe
@@ -199,7 +199,7 @@ class _Loop:
         self.ended = ""  # what ended the run: steps, minutes, held-out loss
         self.seconds = 0.0  # that the steps of the window took
         self.paces = deque[float](maxlen=101)  # seconds of the latest steps
-        self.started = time.monotonic()
+        self.started, self.crowd = time.monotonic(), Crowd()
 
     def go(self) -> str:
         """Steps until the end, which is told."""
@@ -276,6 +276,8 @@ class _Loop:
         speed = len(self.window) * self.config.batch / max(self.seconds, 1e-9)
         shown = {"loss": last.get("loss"), "norm": last.get("grad_norm")}  # a step that was skipped may have neither
         bar.advance(1, **{name: value for name, value in shown.items() if value is not None}, images_per_s=speed)
+        if crowded := self.crowd.look(torch.get_num_threads() if self.trainer.device.type == "cpu" else 1):
+            self.looks.say(crowded)
         if step % self.config.log_every == 0 or ended:
             names = dict.fromkeys(name for entry in self.window for name in entry)
             values = {name: [entry[name] for entry in self.window if name in entry] for name in names}
