@@ -243,6 +243,20 @@ def test_a_sample_is_what_its_own_noise_becomes(seed, batch):
     assert torch.equal(model(half).sample(5, steps=1, solver=Heun(), seed=seed, batch=batch), found)
 
 
+def test_a_chain_in_float64_rounds_its_state_less():
+    """With x̂_0 = x/2 each step of DDIM multiplies x by alpha_s/2 + (sigma_s/sigma_t)(1 − alpha_t/2)."""
+    toy, keys = model(half), Key(0).rows(2)
+    toy, times, seen = toy.variant(clip=False), toy.times(40), []
+    alpha, sigma = toy.process.alpha_sigma(times)
+    gain = float((alpha[1:] / 2 + sigma[1:] / sigma[:-1] * (1 - alpha[:-1] / 2)).prod())
+    expected = gain * keys.fold("x_T").normal(1, 4, 6).double()
+    toy.denoiser.network.weight = nn.Parameter(torch.ones(1))  # so it is asked, and answers, in float32
+    for dtype, error in ((torch.float32, 1e-6), (torch.float64, 1e-7)):
+        found = toy.chain(keys, times, DDIM(), callback=lambda r, x, t: seen.append(x.dtype), dtype=dtype)
+        assert found.dtype == seen[-1] == dtype and (found - expected).abs().max() < error * expected.abs().max()
+    assert error * expected.abs().max() < (toy.chain(keys, times, DDIM()) - expected).abs().max()
+
+
 class Bright(nn.Module):
     """E[x_0 | x_t] of data N(label + 1, 0.2²), with the label 0 for none; it counts the images that it is asked for."""
 

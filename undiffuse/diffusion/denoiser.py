@@ -94,7 +94,7 @@ class Denoiser(nn.Module):
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"] | Moment, cond: Conditioning = NOTHING
     ) -> Prediction:
-        """x_t in float32, t in float64 within [t_min, 1], on any device each; or what is `ready` of t."""
+        """x_t in float32 or float64, t in float64 within [t_min, 1], on any device each; or what is `ready` of t."""
         moment: Moment = t if isinstance(t, Moment) else ready(x_t, self.at(t))
         output, raw_variance = self.output(x_t, moment, cond)
         return self.read(x_t, moment, output, raw_variance)
@@ -106,8 +106,10 @@ class Denoiser(nn.Module):
         time = moment.time.to(torch.float32).reshape(-1).expand(len(x_t))
         asked = x_t if moment.input is None else moment.input * x_t
         noise = self.known_noise(x_t, moment)
+        weight = next(self.network.parameters(), x_t)  # float32, where x_t may be float64
+        asked = (asked if noise is None else torch.cat([asked, noise], 1)).to(weight.dtype)
         with self.computing():
-            output = self.network(asked if noise is None else torch.cat([asked, noise], 1), time, cond).to(x_t.dtype)
+            output = self.network(asked, time, cond).to(x_t.dtype)
         output, raw_variance = output.chunk(2, dim=1) if self.variance.learned else (output, None)
         if noise is not None and moment.on_noise is not None:
             output = added(output, moment.on_noise, noise)

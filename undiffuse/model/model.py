@@ -331,14 +331,17 @@ class Model:
         start: Float[Tensor, "b c h w"] | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         progress: Callable[[int], None] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "b c h w"]:
-        """One batch along `times`, in float32 on the model's device, returned on the CPU.
+        """One batch along `times`, on the model's device, returned on the CPU.
+
+        x is kept in `dtype`, float32 or float64, in which all is computed but the network.
 
         From `start`, or from noise at the first of the times; below t = 1 with `mean` in it, which noise alone would
         lack. `callback(remaining, x, t)` is called before each step, `progress(1)` after it, first `progress(0)`.
         """
         self.config.parameterisation.check(self.process)
-        like = torch.empty(1, *self.config.image, dtype=torch.float32, device=self.device)
+        like = torch.empty(1, *self.config.image, dtype=dtype, device=self.device)
         denoise = Along(self.denoiser, times, like, cond.to(self.device))
 
         def watch(remaining: int, x: Tensor, t: Tensor) -> None:
@@ -347,11 +350,13 @@ class Model:
             if callback is not None:
                 callback(remaining, x, t)
 
-        keys, start = keys.to(self.device), None if start is None else start.to(self.device)
-        if start is None and times[0] < 1:
-            eps = keys.fold("x_T").normal(*self.config.image)
-            start = self.process.marginal(self.means(cond).to(eps).expand_as(eps), eps, times[:1].expand(len(eps)))
-        x = sample(sampler, denoise, self.process, keys, self.config.image, times, watch, start)
+        keys = keys.to(self.device)
+        if start is None:
+            eps = keys.fold("x_T").normal(*self.config.image).to(dtype)
+            start = self.process.prior_std * eps
+            if times[0] < 1:
+                start = self.process.marginal(self.means(cond).to(eps).expand_as(eps), eps, times[:1].expand(len(eps)))
+        x = sample(sampler, denoise, self.process, keys, self.config.image, times, watch, start.to(like))
         if progress is not None and len(times) > 1:
             progress(1)
         if not bool(x.isfinite().all()):
