@@ -309,18 +309,26 @@ def _png_bytes(images: "Tensor") -> int:
 
 
 def _warn(codec: "Codec", images: "Tensor", data: bytes, png: int) -> None:
-    """Of images that the model was not made for, by the bits of their paths: a lossless end is more in any case."""
+    """Of images that the model was not made for, by the bits of their steps: a lossless end is more in any case.
+
+    Of many, where more than one in ten is above what one in a hundred should be.
+    """
     from undiffuse.codec.container import canvas, parse
+    from undiffuse.codec.plan import EXTRA
     from undiffuse.machine import log
 
-    shape = codec.model.image_shape
-    values = prod(canvas((images.shape[2], images.shape[3]), shape))
-    bits = sum(n for group in parse(data, codec.plan, shape).groups for n in codec.bits(group, values))
-    each = bits / len(images) * codec.plan.values / values
-    if each > 1.2 * codec.plan.usual:
+    plan, shape = codec.plan, codec.model.image_shape
+    values, parsed = prod(canvas((images.shape[2], images.shape[3]), shape)), parse(data, codec.plan, shape)
+    usual, bits = plan.usual_of(parsed.header.steps), list[float]()
+    for group in parsed.groups:
+        first, *others = codec.bits(group, values)
+        bits += [n * plan.values / values for n in (first - EXTRA * len(group.paths), *others)]
+    above = [n for n in bits if n > usual]
+    if 10 * len(above) > len(bits):
+        who = f"{len(above)} of {len(bits)} images take up to " if len(bits) > 1 else ""
         log.warn(
-            f"{each:.0f} bits for each {codec.plan.values} values, and 99 of 100 images like the model's take at most "
-            f"{codec.plan.usual}: it does not know such images; a PNG takes {png:,} bytes, and this file {len(data):,}"
+            f"{who}{max(above):.0f} bits for each {plan.values} values, and 99 of 100 images like the model's take at "
+            f"most {usual:.0f}: it does not know such images; a PNG takes {png:,} bytes, and this file {len(data):,}"
         )
 
 
