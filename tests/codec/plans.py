@@ -80,7 +80,7 @@ class Exact(nn.Module):
 def gaussian(shape: tuple[int, int, int] = (1, 12, 12)) -> Model:
     process = ContinuousCosine()
     config = ModelConfig(shape, process, X0(), FixedSmall(), UNet(time="logsnr"))
-    return Model(config, Denoiser(Exact(), process, X0(), FixedSmall(), "logsnr", clip=False).eval(), {})
+    return Model(config, Denoiser(Exact(), process, X0(), FixedSmall(), "logsnr").eval(), {})
 
 
 def square(snr: float) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.codec.plans import gaussian, gaussian_images, gaussian_plan, pictures
-from undiffuse.codec import container
+from undiffuse.codec import container, exact, tables
 from undiffuse.codec.stream import Codec
 from undiffuse.errors import UsageError
 
@@ -70,3 +70,30 @@ def test_a_class_that_the_model_lacks_is_refused():
     model = replace(MODEL, config=replace(MODEL.config, classes=2))
     with pytest.raises(UsageError, match="^class = 3 is not possible; give 0 to 1$"):
         Codec(model, PLAN).encode(gaussian_images(1), 1, label=3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"precision": "bf16"},
+            r'^precision bf16 .* written and read in float32; give variant\(precision="float32"\)$',
+        ),
+        ({"clip": False}, r"^clip=False .* written and read with x̂_0 clipped; give variant\(clip=True\)$"),
+    ],
+)
+def test_a_model_that_computes_otherwise_is_refused(changes, message):
+    """To write, to read and to make tables: no check of a file would tell its pictures from the right ones."""
+    images, data, other = gaussian_images(1), CODEC.encode(gaussian_images(1), 2), MODEL.variant(**changes)
+    codec = Codec(other, PLAN)
+    for work in (
+        lambda: codec.encode(images),
+        lambda: codec.decode(data),
+        lambda: exact.send(codec, images),
+        lambda: exact.receive(codec, [b""]),
+        lambda: tables.fit(other, images, 2),
+    ):
+        with pytest.raises(UsageError, match=message):
+            work()
+    back = other.variant(precision="float32", clip=True, variance="fixed-large")  # of which files know nothing
+    assert Codec(back, PLAN).encode(images, 2) == data

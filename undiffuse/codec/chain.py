@@ -13,6 +13,7 @@ from torch import Tensor
 from undiffuse.codec.plan import KNOTS, Plan
 from undiffuse.diffusion.numbers import F64, combined, ready
 from undiffuse.diffusion.windows import Windows
+from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.model.model import Model
 from undiffuse.network.base import NOTHING, Conditioning
@@ -79,10 +80,20 @@ class Order(NamedTuple):
         return torch.empty_like(path).scatter_(1, self.places, path)
 
 
+def refuse_computing(model: Model) -> None:
+    """UsageError for a model whose estimates are not those of whoever shares its files, which no check would tell."""
+    said = "of a model is not possible for the codec, whose files are written and read"
+    if model.precision != "float32":
+        raise UsageError(f'precision {model.precision} {said} in float32; give variant(precision="float32")')
+    if not model.denoiser.clip:
+        raise UsageError(f"clip=False {said} with x̂_0 clipped; give variant(clip=True)")
+
+
 class Chain:
-    """Images on their way together, from the noise of their keys."""
+    """Images on their way together, from the noise of their keys. UsageError for a model that computes otherwise."""
 
     def __init__(self, model: Model, plan: Plan, keys: Keys, shape: tuple[int, int, int], cond: Conditioning = NOTHING):
+        refuse_computing(model)
         own = shape == model.image_shape
         self.denoise = model.denoiser if own else Windows(model.denoiser, model.image_shape[1:])
         self.process, self.device = model.process, model.device

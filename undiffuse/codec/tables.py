@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from undiffuse.codec import tailfit
-from undiffuse.codec.chain import hats
+from undiffuse.codec.chain import hats, refuse_computing
 from undiffuse.codec.container import Group, Header, parse_header
 from undiffuse.codec.plan import KNOTS, SCALES, WASTE, Plan
 from undiffuse.codec.stream import GROUP, Codec
@@ -189,6 +189,7 @@ def plan(
 def refuse(model: Model, steps: int, memory: int) -> None:
     """UsageError for what `fit` cannot do."""
     model.refuse_distilled("a codec")
+    refuse_computing(model)
     if model.config.parameterisation.needs_table:
         raise UsageError("mu prediction holds for steps of 1/T only, and files take few; train eps, x0 or v")
     if not 1 <= steps < NODES:
