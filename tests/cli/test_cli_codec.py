@@ -149,6 +149,26 @@ def test_a_file_that_another_process_reads_otherwise_is_not_kept(
     assert not (tmp_path / "x.udf").exists()
 
 
+@pytest.mark.parametrize("values, words", [(1, ""), (2, r"decoded image 5 0\.18 grey levels off")])
+def test_each_picture_of_a_set_has_to_come_back(call, folder, place, tmp_path, monkeypatch, values, words):
+    """One value that is rounded the other way is let pass, and a mean over all pictures hides no more."""
+
+    def run(command, **_):
+        found = codec(place).decode(Path(command[4]).read_bytes()).mean().permute(0, 2, 3, 1).numpy()
+        found[5].flat[:values] ^= 1
+        np.savez(command[5], arr_0=found)
+
+        class Done:
+            returncode, stderr, stdout = 0, "", ""
+
+        return Done
+
+    monkeypatch.setattr("subprocess.run", run)
+    code, _, err = call("encode", place / "MODEL", folder / "SHEET", tmp_path / "x.udf", "--split", "train")
+    assert (tmp_path / "x.udf").exists() == (code == 0) == (not words)
+    assert not words or (code == 5 and re.search(rf"x\.udf is not kept: another process {words}\n$", err)), err
+
+
 def test_images_that_the_model_does_not_know_are_warned_of(call, place, tmp_path):
     Image.fromarray(np.random.default_rng(1).integers(0, 2, (8, 8), np.uint8) * 255).save(tmp_path / "a.png")
     path = next((place / "cache" / "fit").glob("*.codec.json"))

@@ -77,7 +77,7 @@ def test_a_class_that_the_model_lacks_is_refused():
     [
         (
             {"precision": "bf16"},
-            r'^precision bf16 .* written and read in float32; give variant\(precision="float32"\)$',
+            r"^precision bf16 .* read in float32; give variant\(precision=.float32.\)$",
         ),
         ({"clip": False}, r"^clip=False .* written and read with x̂_0 clipped; give variant\(clip=True\)$"),
     ],
