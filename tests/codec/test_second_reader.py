@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from hashlib import blake2b, sha256
 from itertools import product
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -286,3 +287,39 @@ def test_a_damaged_file_is_refused(model, images):
     data[20] ^= 1
     with pytest.raises(AssertionError):
         read(bytes(data), model)
+
+
+# ---- files that were written once
+
+
+VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["model"])
+def test_both_readers_read_the_files_of_the_page(vector):
+    """Those of docs/codec-format.md, which any version of this format reads to these pictures."""
+    data, own = bytes.fromhex("".join(vector["file"])), undiffuse.load(vector["model"], "cpu")
+    reader, found = Reader(data, own), Codec(own, tables.of(own)).decode(data)
+    header = found.parsed.header
+    assert header.ident.hex() == data[3:7].hex() == vector["tables"] and found.parsed.status == "complete"
+    assert (data[2] & 31, data[7]) == (vector["flags"], vector["steps"]) == (data[2] & 31, header.steps)
+    assert (header.count, header.group, header.seed) == tuple(vector[name] for name in ("images", "group", "seed"))
+    assert (reader.count, len(reader.groups[0]), reader.seed) == (header.count, header.group, header.seed)
+    layers = [sum((group.scales[k] for group in found.parsed.groups), []) for k in range(len(vector["scales"]))]
+    starts = np.cumsum([0, *reader.table["layers"]])[: len(layers)]
+    assert layers == [reader.scales[step] for step in starts] == vector["scales"]
+    pictures = found.lossless() if header.lossless else found.mean()
+    edges = (255 * (found.estimate() + 1) / 2 + 0.5) % 1
+    assert header.lossless or float(edges.minimum(1 - edges).min()) > 0.003  # else the last bits could decide
+    for each in (pictures.numpy(), read(data, own)):
+        assert [f"{zlib.crc32(picture.tobytes()):08x}" for picture in each] == vector["pictures"]
+
+
+def test_the_page_has_the_files_that_are_read():
+    page = (Path(__file__).parents[2] / "docs" / "codec-format.md").read_text()
+    for vector in VECTORS:
+        data = "".join(vector["file"])
+        size, names = len(data) // 2, ("tables", "steps", "images", "group", "seed")
+        cells = [f"`{vector['model']}`", str(size), *(str(vector[name]) for name in names)]
+        cells += [f"`{data[-8:]}`", " ".join(f"`{each}`" for each in vector["pictures"])]
+        assert f"| {' | '.join(cells)} |" in page
