@@ -267,9 +267,15 @@ def test_what_a_file_holds(call, place, tmp_path):
     for each, steps in zip(said["layers"], parts, strict=True):
         bits = sum(len(path) for group in groups for path in group.paths[steps])
         assert each["groups"] == 3 and each["bytes"] == pytest.approx(bits / 8, abs=0.051)
+        square = plan.square[steps.stop]  # of x_0 - x̂_0 in [-1, 1], after the last layer too
+        assert each["psnr"] == pytest.approx(10 * np.log10(2**2 / square), abs=6e-3)
+        assert each["rmse"] == pytest.approx(255 / 10 ** (each["psnr"] / 20), rel=1e-3)
     assert good(call, "codec", "info", place / "wide.udf", "--model", place / "MODEL")["size"] == "16x8"
     code, out, _ = call("codec", "info", place / "many.udf", "--model", place / "MODEL")
-    assert code == 0 and re.search(r"layer 2  2 steps, [0-9.]+ bytes", out)
+    lines = re.findall(
+        r"layer \d  \d steps?, [0-9.]+ bytes, then ([0-9.]+) dB, ([0-9.]+) grey levels off in images", out
+    )
+    assert code == 0 and lines == [(f"{each['psnr']:.1f}", f"{each['rmse']:.1f}") for each in said["layers"]]
     broken = good(call, "codec", "info", cut(place, tmp_path), "--model", place / "MODEL")
     assert broken["status"] == "partial" and broken["why"].startswith("it is cut off in layer")
 

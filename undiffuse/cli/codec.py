@@ -1,5 +1,6 @@
 """The commands about coded images: what is in a file, what it shows at each size, and the tables of a model."""
 
+from math import log10
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +43,8 @@ def info(
 ) -> None:
     """Say what a coded file holds: its images, layers and bytes, and whether it is whole.
 
+    Beside each layer is the PSNR that images like the model's have after it, as the model's tables know it.
+
     Example:
 
     \b
@@ -56,18 +59,17 @@ def info(
         last = min(first + plan.layers[number], header.steps)
         whole = sum(done > number for done in parsed.layers)
         bits = sum(len(path) for group in parsed.groups for path in group.paths[first:last])
-        off = 127.5 * plan.square[last] ** 0.5 if last < plan.steps else None
-        layers.append(
-            {"layer": number + 1, "steps": last - first, "bytes": round(bits / 8, 1), "groups": whole, "rmse": off}
-        )
+        rmse = 127.5 * plan.square[last] ** 0.5
+        row = {"layer": number + 1, "steps": last - first, "bytes": round(bits / 8, 1), "groups": whole}
+        layers.append(row | {"rmse": round(rmse, 3), "psnr": round(20 * log10(255 / rmse), 2)})
     every = len(parsed.layers)
     result = {"images": header.count, "size": f"{w}x{h}", "bytes": len(data), "status": parsed.status}
     result |= {"groups": every, "lossless": header.lossless, "lossless_bytes": sum(map(len, parsed.ends)) or None}
     result |= {"why": parsed.why or None, "tables": header.ident.hex(), "seed": header.seed, "label": header.label}
     if not as_json:
         for each in layers:
-            known = each["rmse"] is not None and each["groups"]
-            off = f", then off by {each['rmse']:.1f} grey levels in images like the model's" if known else ""
+            off = f", then {each['psnr']:.1f} dB, {each['rmse']:.1f} grey levels off in images like the model's"
+            off = off if each["groups"] else ""
             if each["groups"] < every:
                 off += f"; whole in {each['groups']} of {every} groups" if every > 1 else ", not whole"
             steps = f"{each['steps']} step{'s' * (each['steps'] > 1)}"
