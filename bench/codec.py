@@ -5,7 +5,7 @@
 The first 96 test images, as one archive and as files of their own, with loss and without. Their size stands beside
 the model's bound for the same distortion, from x̂_0 at 128 times: of 1,000 steps, and in continuous time. Other formats
 (Pillow, with the extra `pictures`) are asked for many qualities, and their size at equal PSNR is read off: as single
-files, less a flat image of that size, and as one mosaic.
+files, less a flat image of that size, and as one mosaic. A table says which aims are met.
 Prefixes are those of the single files. Times are medians, of one image and with one thread. What is there for the same
 weights is not measured again. Writes `bench/codec-NAME.json`, and table `codec-NAME`, plot and strip of docs/codec.md.
 """
@@ -42,6 +42,9 @@ HERE = Path(__file__).parent
 NODES = 128  # at which x̂_0 is measured
 PREFIXES = (20, 30, 40, 50, 80, 120, 200)
 PSNRS = (25, 30, 35, 40, 45)
+SINGLE, MANY, LESS = "single files", "together", "less a flat image"
+FINITE = "the bound of 1,000 steps"
+AIMED_AT = ("WebP", "JXL")
 LOSSY: dict[str, list[dict[str, Any]]] = {
     "JPEG": [{"quality": q, "optimize": True} for q in range(1, 101, 6)],
     "WebP": [{"quality": q, "method": 6} for q in range(0, 101, 7)],
@@ -90,7 +93,7 @@ def bits(codec: Codec, archive: bytes) -> float:
 def bound(codec: Codec, images: Images) -> Row:
     """Bits an image and RMSE of x̂_0, of a chain of 1,000 steps and in continuous time, and totals of shorter lists.
 
-    Totals go to where the tables end, as `ends` of both bounds do.
+    Totals go to where the tables end, as `ends` of both bounds do, and of the chain with fitted variances.
     """
     process, values = codec.model.process, codec.plan.values
     nodes = tables.measured(codec.model, images, count=NODES)
@@ -104,8 +107,9 @@ def bound(codec: Codec, images: Images) -> Row:
             for n in (len(each.bits),)
             for i in sorted({*range(0, n, max(1, n // 100)), *range(max(0, n - 60), n)})
         ],
-        "totals": ledger.totals(nodes, process, values, (16, 24, 32, 50, 100)),
-        "ends": {of: each.at(end) for of, each in both.items()} | {"rmse": end},
+        "totals": ledger.totals(nodes, process, values, (16, 24, 25, 32, 50, 100)),
+        "ends": {of: each.at(end) for of, each in both.items()}
+        | {"fitted": curve.stepped(process, 1000, fitted=True).at(end), "rmse": end},
     }
 
 
@@ -220,38 +224,97 @@ def table(result: Row) -> str:
     lines += ["", "| lossless, bits a value | as files | together |", "|---|---|---|"]
     lines.append(f"| undiffuse | {8 * exact['single'] / values:.2f} | {8 * exact['archive'] / values:.2f} |")
     lines += [f"| {kind} | {row['files']:.2f} | {row['mosaic']:.2f} |" for kind, row in result["rivals"].items()]
-    lines += ["", f"| bytes at equal PSNR, dB | {' | '.join(map(str, PSNRS))} |", "|---|" + "---|" * len(PSNRS)]
-    for title, size, quality in (("single files", "bytes", "psnr"), ("together", "mosaic", "mosaic_psnr")):
-        for kind, found in {"undiffuse": result["ours"], **result["others"]}.items():
-            cells = [equal(found, at, size, quality) for at in PSNRS]
-            lines.append(f"| {kind}, {title} | {' | '.join('–' if x is None else f'{x:.0f}' for x in cells)} |")
-    found = result["others"]
-    for kind in found:
-        less = [row | {"bytes": row["bytes"] - row["flat"]} for row in found[kind]]
-        cells = [equal(less, at, "bytes", "psnr") for at in PSNRS]
-        lines.append(f"| {kind}, less a flat image | {' | '.join('–' if x is None else f'{x:.0f}' for x in cells)} |")
+    lines += ["", *at_equal_psnr(result)]
     lines += [
         "",
-        "| first bytes of a single file | RMSE of the mean | RMSE drawn on | bound of 1,000 steps, bytes |",
-        "|---|---|---|---|",
+        "| first bytes of a single file | RMSE of the mean | RMSE drawn on | bound of 1,000 steps, bytes | over it |",
+        "|---|---|---|---|---|",
     ]
     for row in result["prefixes"]:
         ideal = bits_at(rows, "1000 steps", row["rmse"]) / 8
-        lines.append(f"| {row['bytes']} | {row['rmse']:.1f} | {row['drawn']:.1f} | {ideal:.0f} |")
-    lines += ["", *first_bytes(result), "", *lists(result["bound"])]
+        lines.append(
+            f"| {row['bytes']} | {row['rmse']:.1f} | {row['drawn']:.1f} | {ideal:.0f} | {row['bytes'] / ideal:.2f} |"
+        )
+    lines += ["", *first_bytes(result), "", *lists(result["bound"]), "", *aims(result)]
     took = result["seconds"]
     lines += ["", f"One image, one thread: encoded in {took['encode']:.2f} s, decoded in {took['decode']:.2f} s."]
     return "\n".join([*lines, "", f"{result['machine']['processor']}, {result['date']}; `{result['command']}`."])
 
 
+def sizes(result: Row) -> dict[tuple[str, str], list[float | None]]:
+    """Bytes at each of PSNRS, of a format in a way; ours have no way less a flat image, and stand as they are."""
+    found, formats = {}, {"undiffuse": result["ours"], **result["others"]}
+    for way, size, quality in ((SINGLE, "bytes", "psnr"), (MANY, "mosaic", "mosaic_psnr"), (LESS, "less", "psnr")):
+        for kind, rows in formats.items():
+            rows = [row | {"less": row["bytes"] - row.get("flat", 0)} for row in rows]
+            found[kind, way] = [equal(rows, at, size, quality) for at in PSNRS]
+    return found
+
+
+def at_equal_psnr(result: Row) -> list[str]:
+    """Bytes, and the ratio of ours to the two formats that aims are set by."""
+    lines = [f"| bytes at equal PSNR, dB | {' | '.join(map(str, PSNRS))} |", "|---|" + "---|" * len(PSNRS)]
+    for (kind, way), row in sizes(result).items():
+        if (kind, way) != ("undiffuse", LESS):
+            cells = ["–" if x is None else f"{x:.0f}" for x in row]
+            lines.append(f"| {kind}, {way} | {' | '.join(cells)} |")
+    for kind in AIMED_AT:
+        for way in (SINGLE, MANY, LESS):
+            cells = ["–" if x is None else f"{x:.2f}" for x in over(result, kind, way)]
+            lines.append(f"| undiffuse over {kind}, {way} | {' | '.join(cells)} |")
+    return lines
+
+
+def over(result: Row, kind: str, way: str) -> list[float | None]:
+    """Our bytes over those of a format, at each of PSNRS."""
+    found = sizes(result)
+    pairs = zip(found["undiffuse", way], found[kind, way], strict=True)
+    return [None if ours is None or theirs is None else ours / theirs for ours, theirs in pairs]
+
+
+def aims(result: Row) -> list[str]:
+    """What was to be reached, and what was."""
+    lossy, exact, rows = result["coded"]["lossy"], result["coded"]["lossless"], result["bound"]["rows"]
+    ideal = {of: bits_at(rows, of, lossy["rmse_float"]) / 8 for of in ("1000 steps", "continuous")}
+    found: list[tuple[str, float, float, int]] = []
+    for of, most in (("1000 steps", 1.08), ("continuous", 1.18)):
+        name = "the bound of continuous time" if of == "continuous" else FINITE
+        found.append((f"archive over {name}", most, lossy["archive"] / ideal[of], 3))
+        above = lossy["single"] - most * ideal[of]
+        found.append((f"single files, bytes above {most} of {name}", 20, above, 1))
+    early = [each for size, each in archive_over(result) if 10 <= size <= 50]
+    found.append(
+        ("first 10 to 50 bytes an image of the archive over the bound of 1,000 steps, at worst", 1.35, max(early), 2)
+    )
+    for kind in AIMED_AT:
+        for way, most in ((SINGLE, 0.35), (LESS, 0.55), (MANY, 0.55)):
+            worst = max(x for x in over(result, kind, way) if x is not None)
+            found.append((f"{PSNRS[0]} to {PSNRS[-1]} dB, over {kind}, {way}, at worst", most, worst, 2))
+    ours, theirs = exact["archive"] * 8 / result["values"], result["rivals"]["JXL"]["mosaic"]
+    found.append(("lossless, archive over JXL's mosaic", 0.95, ours / theirs, 3))
+    took = result["seconds"]
+    found += [(f"seconds to {what} one image", 1, took[what], 2) for what in ("encode", "decode")]
+    lines = ["| aim | at most | reached | |", "|---|---|---|---|"]
+    for name, most, reached, digits in found:
+        lines.append(f"| {name} | {most} | {reached:.{digits}f} | {'met' if reached <= most else 'missed'} |")
+    return lines
+
+
+def archive_over(result: Row) -> list[tuple[float, float]]:
+    """Bytes an image of first parts of the archive, and those over the bound of 1,000 steps."""
+    found = []
+    for row in result["ours"]:
+        rmse = 255 / 10 ** (row["mosaic_psnr"] / 20)
+        found.append((row["mosaic"], 8 * row["mosaic"] / bits_at(result["bound"]["rows"], "1000 steps", rmse)))
+    return found
+
+
 def first_bytes(result: Row) -> list[str]:
     """Of the archive."""
     lines = ["| bytes an image of the archive | RMSE of the mean | over the bound of 1,000 steps |", "|---|---|---|"]
-    for row in result["ours"]:
-        if row["mosaic"] < 60:
-            rmse = 255 / 10 ** (row["mosaic_psnr"] / 20)
-            over = 8 * row["mosaic"] / bits_at(result["bound"]["rows"], "1000 steps", rmse)
-            lines.append(f"| {row['mosaic']:.1f} | {rmse:.1f} | {over:.2f} |")
+    for row, (size, ratio) in zip(result["ours"], archive_over(result), strict=True):
+        if size < 60:
+            lines.append(f"| {size:.1f} | {255 / 10 ** (row['mosaic_psnr'] / 20):.1f} | {ratio:.2f} |")
     return lines
 
 
@@ -261,8 +324,8 @@ def lists(found: Row) -> list[str]:
     lines = [f"| bits by the formula, to {found['ends']['rmse']:.2f} grey levels | {heads} |", "|---|---|---|---|"]
     for row in found["totals"]:
         lines.append(f"| {row['steps']} steps | {row['equal']:.0f} | {row['fitted']:.0f} | {row['by_value']:.0f} |")
-    names = {"1000 steps": "the chain of 1,000 steps", "continuous": "continuous time"}
-    return lines + [f"| {name} | {ends[of]:.0f} | | |" for of, name in names.items()]
+    lines.append(f"| the chain of 1,000 steps | {ends['1000 steps']:.0f} | {ends['fitted']:.0f} | |")
+    return [*lines, f"| continuous time | {ends['continuous']:.0f} | | |"]
 
 
 def plot(result: Row) -> str:

@@ -41,13 +41,17 @@ def test_the_bound_of_continuous_time_is_that_of_gaussian_data(rmse):
 def test_the_bound_of_a_chain_is_its_sum():
     """Σ D (SNR_s − SNR_t) mse_t / (2 ln 2), over the steps of the table up to where the last one begins."""
     process = Cosine(steps=50)
-    bound = ledger.Curve.of(nodes(process, 400), process, D).stepped(process, 50)
+    curve = ledger.Curve.of(nodes(process, 400), process, D)
+    bound, fitted = (curve.stepped(process, 50, fitted) for fitted in (False, True))
     t = torch.arange(50, 0, -1, dtype=F64) / 50
     snr = process.logsnr(t).exp().numpy()
     rates = D * np.diff(snr) * np.array([square(s) for s in snr[:-1]]) / (2 * math.log(2))
     assert len(bound.bits) == 50 and bound.bits[0] == 0
     assert bound.bits[1:] == pytest.approx(np.cumsum(rates), rel=2e-3)
     assert bound.rmse == pytest.approx([127.5 * square(s) ** 0.5 for s in snr], rel=2e-3)
+    exact = [D / 2 * math.log2(square(0) / square(s)) for s in snr]  # what the right variances cost a Gaussian
+    assert fitted.bits == pytest.approx(np.array(exact) - exact[0], rel=2e-3, abs=0.01)
+    assert (fitted.rmse == bound.rmse).all() and (fitted.bits[1:] < bound.bits[1:]).all()
 
 
 def test_fewer_steps_cost_more_but_with_the_right_variance():

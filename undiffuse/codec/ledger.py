@@ -66,12 +66,16 @@ class Curve:
         bits = np.concatenate([[0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(fine))])
         return Bound(bits * self.values / (2 * np.log(2)), 127.5 * square**0.5)
 
-    def stepped(self, process: Process, steps: int) -> Bound:
-        """Of the chain of so many steps that `undiffuse nll` measures, up to where the decoder of L_0 begins."""
+    def stepped(self, process: Process, steps: int, fitted: bool = False) -> Bound:
+        """Of the chain of so many steps that `undiffuse nll` measures, up to where the decoder of L_0 begins.
+
+        p has the variance of q, as in the paper, or the `fitted` one (see `plan`).
+        """
         times = chain(process, steps).flip(0)[:-1]  # the last one is 0, where nothing is left to send
         logsnr = process.logsnr(times).numpy().clip(-700)
         square, snr = self.at(logsnr), np.exp(logsnr)
-        bits = np.concatenate([[0], np.cumsum(np.diff(snr) * square[:-1])])
+        rates = np.diff(snr) * square[:-1]
+        bits = np.concatenate([[0], np.cumsum(np.log1p(rates) if fitted else rates)])
         return Bound(bits * self.values / (2 * np.log(2)), 127.5 * square**0.5)
 
 
