@@ -139,7 +139,16 @@ def test_a_path_that_ends_within_its_first_state_says_nothing():
 
 @pytest.mark.parametrize(
     "memory, bits, published",
-    [(10, 64, 0.165), (10, 128, 0.163), (12, 64, 0.158), (12, 128, 0.119)],
+    [
+        (10, 64, 0.165),
+        (10, 128, 0.163),
+        (12, 64, 0.158),
+        (12, 128, 0.119),
+        (14, 64, 0.14),
+        (14, 128, 0.11),
+        (16, 64, 0.11),
+        (16, 128, 0.094),
+    ],
 )
 def test_the_waste_on_gaussian_residuals_is_what_simulations_say(memory, bits, published):
     """Bits over −D/2 log2(1 − ρ²), where ρ is the correlation of z with a residual of 784 values."""
@@ -167,6 +176,8 @@ def test_more_memory_finds_better_paths():
 KNOWN = {
     10: (0x9B61AAAA, [0.5249784588813782, -0.04229520633816719, -0.6007645130157471]),
     12: (0x82DF28C4, [0.3204077482223511, 0.7283406853675842, 0.7720169425010681]),
+    14: (0x936E5F38, [-0.39412224292755127, -0.4797484576702118, -1.6938798427581787]),
+    16: (0x971AEAF1, [0.6427145004272461, 0.030038226395845413, -2.8639895915985107]),
 }
 
 
