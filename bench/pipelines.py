@@ -113,11 +113,12 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         ratios = [its / own for its, own in zip(row["chains"], best["chains"], strict=True)]
+        told = f"{whole:,.0f}" if (whole := middle(row["chains"])) >= 100 else f"{whole:.3g}"
         low, mid, high = min(ratios), middle(ratios), max(ratios)
         times = (
             f"{mid:.2f}× ({low:.2f}–{high:.2f})" if mid > 0.1 else f"1/{1 / mid:.0f} (1/{1 / high:.0f}–1/{1 / low:.0f})"
         )
-        lines.append(f"| {row['name']} | {row['evaluations']:,} | {middle(row['chains']):.3g} | {times} |")
+        lines.append(f"| {row['name']} | {row['evaluations']:,} | {told} | {times} |")
     step = middle(best["chains"]) / CHAIN
     parts = ", ".join(f"{name} {1e3 * s:.2g} ms ({100 * s / step:.1f} %)" for name, s in result["beside"].items())
     ran = result["machine"]
