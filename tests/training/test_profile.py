@@ -220,3 +220,28 @@ def test_what_is_compiled_again_for_another_batch_is_counted(data):
     assert third == {"graphs": 2, "recompilations": 1, "graph breaks": 0}
     chosen = recipe(train={"precision": "float32"})
     assert compilations(Trainer(chosen, chosen.model(data.image_shape), data)) is None
+
+
+WHOLE = """
+import json, sys
+from torch import nn
+from torch._dynamo.utils import counters, get_compilation_metrics
+from tests.training.test_loop import recipe
+from undiffuse.network import block
+from undiffuse.training.start import train
+compile = nn.Module.compile
+block.Dropout.forward = nn.Dropout.forward
+nn.Module.compile = lambda module: compile(module, backend="aot_eager")
+often = {"steps": 12, "held_out": 40, "held_out_every": 2, "sample_every": 6, "save_every": 5}
+chosen = recipe(train={"precision": "float32", "compile": True, **often})
+train("digits", sys.argv[1], chosen, device="cpu", show_progress=False)
+again = [each.recompile_reason for each in get_compilation_metrics() if each.recompile_reason is not None]
+print(json.dumps([counters["stats"]["unique_graphs"], again, list(counters["graph_break"])]))
+"""
+
+
+@pytest.mark.slow
+def test_previews_held_out_losses_and_checkpoints_compile_nothing_again(tmp_path):
+    """They ask the network for other batches and without gradients, for which a graph of fixed shapes would not do."""
+    assert json.loads(warm.run(WHOLE, str(tmp_path / "run")).stdout.splitlines()[-1]) == [1, [], []]
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 4
