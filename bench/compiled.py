@@ -1,10 +1,10 @@
-"""An evaluation of the network, compiled by torch and not: what it gains, and from how many images on.
+"""An evaluation of the network, compiled by torch, in the other layout, and as it is: what each gains.
 
     python bench/compiled.py [--threads 1] [--rounds 5]
 
 Batches of 32 images of one shape, by turns, in float32 and bf16; the compiled network is one graph of fixed shapes, and
 is refused if it is not. `pays from` says with how many images, of 10 evaluations each, as much time is saved as
-compiling took.
+compiling took. The other layout is channels_last, of weights and images.
 Writes `bench/compiled.json` and the table of docs/benchmarks.md.
 """
 
@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from undiffuse.model.recipe import load_recipe
 from undiffuse.network.base import NOTHING
 
 HERE = Path(__file__).parent
-PRESETS = ("fashion-mnist", "cifar10")
+PRESETS = ("fashion-mnist", "emoji-32", "cifar10")
 BATCH, EVALUATIONS = 32, 10
 Row = dict[str, Any]
 
@@ -47,27 +48,30 @@ def row(preset: str, shape: tuple[int, int, int], precision: str, rounds: int) -
             torch.nn.init.normal_(weight, std=0.02)
     x, index = Key(0).rows(BATCH).normal(*shape), torch.full((BATCH,), 500.0)
     compiled = torch.compile(network, fullgraph=True, dynamic=False)
+    other = deepcopy(network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    def asked(of: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    def asked(of: Callable[..., Tensor], x: Tensor = x) -> Callable[[], Tensor]:
         def call() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 return of(x, index, NOTHING)
 
         return call
 
-    eager, fast = asked(network), asked(compiled)
+    eager, fast, last = asked(network), asked(compiled), asked(other, x.to(memory_format=torch.channels_last))
     eager()
+    last()
     making = timed(fast)
     torch.testing.assert_close(fast().float(), eager().float(), rtol=0.05, atol=0.05)
-    pairs = [(timed(eager), timed(fast)) for _ in range(rounds)]
-    before, after = (statistics.median(each) for each in zip(*pairs, strict=True))
+    taken = [(timed(eager), timed(fast), timed(last)) for _ in range(rounds)]
+    before, after, _ = (statistics.median(each) for each in zip(*taken, strict=True))
     saved = (before - after) / BATCH * EVALUATIONS
     return {
         "preset": preset,
         "precision": precision,
         "eager": BATCH / before,
         "compiled": BATCH / after,
-        "ratio": statistics.median(a / b for a, b in pairs),
+        "ratio": statistics.median(a / b for a, b, _ in taken),
+        "channels_last": statistics.median(a / c for a, _, c in taken),
         "seconds": making - after,
         "pays_from": (making - after) / saved if saved > 0 else None,
     }
@@ -75,13 +79,13 @@ def row(preset: str, shape: tuple[int, int, int], precision: str, rounds: int) -
 
 def table(result: Row) -> str:
     lines = [
-        "| preset | precision | images/s | compiled | ratio | compiling, s | pays from, images |",
-        "|---|---|---|---|---|---|---|",
+        "| preset | precision | images/s | compiled | ratio | compiling, s | pays from, images | channels_last |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for each in result["rows"]:
         pays = "never" if each["pays_from"] is None else f"{each['pays_from']:,.0f}"
         rates = f"{each['eager']:.3g} | {each['compiled']:.3g} | {each['ratio']:.2f} | {each['seconds']:.0f}"
-        lines.append(f"| {each['preset']} | {each['precision']} | {rates} | {pays} |")
+        lines.append(f"| {each['preset']} | {each['precision']} | {rates} | {pays} | {each['channels_last']:.2f} |")
     on = result["machine"]
     threads = f"{on['threads']} thread{'s' * (on['threads'] > 1)}"
     return "\n".join(
