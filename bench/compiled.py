@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from layout import NETWORKS
 from machine import machine, publish
 from torch import Tensor
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    torch._inductor.config.force_disable_caches = True  # what was compiled before would be found in no time
     rows = []
     for preset in PRESETS:
         for precision in ("float32", "bf16"):
