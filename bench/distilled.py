@@ -88,7 +88,7 @@ def main() -> None:
         objective = parse(Recipe, model.meta["recipe"], "the recipe of a run").objective
         assert isinstance(objective, Trajectory)
         learned = Taught(objective, teacher.denoiser).times(teacher.process)
-        name = f"teacher, as learned from for {steps} steps"
+        name = f"teacher, as learned from for {steps} step{'s' * (steps > 1)}"
         note(teacher.variant(clip=False), name, len(learned) - 1, {}, learned, SOLVER)
     for steps in BESIDE:
         note(teacher, "teacher", steps, {})
