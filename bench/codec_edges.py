@@ -14,7 +14,6 @@ The folder has pictures without loss, such as those that come with scikit-image.
 and the table `codec-edges` of docs/codec.md.
 """
 
-import argparse
 import json
 from datetime import date
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from bits import RIVALS
 from jaxtyping import Float, UInt8
-from machine import TABLES, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, machine, made_of, publish, shipped_codec
 from PIL import Image
 from torch import Tensor, nn
 
@@ -153,9 +152,7 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a shipped model")
-    parser.add_argument("--data", required=True)
+    parser = asking(__doc__)
     parser.add_argument("--photos", type=Path, required=True, help="a folder of photographs")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,7 +8,6 @@ distortion as in `bench/codec.py`, whose result is read. Writes `bench/codec_len
 docs/codec.md.
 """
 
-import argparse
 import json
 import time
 from datetime import date
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from bits import MOSAIC
 from codec import bits_at, off
-from machine import TABLES, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, machine, made_of, publish, shipped_codec
 
 from undiffuse.codec import tables
 from undiffuse.codec.plan import WASTE
@@ -44,10 +43,7 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a shipped model")
-    parser.add_argument("--data", required=True)
-    given = parser.parse_args()
+    given = asking(__doc__).parse_args()
     torch.set_num_threads(1)
     codec, images = shipped_codec(given.name, given.data, int(np.prod(MOSAIC)))
     known = json.loads((HERE / f"codec-{given.name}.json").read_text())

@@ -14,7 +14,6 @@ All but the trellis are written here for this comparison alone. The first 32 tes
 `bench/codec_rules-NAME.json` and the table `codec-rules` of docs/codec.md.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from datetime import date
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from machine import TABLES, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, machine, made_of, publish, shipped_codec
 from torch import Tensor
 
 from undiffuse.codec import exact, tables
@@ -103,10 +102,7 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a shipped model")
-    parser.add_argument("--data", required=True)
-    given = parser.parse_args()
+    given = asking(__doc__).parse_args()
     torch.set_num_threads(1)
     codec, images = shipped_codec(given.name, given.data, IMAGES)
     process = codec.model.process

@@ -9,7 +9,6 @@ two extractors, against the training images as in `bench/choose.py`; features ar
 `bench/codec_states-NAME.json`, the table `codec-states` and a plot of docs/codec.md.
 """
 
-import argparse
 import json
 import tempfile
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from choose import EXTRACTORS, distances
 from jaxtyping import Float, UInt8
-from machine import TABLES, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, machine, made_of, publish, shipped_codec
 from torch import Tensor
 
 from undiffuse.codec.container import Parsed, pack, parse
@@ -92,9 +91,7 @@ def plot(result: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a shipped model")
-    parser.add_argument("--data", required=True)
+    parser = asking(__doc__)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where features are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)

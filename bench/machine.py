@@ -1,5 +1,6 @@
 """What ran a benchmark, of which weights its figures are, and where its table goes."""
 
+import argparse
 import hashlib
 import platform
 import re
@@ -20,6 +21,14 @@ from undiffuse.quality.feature.base import FEATURES, open_features
 
 TABLES = "tables of "
 DOCS = Path(__file__).parent.parent / "docs"
+
+
+def asking(description: str | None) -> argparse.ArgumentParser:
+    """What the benches of the codec are given: a shipped model, and its data."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="a shipped model")
+    parser.add_argument("--data", required=True)
+    return parser
 
 
 def machine() -> dict[str, object]:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ def theirs(folder: Path, options: tuple[str, ...], steps: int, batch: int) -> Ru
     return run
 
 
-def contenders(model: Model, folder: Path, steps: int, batch: int) -> tuple[dict[str, Run], dict[str, int]]:
-    """What each does in a round, and how many evaluations of the network that are."""
+def contenders(model: Model, folder: Path, steps: int, batch: int) -> dict[str, Run]:
+    """What each does in a round."""
     runs: dict[str, Run] = {}
     for precision in dict.fromkeys(("float32", native_precision(model.device))):
         one = model.variant(precision=precision)
@@ -83,7 +84,7 @@ def contenders(model: Model, folder: Path, steps: int, batch: int) -> tuple[dict
         runs[f"{DEFAULT}, {precision}"] = lambda one=one: replace(one).sample(batch, batch=batch)
     for options in ((), ("bf16",), ("bf16", "channels_last"), ("bf16", "channels_last", "compile")):
         runs[f"diffusers DDPMPipeline, {', '.join(options) or 'float32'}"] = theirs(folder, options, steps, batch)
-    return runs, {name: len(model.walk().times) - 1 if DEFAULT in name else steps for name in runs}
+    return runs
 
 
 def seconds(run: Run) -> float:
@@ -99,7 +100,7 @@ def beside(model: Model, batch: int, repeats: int = 5) -> dict[str, float]:
     found = {}
     for name in BESIDE:
         way = still.walk(60, name)
-        run = lambda way=way: still.sample(batch, way.times, way.sampler, batch=batch)  # noqa: E731
+        run = partial(still.sample, batch, way.times, way.sampler, batch=batch)
         found[name] = statistics.median(seconds(run) for _ in range(repeats)) / 60
     return found
 
@@ -146,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "exported"
         write_folder(folder, as_written(model, torch.float32), {"model": plain(model.config)})
-        runs, evaluations = contenders(model, folder, given.steps, given.batch)
+        runs = contenders(model, folder, given.steps, given.batch)
         for run in runs.values():
             run()
         taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -156,9 +157,8 @@ def main() -> None:
                 print(f"{name}: {taken[name][-1]:.2f} s", flush=True)
     rows = []
     for name, each in taken.items():
-        whole = name.startswith(DEFAULT)
-        count = evaluations[name] if whole else CHAIN
-        rows.append({"name": name, "evaluations": count, "chains": [s * count / evaluations[name] for s in each]})
+        count, parts = (len(model.walk().times) - 1, 1) if name.startswith(DEFAULT) else (CHAIN, CHAIN / given.steps)
+        rows.append({"name": name, "evaluations": count, "chains": [parts * s for s in each]})
     result = {
         "command": f"python bench/pipelines.py --rounds {given.rounds} --steps {given.steps} --batch {given.batch}",
         "date": date.today().isoformat(),

@@ -36,8 +36,6 @@ from undiffuse.cli.tools import JsonOpt, show
 from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from undiffuse.data.picture import Reading
     from undiffuse.measure.along import Along
     from undiffuse.measure.evaluate import Query
@@ -157,14 +155,9 @@ def evaluate(
     with dist.joined(dist.LONG):
         found = _how(samples, progressive, whole, drawn=model is not None)(
             model or samples, data, query, n=n, **walk, label=label, seed=seed, seeds=seeds, batch=batch, out=out,
-            named=samples, device=device, ticking=_ticks(as_json, told), say=_say(as_json),
+            named=samples, device=device, ticking=lambda what, n: ticking(n, what, as_json, told), say=_say(as_json),
         )  # fmt: skip
     _show(found, out, as_json)
-
-
-def _ticks(as_json: bool, told: list[str]) -> "Callable[[str, int], AbstractContextManager[Callable[[int], None]]]":
-    """Progress bars, above the first of which stands what is told."""
-    return lambda what, total: ticking(total, what, as_json, told.pop() if told else "")
 
 
 def _say(as_json: bool) -> "Callable[[str], None]":
@@ -209,7 +202,7 @@ def _model(
     if holds_model(samples):
         model = open_model(samples, device, clip, **kind)
         walk = choose_walk(model, **drawing, variance=kind.get("variance"))
-        return model, {"steps": walk.times, "solver": walk.sampler}, [walk.said] if walk.said else []
+        return model, {"steps": walk.times, "solver": walk.sampler}, [walk.said]
     refuse_unknown(samples)
     given = drawing | kind | {"no-clip" if clip is False else "clip": clip}
     name = next((name for name, value in given.items() if value is not None), None)

@@ -91,7 +91,7 @@ def progressive(
     loaded = open_model(model, device, clip, variance, weights)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     total = len(walk.times) - 1
-    with ticking(total, "progressive", as_json, walk.said) as tick:
+    with ticking(total, "progressive", as_json, [walk.said]) as tick:
         images, at = explore.progressive(loaded, n, seed, walk.times, slots, tick, walk.sampler, label)
     explore.write_grid(images, out)
     show({"picture": out, "t": [float(t) for t in at], **said(loaded.told(label, len(images), seed), loaded)}, as_json)
@@ -134,7 +134,7 @@ def shared(
     loaded = open_model(model, device, clip, variance, weights)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, noisy=True)
     at = at or [1.0, 0.75, 0.5, 0.25]
-    with ticking(explore.shared_steps(loaded, at, *walk[:2]), "shared latents", as_json, walk.said) as tick:
+    with ticking(explore.shared_steps(loaded, at, *walk[:2]), "shared latents", as_json, [walk.said]) as tick:
         images, branches = explore.shared(loaded, n, seed, at, walk.times, tick, walk.sampler, label)
     explore.write_grid(images, out)
     show({"picture": out, "t": [float(t) for t in branches], **said(loaded.told(label, 1, seed), loaded)}, as_json)
@@ -195,7 +195,7 @@ def interpolate(
         raise UsageError(f"--count {count} is not possible; give 2 or more, the pictures themselves included")
     count, at = 11 if count is None else count, t or [0.5]
     lambdas = mix or [i / (count - 1) for i in range(count)]
-    with ticking(explore.interpolation_steps(loaded, at, *walk[:2]), "interpolation", as_json, walk.said) as tick:
+    with ticking(explore.interpolation_steps(loaded, at, *walk[:2]), "interpolation", as_json, [walk.said]) as tick:
         images = explore.interpolate(loaded, *pictures, at, lambdas, seed, walk.times, tick, walk.sampler, label)
     explore.write_grid(images, out)
     show({"picture": out, "t": at, "lambda": lambdas, **said(loaded.told(label, 1, seed), loaded)}, as_json)
@@ -255,7 +255,7 @@ def neighbours(
     extractor = None if features is None else _extractor(features, feature_weights, loaded)
     total = loaded.count(n, label)
     told = drawn(loaded.classes, n, seed) if label is None else loaded.told(label, total, seed)
-    with ticking(loaded.sampling_steps(total, walk.times), "sampling", as_json, walk.said) as tick:
+    with ticking(loaded.sampling_steps(total, walk.times), "sampling", as_json, [walk.said]) as tick:
         samples = loaded.sample(total, walk.times, walk.sampler, seed, label=told.label, progress=tick)
     near, seen = _nearest(extractor, samples, source, k, box, as_json)
     rows = torch.stack([torch.cat([s[None], source.gather(i)[0]]) for s, i in zip(samples, near.indices, strict=True)])

@@ -174,16 +174,17 @@ def _refuse_there(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def ticking(total: int, what: str, as_json: bool, said: str = "") -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; `said` is a line above it, which a command that is refused does not say."""
+def ticking(total: int, what: str, as_json: bool, told: list[str] | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error. What is in `told` is said at its first tick, so not if all is refused."""
     from undiffuse.machine import dist, log
 
-    left = [said] if said and dist.is_first() else []
     with log.progress(total, what, not as_json and dist.is_first()) as bar:
 
         def advance(done: int) -> None:
-            while left:
-                log.say(left.pop())
+            while told:
+                text = told.pop()
+                if text and dist.is_first():
+                    log.say(text)
             bar.advance(done)
 
         yield advance

@@ -94,7 +94,7 @@ def sample(
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     job = draw.Job(loaded, total, *walk[:2], told, numbers, batch)
     wait = loaded.sampling_steps(job.n, job.times, job.batch)
-    with dist.joined(dist.LONG), ticking(wait, "sampling", as_json, walk.said) as tick:
+    with dist.joined(dist.LONG), ticking(wait, "sampling", as_json, [walk.said]) as tick:
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
     if not dist.is_first():
         return

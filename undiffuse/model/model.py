@@ -350,13 +350,11 @@ class Model:
             if callback is not None:
                 callback(remaining, x, t)
 
-        keys = keys.to(self.device)
-        if start is None:
+        keys, start = keys.to(self.device), None if start is None else start.to(like)
+        if start is None and times[0] < 1:
             eps = keys.fold("x_T").normal(*self.config.image).to(dtype)
-            start = self.process.prior_std * eps
-            if times[0] < 1:
-                start = self.process.marginal(self.means(cond).to(eps).expand_as(eps), eps, times[:1].expand(len(eps)))
-        x = sample(sampler, denoise, self.process, keys, self.config.image, times, watch, start.to(like))
+            start = self.process.marginal(self.means(cond).to(eps).expand_as(eps), eps, times[:1].expand(len(eps)))
+        x = sample(sampler, denoise, self.process, keys, self.config.image, times, watch, start, dtype)
         if progress is not None and len(times) > 1:
             progress(1)
         if not bool(x.isfinite().all()):

@@ -127,15 +127,16 @@ def sample(
     times: Float[Tensor, "times"],
     callback: Callback | None = None,
     start: Float[Tensor, "b *x"] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "b *x"]:
-    """x at the last of `times`, from noise at the first of them or from `start`.
+    """x at the last of `times`, from noise at the first of them, in `dtype`, or from `start`.
 
     The noise of a step is keyed by the number of steps that remain, so that a chain entered half-way sees the noise
     that the whole chain sees there. `callback(remaining, x, t)` is called before each step. Where the grid rises, x is
     noised again.
     """
     count = len(keys.rows)
-    x = process.prior_std * keys.fold("x_T").normal(*shape) if start is None else start
+    x = process.prior_std * keys.fold("x_T").normal(*shape).to(dtype) if start is None else start
     if len(times) < 2:
         return x
     state, taken = None, ready(x, sampler.coefficients(process, times[:-1, None], times[1:, None]))
