@@ -11,7 +11,7 @@
   take.
 
 The folder has pictures without loss, such as those that come with scikit-image. Writes `bench/codec_edges-NAME.json`
-and the table `codec-edges` of docs/codec.md.
+and the table `codec-edges-NAME` of docs/codec.md.
 """
 
 import json
@@ -168,7 +168,7 @@ def main() -> None:
     result["command"] = f"python bench/codec_edges.py {given.name} --data {given.data} --photos {given.photos}"
     path = HERE / f"codec_edges-{given.name}.json"
     disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
-    publish("codec.md", "codec-edges", table(result))
+    publish("codec.md", f"codec-edges-{given.name}", table(result))
 
 
 if __name__ == "__main__":

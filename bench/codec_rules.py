@@ -11,7 +11,7 @@ Bits of an image (scales counted, no header) and RMSE at the end of all steps, o
 - the same with pieces of at most 8 bits: Algorithm 3 as it is written (`undiffuse/codec/exact.py`).
 
 All but the trellis are written here for this comparison alone. The first 32 test images. Writes
-`bench/codec_rules-NAME.json` and the table `codec-rules` of docs/codec.md.
+`bench/codec_rules-NAME.json` and the table `codec-rules-NAME` of docs/codec.md.
 """
 
 import json
@@ -127,7 +127,7 @@ def main() -> None:
             result |= {"command": f"python bench/codec_rules.py {given.name} --data {given.data}"}
             result |= {"date": date.today().isoformat()}
             disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
-    publish("codec.md", "codec-rules", table(result))
+    publish("codec.md", f"codec-rules-{given.name}", table(result))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 the same t: the mean square of x_0 − x̂_0, and the Fréchet distance of what the default solver draws on in 10 steps.
 Beside it, for the plot of realism over rate: the distance of the mean, of realism 0.5, and of the ancestral chain. On
 two extractors, against the training images as in `bench/choose.py`; features are kept in the folder. Writes
-`bench/codec_states-NAME.json`, the table `codec-states` and a plot of docs/codec.md.
+`bench/codec_states-NAME.json`, the table `codec-states-NAME` and a plot of docs/codec.md.
 """
 
 import json
@@ -107,7 +107,7 @@ def main() -> None:
             result |= {"machine": machine(), "seed": 0, "date": date.today().isoformat()}
             result["command"] = f"python bench/codec_states.py {given.name} --data {given.data}"
             disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
-    publish("codec.md", "codec-states", table(result))
+    publish("codec.md", f"codec-states-{given.name}", table(result))
     disk.write_atomic(HERE.parent / "docs" / "images" / f"codec-{given.name}-realism.svg", plot(result).encode())
 
 

@@ -86,7 +86,7 @@ def fit(
     memory: Annotated[
         int,
         typer.Option("--memory", help="Bits that a value depends on: 10, 12, 14 or 16; 2 more take 4 times the search"),
-    ] = 12,
+    ] = 14,
     split: SplitOpt = "train",
     skip_bad: SkipBadOpt = False,
     reading: ReadOpt = None,

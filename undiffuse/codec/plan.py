@@ -22,6 +22,7 @@ from undiffuse.strict import to_json
 
 FORMAT = 1
 KNOTS = 13  # of h, even over [−1, 1]
+MEMORY = 14  # the bits of a state of the trellis, unless another number is asked for
 SCALES = 16  # a scale is −SCALES … SCALES, in quarters of an octave
 LEAST, DELTA_BITS = -3, 3  # of a scale from one layer to the next: −3 … 4
 WASTE = {10: 0.125, 12: 0.095, 14: 0.075, 16: 0.06}  # bits of a path on top of its KL, by the bits of a state

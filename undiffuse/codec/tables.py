@@ -15,7 +15,7 @@ from torch import Tensor
 from undiffuse.codec import tailfit
 from undiffuse.codec.chain import hats, refuse_computing
 from undiffuse.codec.container import Group, Header, parse_header
-from undiffuse.codec.plan import KNOTS, SCALES, WASTE, Plan
+from undiffuse.codec.plan import KNOTS, MEMORY, SCALES, WASTE, Plan
 from undiffuse.codec.stream import GROUP, Codec
 from undiffuse.codec.tail import Tail
 from undiffuse.config import parse
@@ -158,7 +158,7 @@ def plan(
     images: int,
     values: int,
     steps: int = STEPS,
-    memory: int = 12,
+    memory: int = MEMORY,
 ) -> Plan:
     """The tables of a chain that ends where x̂_0 is off by END, or at the last node."""
     end = ending(nodes)
@@ -212,7 +212,7 @@ def fit(
     model: Model,
     images: UInt8[Tensor, "n c h w"],
     steps: int = STEPS,
-    memory: int = 12,
+    memory: int = MEMORY,
     tick: Callable[[int], None] | None = None,
     cond: Conditioning = NOTHING,
 ) -> Plan:
