@@ -57,13 +57,17 @@ def problem(values: int, images: int, seed: int) -> tuple[np.ndarray, np.ndarray
         (12, [3], 6),  # one block: fewer bits than a state has
         (12, [6], 6),
         (1, [1], 4),
+        (2, [11], 2),
         (700, [7], 4),  # blocks wider than the codebook
         (9, [5, 2, 3], 4),  # a group
         (5, [2, 0, 7], 4),
         (4, [1, 1, 1], 6),
     ],
 )
-def test_the_path_is_the_best_of_all(values, bits, memory):
+@pytest.mark.parametrize("kept", [1, trellis.KEPT])
+def test_the_path_is_the_best_of_all(monkeypatch, values, bits, memory, kept):
+    monkeypatch.setattr(trellis, "KEPT", kept)
+    monkeypatch.setattr(trellis, "NARROW", 1 << memory)  # a block at a time
     for seed in range(5):
         linear, square = problem(values, len(bits), seed)
         ends = edges(values, bits, memory)
@@ -88,6 +92,25 @@ def test_problems_side_by_side_are_those_of_each_alone():
     assert [len(path) for path in found] == totals
     for path, weights, end, total in zip(found, problems, ends, totals, strict=True):
         assert path.tolist() == search(*weights, end, total, 6).tolist()
+
+
+def test_of_a_long_path_only_the_end_is_kept_as_turns(monkeypatch):
+    """All paths that survive share their beginning: what is let go of is not looked for again, and is the same."""
+    monkeypatch.setattr(trellis, "KEPT", 100)
+    monkeypatch.setattr(trellis, "NARROW", 64 * 10)
+    most, go_on = [], trellis.Survivors.go_on
+
+    def watched(self, turns):
+        go_on(self, turns)
+        most.append(sum(map(len, self.turns)))
+
+    monkeypatch.setattr(trellis.Survivors, "go_on", watched)
+    linear, square = problem(4000, 1, 0)
+    ends = edges(4000, [3000], 6)
+    found = search(linear, square, ends, 3000, 6)
+    assert len(found) == 3000 and max(most) < 150 < sum(most)
+    monkeypatch.setattr(trellis, "KEPT", 1 << 20)
+    assert found.tolist() == search(linear, square, ends, 3000, 6).tolist() and max(most) == 3000 - 6
 
 
 def test_candidates_that_are_all_alike_have_some_path():

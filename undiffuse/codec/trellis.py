@@ -26,6 +26,7 @@ from undiffuse.key import Key
 
 COLUMNS = 512  # of the codebook; a block of more values takes them in turn
 NARROW = 1 << 22  # numbers of branch metrics that are held at a time
+KEPT = 1 << 14  # blocks after which it is looked for what all paths that survive share
 
 
 @cache
@@ -102,16 +103,64 @@ def _searched(problems: list[Problem], memory: int) -> list[UInt8[np.ndarray, "_
     best = torch.empty((count, half), dtype=metric.dtype, device=device)
     some = max(1, NARROW // metric.numel())
     turns = torch.empty((some, count, half), dtype=torch.bool, device=device)
-    taken = np.empty((blocks - 1, count, -(-half // 8)), np.uint8)  # a bit each: all that grows with a path
+    survivors = [Survivors(memory) for _ in problems]
     for low in range(1, blocks, some):
         gains = _scores(problems, low, min(low + some, blocks), memory).view(-1, count, half, 2)
         for turn, gain in zip(turns[: len(gains)], gains, strict=True):
             torch.gt(having, without, out=turn)
             torch.maximum(without, having, out=best)
             torch.add(gain, best[:, :, None], out=followers)
-        taken[low - 1 : low - 1 + len(gains)] = np.packbits(turns[: len(gains)].cpu().numpy(), axis=2)
-    every = zip(problems, metric.argmax(1).tolist(), strict=True)
-    return [_walked_back(state, taken[:, i], memory, each.total) for i, (each, state) in enumerate(every)]
+        packed = np.packbits(turns[: len(gains)].cpu().numpy(), axis=2)
+        for i, each in enumerate(survivors):
+            each.go_on(packed[:, i])
+    every = zip(problems, survivors, metric.argmax(1).tolist(), strict=True)
+    return [found.path(state)[max(0, memory - each.total) :][: each.total] for each, found, state in every]
+
+
+class Survivors:
+    """The best path to each state, as the turns that lead back: a bit for each state and block.
+
+    All that survive share their beginning, which is kept as bits, so that memory does not grow with a path.
+    """
+
+    def __init__(self, memory: int):
+        self.memory, self.half = memory, (1 << memory) // 2
+        self.bits = list[UInt8[np.ndarray, "_"]]()  # that all of them begin with
+        self.turns = list[UInt8[np.ndarray, "_ bytes"]]()  # of the blocks after those
+        self.full = KEPT
+
+    def go_on(self, turns: UInt8[np.ndarray, "blocks bytes"]) -> None:
+        """By some blocks."""
+        self.turns.append(turns)
+        if sum(map(len, self.turns)) >= self.full:
+            self._settle()
+
+    def path(self, state: int) -> UInt8[np.ndarray, "n"]:
+        """The one that leads to this state."""
+        self._keep(np.concatenate(self.turns) if self.turns else np.zeros((0, 1), np.uint8), state)
+        return np.concatenate(self.bits)
+
+    def _settle(self) -> None:
+        """Looks for the last block at which all are in one state."""
+        turns, states = np.concatenate(self.turns), np.arange(2 * self.half)
+        for j in reversed(range(len(turns))):
+            states = np.unique(states >> 1)
+            states += self.half * (turns[j, states >> 3].astype(np.int64) >> 7 - (states & 7) & 1)
+            if len(states) == 1:
+                self._keep(turns[:j], int(states[0]))
+                turns = turns[j:]
+                break
+        self.turns, self.full = [turns], KEPT + len(turns)
+
+    def _keep(self, turns: UInt8[np.ndarray, "blocks bytes"], state: int) -> None:
+        """The bits of the path that comes to this state by these blocks; of the first block those of its state."""
+        bits = np.empty(len(turns), np.uint8)
+        for j in reversed(range(len(turns))):
+            bits[j], state = state & 1, state >> 1
+            state += self.half * (int(turns[j, state >> 3]) >> 7 - (state & 7) & 1)
+        if not self.bits:
+            self.bits.append((state >> np.arange(self.memory - 1, -1, -1) & 1).astype(np.uint8))
+        self.bits.append(bits)
 
 
 @lru_cache(2)
@@ -127,7 +176,7 @@ def _scores(problems: list[Problem], low: int, high: int, memory: int) -> Float[
     """What each row adds to the metric in each of some blocks."""
     double, minus = _tables(memory, problems[0].linear.device)
     ends = [each.ends[low : high + 1] for each in problems]
-    wide = min(COLUMNS, max(int(np.diff(each).max(initial=0)) for each in ends))
+    wide = min(COLUMNS, max(1, *(int(np.diff(each).max(initial=0)) for each in ends)))
 
     def side_by_side(values: list[Float[Tensor, "_"]]) -> Float[Tensor, "rows wide"]:
         return pad_sequence([_folded(*each, wide) for each in zip(values, ends, strict=True)]).flatten(0, 1)
@@ -143,14 +192,3 @@ def _folded(values: Float[Tensor, "_"], ends: Int[np.ndarray, "_"], wide: int) -
     column = np.arange(turns * wide)
     place = torch.from_numpy(np.where(column < widths[:, None], ends[:-1, None] + column, -1)).to(values.device)
     return values[place.clamp(min=0)].where(place >= 0, 0).view(len(widths), turns, wide).sum(1)
-
-
-def _walked_back(
-    state: int, turns: UInt8[np.ndarray, "branches bytes"], memory: int, total: int
-) -> UInt8[np.ndarray, "n"]:
-    path, half = np.zeros(memory + len(turns), np.uint8), (1 << memory) // 2
-    for j in reversed(range(len(turns))):
-        path[memory + j], state = state & 1, state >> 1
-        state += half * (int(turns[j, state >> 3]) >> 7 - (state & 7) & 1)
-    path[:memory] = state >> np.arange(memory - 1, -1, -1) & 1
-    return path[max(0, memory - total) :][:total]
