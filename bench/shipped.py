@@ -4,6 +4,7 @@ docs/images and its table of docs/benchmarks.md.
     python bench/shipped.py fashion-mnist --whole 500 --draws 4 --run RUN
 
 `--run` names the training run of the model; its log is thinned to one line per 100 steps and kept beside the JSON.
+`--then` names a run that went on from the weights of that one, with `--init`.
 `--data` is where the data is, if it has no name. Each measurement is resumable: run the same command again after an
 interruption.
 """
@@ -66,15 +67,18 @@ def pictures(loaded: model.Model, name: str) -> dict[str, object]:
     return {"images": len(samples), "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
 
 
-def keep_log(run: Path, name: str) -> dict[str, object]:
-    """The thinned log of the training run, its curve, and what it cost."""
-    rows = log.read_rows(run / "log.jsonl")
+def log_of(name: str, then: bool = False) -> Path:
+    """Where the thinned log of a training run is kept."""
+    return HERE / f"shipped-{name}{'-then' if then else ''}.log.jsonl"
+
+
+def keep_log(run: Path, place: Path) -> dict[str, object]:
+    """The thinned log of a training run, and what it cost."""
+    rows = list(log.read_rows(run / "log.jsonl"))
     losses = [row for row in rows if "loss" in row]
     kept = [row for row in rows if "held_out" in row or row["step"] % 100 == 0]
-    disk.write_atomic(HERE / f"shipped-{name}.log.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+    disk.write_atomic(place, "".join(json.dumps(row) + "\n" for row in kept).encode())
     held = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
-    svg = line_plot([("held out", *map(list, zip(*held, strict=True)))], x="step", y="loss", title="Held-out loss")
-    disk.write_atomic(IMAGES / f"{name}-loss.svg", svg.encode())
     last = held[-1][0]
     before = float(np.interp(0.8 * last, *zip(*held, strict=True)))  # between the two records around it
     images = [b["images"] - a["images"] for a, b in zip([{"images": 0}, *losses], losses, strict=False)]
@@ -87,6 +91,26 @@ def keep_log(run: Path, name: str) -> dict[str, object]:
         "held_out_loss_at_four_fifths": before,
         "fall_over_the_last_fifth": round(1 - held[-1][1] / before, 5),
     }
+
+
+def curve(name: str) -> None:
+    """The plot of the held-out loss, over the steps of both runs where one went on from the other."""
+    steps, losses = list[int](), list[float]()
+    for place in filter(Path.exists, (log_of(name), log_of(name, then=True))):
+        before = steps[-1] if steps else 0
+        held = [row for row in log.read_rows(place) if "held_out" in row]
+        steps += [before + row["step"] for row in held]
+        losses += [row["held_out"] for row in held]
+    svg = line_plot([("held out", steps, losses)], x="step", y="loss", title="Held-out loss")
+    disk.write_atomic(IMAGES / f"{name}-loss.svg", svg.encode())
+
+
+def words(training: dict) -> str:
+    return (
+        f"{training['steps']:,} steps, {training['images_seen']:,} images seen, {training['seconds']:,} s; held-out "
+        f"loss {training['held_out_loss']:.5f}, which fell by {100 * training['fall_over_the_last_fifth']:.2f} % over "
+        "the last fifth (from a value at four fifths that lies between two records of the log)."
+    )
 
 
 def table(result: dict) -> str:
@@ -105,12 +129,10 @@ def table(result: dict) -> str:
     lines += ["", "| reverse step | rate (bits/dim) | RMSE [0, 255] |", "|---|---|---|"]
     for row in result["bits_per_dim"]["rate_distortion"]:
         lines.append(f"| {row['step']} | {row['rate']:.5f} | {row['rmse']:.3f} |")
-    t = result["training"]
     lines += [
         "",
-        f"Training: {t['steps']:,} steps, {t['images_seen']:,} images seen, {t['seconds']:,} s; held-out loss "
-        f"{t['held_out_loss']:.5f}, which fell by {100 * t['fall_over_the_last_fifth']:.2f} % over the last fifth ("
-        "from a value at four fifths that lies between two records of the log).",
+        f"Training: {words(result['training'])}",
+        *([f"Then, from those weights: {words(result['then'])}"] if result.get("then") else []),
         f"Sampling 64 images in {result['samples']['steps']} steps: {result['samples']['seconds']} s.",
         f"Machine: {result['machine']['processor']}, {result['machine']['threads']} threads, torch "
         f"{result['machine']['torch']}, Python {result['machine']['python']}; {result['date']}. "
@@ -127,6 +149,7 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=500, help="images of each split measured with every term")
     parser.add_argument("--draws", type=int, default=4, help="stratified terms an image, on the whole splits")
     parser.add_argument("--run", type=Path, help="the training run, for its log; kept from the last time unless given")
+    parser.add_argument("--then", type=Path, help="the run that went on from its weights; kept likewise")
     parser.add_argument("--cache", type=Path, default=Path("runs/nll"), help="where terms are kept")
     parser.add_argument(
         "--note", help="anything a reader of the figures must know; kept from the last time unless given"
@@ -144,10 +167,12 @@ def main() -> None:
         "model": {"parameters": loaded.parameters(), "train_command": f"undiffuse train {data} -p {name}"},
         "seed": 0,
         "note": given.note or before.get("note", ""),
-        "training": keep_log(given.run, name) if given.run else before.get("training"),
+        "training": keep_log(given.run, log_of(name)) if given.run else before.get("training"),
+        "then": keep_log(given.then, log_of(name, then=True)) if given.then else before.get("then"),
         "samples": pictures(loaded, name),
         "bits_per_dim": measure(loaded, name, data, given.whole, given.draws, given.cache / loaded.digest()[:16]),
     }
+    curve(name)
     disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
     publish("benchmarks.md", name, table(result))
 
