@@ -4,7 +4,7 @@
 
 Bits of an image (scales counted, no header) and RMSE at the end of all steps, over the model's bound at that RMSE:
 
-- the trellis of `undiffuse encode`, files of one image and of 16;
+- the trellis of `undiffuse encode`, files of one image, of 16 and of 32;
 - the best of 2^k candidates for each k bits, 12 or fewer, as DDCM takes it: the index is sent as it is;
 - candidates drawn with pieces of at most 14 bits and 2^16 candidates, as DiffC does it; the index is sent by its
   octave, which is cheaper than DiffC's Zipf code;
@@ -112,6 +112,7 @@ def main() -> None:
     result: Row = json.loads(path.read_text()) if path.exists() else {}
     result = result if result.get("made_of") == of else {"made_of": of, "rows": {}}
     rules: dict[str, Callable[[], Row]] = {
+        "trellis, 32 images a path": lambda: trellis(codec, images, 32),
         "trellis, 16 images a path": lambda: trellis(codec, images, 16),
         "trellis, one image": lambda: trellis(codec, images, 1),
         "best of 2^k for k bits, at most 12 (DDCM)": lambda: by_rule(codec, images, BLOCK, 1 << BLOCK, best),

@@ -2,7 +2,7 @@
 
     python bench/codec_states.py fashion-mnist --data fashion-mnist --work FOLDER
 
-1,000 test images as archives of groups of 16. At the end of some layers x_t is compared with a draw of q(x_t | x_0) at
+1,000 test images as archives of groups of 32. At the end of some layers x_t is compared with a draw of q(x_t | x_0) at
 the same t: the mean square of x_0 − x̂_0, and the Fréchet distance of what the default solver draws on in 10 steps.
 Beside it, for the plot of realism over rate: the distance of the mean, of realism 0.5, and of the ancestral chain. On
 two extractors, against the training images as in `bench/choose.py`; features are kept in the folder. Writes

@@ -23,7 +23,7 @@ from undiffuse.key import Key, Keys
 from undiffuse.model.model import Model, to_float, to_uint8
 from undiffuse.network.base import NOTHING, Conditioning
 
-GROUP = 16  # images of an archive that share their paths
+GROUP = 32  # images of an archive that share their paths
 BATCH = 64  # images that the network is asked about at once
 Tick = Callable[[int], None] | None
 
