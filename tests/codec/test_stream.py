@@ -333,7 +333,7 @@ def test_progress_is_told_as_often_as_said():
     data = CODEC.encode(images, 3, group=2, tick=ticks.append)
     assert sum(ticks) == CODEC.turns(5, 3, 2) == 9
     CODEC.decode(data, ticks.append)
-    assert sum(ticks) == 18 and CODEC.turns(17) == 2 * PLAN.steps
+    assert sum(ticks) == 18 and CODEC.turns(33) == 2 * PLAN.steps
 
 
 def test_tables_of_few_bits_and_one_step_will_do():
