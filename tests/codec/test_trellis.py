@@ -213,6 +213,17 @@ def test_the_codebook_is_the_one_that_files_were_made_with(memory):
     assert zlib.crc32(book.astype("<f4").tobytes()) == crc
 
 
+def test_a_reader_draws_the_rows_that_it_needs_alone():
+    """The same numbers as those of the whole book, which a search draws."""
+    path = np.random.default_rng(0).integers(0, 2, 60, np.uint8)
+    ends, asked = edges(784, [60], 12), states(path, 12)
+    expected = drawn(path.tolist(), ends, 12)
+    trellis._drawn.cache_clear()
+    assert read(path, ends, 12).tolist() == expected.tolist()
+    assert set(np.flatnonzero(trellis._drawn(12)[1])) == set(asked) and len(asked) == 49
+    assert zlib.crc32(codebook(12).astype("<f4").tobytes()) == KNOWN[12][0]
+
+
 def test_the_codebook_is_standard_normal_and_its_rows_know_nothing_of_each_other():
     book = codebook(10).astype(float)
     n = book.size

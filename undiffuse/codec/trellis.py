@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,9 +30,23 @@ KEPT = 1 << 14  # blocks after which it is looked for what all paths that surviv
 
 
 @cache
-def codebook(memory: int) -> Float[np.ndarray, "states columns"]:
-    """Standard normal float32, the same bits on every machine: row r is that of the state whose bits are r."""
-    return Key(0).fold("codebook", memory).rows(1 << memory).normal(COLUMNS).numpy()
+def _drawn(memory: int) -> tuple[Float[np.ndarray, "states columns"], Bool[np.ndarray, "states"]]:
+    """Rows of the codebook as far as they were drawn, and which these are."""
+    return np.empty((1 << memory, COLUMNS), np.float32), np.zeros(1 << memory, bool)
+
+
+def codebook(memory: int, states: Int[np.ndarray, "_"] | None = None) -> Float[np.ndarray, "states columns"]:
+    """Standard normal float32, the same bits on every machine: row r is that of the state whose bits are r.
+
+    With `states`, other rows may be missing: a reader needs few of them.
+    """
+    book, there = _drawn(memory)
+    asked = np.arange(1 << memory) if states is None else states
+    missing = np.unique(asked[~there[asked]])
+    if len(missing):
+        book[missing] = Key(0).fold("codebook", memory).rows(torch.from_numpy(missing)).normal(COLUMNS).numpy()
+        there[missing] = True
+    return book
 
 
 def edges(values: int, bits: list[int], memory: int) -> Int[np.ndarray, "ends"]:
@@ -69,7 +83,7 @@ def read(path: UInt8[np.ndarray, "n"], ends: Int[np.ndarray, "ends"], memory: in
     found = states(path, memory)[: len(ends) - 1]
     block = np.repeat(np.arange(len(found)), np.diff(ends)[: len(found)])
     column = (np.arange(len(block)) - ends[block]) % COLUMNS
-    return codebook(memory)[found[block], column]
+    return codebook(memory, found)[found[block], column]
 
 
 class Problem(NamedTuple):
