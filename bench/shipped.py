@@ -74,7 +74,7 @@ def log_of(name: str, then: bool = False) -> Path:
 
 def keep_log(run: Path, place: Path) -> dict[str, object]:
     """The thinned log of a training run, and what it cost."""
-    rows = list(log.read_rows(run / "log.jsonl"))
+    rows = log.read_rows(run / "log.jsonl")
     losses = [row for row in rows if "loss" in row]
     kept = [row for row in rows if "held_out" in row or row["step"] % 100 == 0]
     disk.write_atomic(place, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -14,7 +14,7 @@ and this is what is searched for: what simulates the channel exactly weighs cand
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -158,20 +158,22 @@ class Survivors:
         """Looks for the last block at which all are in one state."""
         turns, states = np.concatenate(self.turns), np.arange(2 * self.half)
         for j in reversed(range(len(turns))):
-            states = np.unique(states >> 1)
-            states += self.half * (turns[j, states >> 3].astype(np.int64) >> 7 - (states & 7) & 1)
+            states = self._before(np.unique(states >> 1), turns[j])
             if len(states) == 1:
                 self._keep(turns[:j], int(states[0]))
                 turns = turns[j:]
                 break
         self.turns, self.full = [turns], KEPT + len(turns)
 
+    def _before(self, younger: Any, turns: UInt8[np.ndarray, "bytes"]) -> Any:
+        """The states that lead to those of these younger bits: the turn says their oldest bit. One, or an array."""
+        return younger + self.half * (turns[younger >> 3] >> 7 - (younger & 7) & 1).astype(np.int64)
+
     def _keep(self, turns: UInt8[np.ndarray, "blocks bytes"], state: int) -> None:
         """The bits of the path that comes to this state by these blocks; of the first block those of its state."""
         bits = np.empty(len(turns), np.uint8)
         for j in reversed(range(len(turns))):
-            bits[j], state = state & 1, state >> 1
-            state += self.half * (int(turns[j, state >> 3]) >> 7 - (state & 7) & 1)
+            bits[j], state = state & 1, self._before(state >> 1, turns[j])
         if not self.bits:
             self.bits.append((state >> np.arange(self.memory - 1, -1, -1) & 1).astype(np.uint8))
         self.bits.append(bits)
