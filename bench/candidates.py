@@ -1,7 +1,7 @@
 """The candidates of `bench/choose.py`, as settings of `bench/small.toml`, and a network that is one of them."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from undiffuse.config import Count
 from undiffuse.diffusion.density import DENSITIES, Density
 from undiffuse.diffusion.objective import WeightedBySnr
 from undiffuse.network.base import NOTHING, Conditioning, Network
-from undiffuse.network.block import sinusoid
+from undiffuse.network.block import NEAR_ZERO, ResBlock, conv, sinusoid
+from undiffuse.network.unet import UNet, UNetModule
 
 
 class Block(nn.Module):
@@ -88,9 +89,37 @@ class VLoss(WeightedBySnr):
         return (1 + logsnr.exp()).clamp(max=400.0)
 
 
+def apart(like: nn.Conv2d, gain: float) -> nn.Sequential:
+    """In place of a 3×3 convolution: each channel by itself, then each pixel by itself (Howard et al. 2017)."""
+    alone = nn.Conv2d(like.in_channels, like.in_channels, 3, padding=1, groups=like.in_channels, bias=False)
+    nn.init.dirac_(alone.weight, groups=like.in_channels)
+    return nn.Sequential(alone, conv(like.in_channels, like.out_channels, 1, gain))
+
+
+@dataclass(frozen=True)
+class Cheaper(UNet):
+    """Blocks with less to compute: both convolutions "apart", or the second of 1×1."""
+
+    layers: Literal["apart", "second of 1×1"] = "apart"
+
+    def build(self, *sizes: Any, **more: Any) -> UNetModule:
+        module = super().build(*sizes, **more)
+        for block in [part for part in module.modules() if isinstance(part, ResBlock)]:
+            if self.layers == "apart":
+                block.conv1, block.conv2 = apart(block.conv1, 1.0), apart(block.conv2, NEAR_ZERO)
+            else:
+                block.conv2 = conv(block.conv2.in_channels, block.conv2.out_channels, 1, NEAR_ZERO)
+        return module
+
+
 def unet(**fields: object) -> list[str]:
     """With Muon and channels_last, which the first rows compare with the preset."""
     return [*LAST, MUON, *(f"network.{name}={value}" for name, value in fields.items())]
+
+
+def cheaper(channels: int, layers: str) -> list[str]:
+    own = f'name="candidates:Cheaper",channels={channels},layers="{layers}"'
+    return [*unet(), f"network={{{own},multipliers=[1,1],blocks=1,attention=[1],patch=2}}"]
 
 
 LAST, MUON = ["train.channels_last=true"], "train.optimizer=muon"
@@ -105,6 +134,7 @@ CANDIDATES: dict[str, list[str]] = {
     "Muon": unet(),
     "rate 1e-3": [*unet(), "train.lr=1e-3"],
     "rate 4e-3": [*unet(), "train.lr=4e-3"],
+    "constant rate": [*unet(), "train.decay=constant"],
     "batches of 32": [*unet(), "train.batch=32"],
     "batches of 128": [*unet(), "train.batch=128"],
     "no attention": unet(**PLAIN),
@@ -114,6 +144,13 @@ CANDIDATES: dict[str, list[str]] = {
     "32 channels, twice as wide below": unet(channels=32, multipliers="[1,2]"),
     "half as wide again below, no attention": unet(multipliers="[1,1.5]", **PLAIN),
     "64 channels, no attention": unet(channels=64, **PLAIN),
+    "44 channels": unet(channels=44),
+    "56 channels": unet(channels=56),
+    "convolutions of each channel and 1×1": cheaper(48, "apart"),
+    "convolutions of each channel and 1×1, 96 channels": cheaper(96, "apart"),
+    "second convolutions of 1×1": cheaper(48, "second of 1×1"),
+    "second convolutions of 1×1, 64 channels": cheaper(64, "second of 1×1"),
+    "compiled": [*unet(), "train.compile=true"],
     "a level of 16 channels at 28×28": unet(patch=1, multipliers="[0.3333,1,1]", attention="[2]"),
     "scale and shift by the time": unet(modulation="scale-shift"),
     "scale and shift, no attention": unet(modulation="scale-shift", **PLAIN),

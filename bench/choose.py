@@ -5,8 +5,8 @@
 Each candidate is `bench/small.toml` with the settings of `CANDIDATES`, trained for so many seconds of processor
 time on one thread (240 are two minutes of both threads of a small machine), with a rate that falls to 0 at their end.
 1,000 samples of DDIM in 20 steps are judged by the Fréchet distance on two extractors. What is there for the same
-seconds and seed is not done again, unless other extractors judged it. Writes `bench/choose.json` and the table of
-docs/benchmarks.md.
+seconds, seed and processor is not done again, unless other extractors judged it. Writes `bench/choose.json` and the
+table of docs/benchmarks.md.
 """
 
 from functools import cache
@@ -60,7 +60,7 @@ def table(result: Found) -> str:
         "| processor |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(result["rows"], key=lambda row: (row["budget"], row["efflite0"])):
+    for row in sorted(result["rows"], key=lambda row: (row["budget"], row["processor"], row["efflite0"])):
         name = row["name"] + (f" (seed {row['seed']})" if row["seed"] else "")
         size = f"{row['weights'] / 1e6:.2f} M | {row['gflop']:.3f} | {row['images']:,}"
         scores = f"{row['loss']:.4f} | {row['classifier-28']:.3f} | {row['efflite0']:.1f}"

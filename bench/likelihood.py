@@ -4,7 +4,7 @@
 
 Each candidate is trained on one thread for so many seconds of processor time, as in `bench/choose.py`. Measured is the
 bound of 1,000 steps on the first 500 test images, from 40 stratified terms an image that are the same for all, so that
-differences are surer than values. What is there for the same seconds and seed is not done again. Writes
+differences are surer than values. What is there for the same seconds, seed and processor is not done again. Writes
 `bench/likelihood.json` and the table of docs/benchmarks.md.
 """
 
@@ -62,9 +62,10 @@ def table(result: Found) -> str:
         "| seconds | trained for | weights | images seen | bits/dim | ± s.e. | more than both | ± s.e. |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    both = {(row["budget"], row["seed"]): np.array(row["bits"]) for row in result["rows"] if row["name"] == BOTH}
+    alike = ("budget", "seed", "processor")
+    both = {tuple(map(row.get, alike)): np.array(row["bits"]) for row in result["rows"] if row["name"] == BOTH}
     for row in sorted(result["rows"], key=lambda row: (row["budget"], np.mean(row["bits"]))):
-        bits, other = np.array(row["bits"]), both.get((row["budget"], row["seed"]))
+        bits, other = np.array(row["bits"]), both.get(tuple(map(row.get, alike)))
         more = "– | –" if other is None else f"{(bits - other).mean():+.3f} | {error(bits - other):.3f}"
         size = f"{row['weights'] / 1e6:.2f} M | {row['images']:,}"
         lines.append(f"| {row['budget']:g} | {row['name']} | {size} | {bits.mean():.3f} | {error(bits):.3f} | {more} |")

@@ -75,31 +75,36 @@ def run(
     budget: float = 240.0,
     unit: str = SECONDS,
 ) -> None:
-    """A candidate is a preset with settings. What is there for the same seconds and seed is not done again, unless
-    other extractors judged it: such rows are, if no names are given, and until then stay out of the table."""
+    """A candidate is a preset with settings. What is there for the same budget and seed, and if it is of time also of
+    the same processor, is not done again, unless other extractors judged it: such rows are, if no names are given, and
+    until then stay out of the table."""
     parser, mark = command(budget, unit)
     given, path = parser.parse_args(), Path(__file__).with_name(f"{mark}.json")
     torch.set_num_threads(1)
     if unknown := set(given.names) - candidates.keys():
         raise SystemExit(f"{', '.join(sorted(unknown))}: not a candidate; give some of {', '.join(candidates)}")
     today, keys = made_of(*extractors), ("name", "budget", "seed")
+    here: Found = {"processor": processor()}
+    timed = here if unit == SECONDS else {}  # other processors see other numbers of images in it
     asked = [dict(zip(keys, (name, given.budget, given.seed), strict=True)) for name in given.names or candidates]
     if not given.names:
         old = [row for row in judged(path) if row["made_of"] != today and row["name"] in candidates]
         asked += [{key: row[key] for key in keys} for row in old]
     for each in asked:
-        own = each | {"made_of": today}
+        own = each | timed | {"made_of": today}
         if any(own.items() <= row.items() for row in judged(path)):
             continue
         preset, settings = candidates[each["name"]]
         trainer, found = trained(preset, settings, each["budget"], unit, each["seed"])
-        row = own | {"preset": Path(preset).name, "settings": settings, "processor": processor()}
+        row = own | here | {"preset": Path(preset).name, "settings": settings}
         row |= found | judge(trainer, given.work)
         print(json.dumps(row)[:1000], file=sys.stderr, flush=True)
         with (given.work / f"{mark}.lock").open("w") as lock:  # another may be at work on other names
             fcntl.flock(lock, fcntl.LOCK_EX)
             rows = [old for old in judged(path) if old["made_of"] == today or old["name"] in candidates]
-            rows = [*(old for old in rows if not each.items() <= old.items()), row]
+            again = [old for old in rows if each.items() <= old.items()]
+            gone = [old for old in again if old["made_of"] != today or timed.items() <= old.items()]
+            rows = [*(old for old in rows if old not in gone), row]
             others = [old["made_of"] for old in rows if old["made_of"] != today]  # with which `refresh.py` goes on
             result = {"rows": rows, "command": parser.prog, "date": date.today().isoformat(), "unit": unit}
             result |= {"machine": machine(), "made_of": others[0] if others else today}

@@ -127,6 +127,10 @@ def test_what_has_changed_is_made_anew(tmp_path):
     assert len(lines) == 6
 
 
+def names(result: dict) -> list[str]:
+    return [row["name"] for row in result["rows"]]
+
+
 @pytest.fixture
 def tried(script, monkeypatch, tmp_path):
     """Calls `trial.run` in a copy of bench/ where nothing is trained: what was, and the rows of result and table."""
@@ -138,13 +142,16 @@ def tried(script, monkeypatch, tmp_path):
         (bench / f"{name}.py").write_text((BENCH / f"{name}.py").read_text())
     trial = script("trial", bench)
 
-    def call(judges: dict[str, str], *words: str, candidates: str = "a b") -> tuple[list[str], dict, list[str]]:
+    def call(
+        judges: dict[str, str], *words: str, candidates: str = "a b", on: str = "X", unit: str = "seconds"
+    ) -> tuple[list[str], dict, list[str]]:
         done, argv = [], [bench / "toy.py", "--work", tmp_path, *words]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         monkeypatch.setattr(trial, "made_of", lambda *names: {name: judges[name] for name in names})
+        monkeypatch.setattr(trial, "processor", lambda: on)
         monkeypatch.setattr(trial, "trained", lambda *given: (done.append(f"{given[1][0]} {given[2]:g}"), {}))
         asked = {name: ("toy.toml", [name]) for name in candidates.split()}
-        trial.run(asked, lambda *_: {}, lambda result: repr([row["name"] for row in result["rows"]]), tuple(judges))
+        trial.run(asked, lambda *_: {}, lambda result: repr(names(result)), tuple(judges), unit=unit)
         result = json.loads((bench / "toy.json").read_text())
         return done, result, re.findall(r"\w+", page.read_text().splitlines()[1])
 
@@ -165,6 +172,23 @@ def test_rows_that_other_extractors_judged_are_done_again_and_meanwhile_not_in_t
     done, result, shown = tried(second)
     assert (done, result["made_of"], shown) == (["a 240", "b 9"], second, ["b", "a", "b"])
     assert all(row["made_of"] == second for row in result["rows"])
+
+
+def test_rows_at_equal_time_are_of_one_processor_each(tried):
+    first, second = {"judge": "1"}, {"judge": "2"}
+    tried(first, "a", on="X")
+    done, result, _ = tried(first, on="Y")
+    assert done == ["a 240", "b 240"]
+    assert [(row["name"], row["processor"]) for row in result["rows"]] == [("a", "X"), ("a", "Y"), ("b", "Y")]
+    assert tried(first, "a", on="X")[0] == []
+    done, result, _ = tried(second, on="Y")  # by other extractors none stays as it was
+    assert done == ["a 240", "b 240"]
+    assert {(row["processor"], row["made_of"]["judge"]) for row in result["rows"]} == {("Y", "2")}
+
+
+def test_rows_at_equal_images_are_of_any_processor(tried):
+    assert tried({}, on="X", unit="images")[0] == ["a 240", "b 240"]
+    assert tried({}, on="Y", unit="images")[0] == []
 
 
 def test_rows_of_other_extractors_go_where_they_are_no_candidates_any_more(tried):
