@@ -110,7 +110,7 @@ def test_what_does_not_belong_is_refused(tmp_path, cache):
         model.times(3, "fited")
     found = fit(model, 4)
     path = fitted.keep(found, model.run)
-    with pytest.raises(UsageError, match="was fitted to this model has one step, and 2 is more; give 1, or --grid log"):
+    with pytest.raises(UsageError, match="was fitted to this model has one step, and 2 is more; give 1, or --grid k"):
         Fitted(((0.5,),)).spread(model.process, 2)
     good = plain(found)
     for change, error, words in (

@@ -57,7 +57,7 @@ GridOpt = Annotated[
     typer.Option(
         "--grid",
         help="How --steps are spread: even (in t), quadratic, log-snr, karras or fitted (see `undiffuse fit`); unless "
-        "given, fitted or log-snr, or with --solver what suits the process",
+        "given, fitted or karras, or with --solver what suits the process",
     ),
 ]
 MOST_SEEDS = 10**6
