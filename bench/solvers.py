@@ -159,7 +159,7 @@ def plot(result: dict[str, Any]) -> str:
         if len(points) < 2:
             continue
         series.append((best, [float(x) for x, _ in points], [y for _, y in points]))
-    return line_plot(series, x="evaluations", y="FD-EffLite0", title="", log_x=True)
+    return line_plot(series, x="evaluations", y="FD-EffLite0", title="", log_x=True, log_y=True)
 
 
 def keep(

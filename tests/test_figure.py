@@ -1,6 +1,7 @@
 """Grids pixel by pixel, and plots read back as XML: a point must stand where its value says."""
 
 import io
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -117,6 +118,23 @@ def test_several_lines_have_colours_and_a_legend_and_text_is_escaped():
     assert len(set(strokes)) == 2
     assert {"train", "a < b", "x & y", '"t"'} <= set(texts(svg))
     assert root.attrib["aria-label"] == '"t"'
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 9])
+def test_names_of_many_lines_stay_on_the_page(count):
+    names = [f"dpmpp-{i}, quadratic" for i in range(count)]
+    title = "Realism over rate"
+    root = ElementTree.fromstring(line_plot([(name, [0, 1], [0, 1]) for name in names], "x", "y", title))
+    spans = [(18.0, float(LEFT), LEFT + 9.0 * len(title))]
+    for text in root.iter(f"{SVG}text"):
+        if text.text in names:
+            end, y = float(text.attrib["x"]), float(text.attrib["y"])
+            spans.append((y, end - 7.5 * len(text.text), end))
+    assert len(spans) == count + 1 and min(start for _, start, _ in spans) > 0
+    lowest = max(y for y, _, _ in spans)
+    assert all(line[:, 1].min() >= lowest + 10 for line in lines(ElementTree.tostring(root, "unicode")))
+    for one, other in itertools.combinations(sorted(spans), 2):
+        assert one[0] != other[0] or one[2] < other[1]
 
 
 def test_a_notebook_shows_a_grid():

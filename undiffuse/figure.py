@@ -16,6 +16,7 @@ from undiffuse.errors import UsageError
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 34, 50  # margins around the axes
+FIRST = 18  # the line of the title, where names begin
 MOST = 4  # channels in a PNG
 OTHER = {"PDF", "EPS", "ICO", "ICNS", "PALM", "MSP", "XBM"}  # documents, and what holds a smaller or a poorer picture
 DRAWN = "undiffuse figure"  # what a figure says of itself, so that it is not taken for data
@@ -122,24 +123,25 @@ def line_plot(series: Sequence[Series], x: str, y: str, title: str, log_x: bool 
     if not points:
         raise UsageError(f'plot "{title}" has no point that can be drawn; give finite numbers, positive on a log axis')
     across = _Axis([p[0] for p in points], log_x, LEFT, WIDTH - RIGHT)
-    up = _Axis([p[1] for p in points], log_y, HEIGHT - BOTTOM, TOP)
-    middle = (TOP + HEIGHT - BOTTOM) / 2
+    legend = _legend([name for name, _ in drawn], LEFT + 10 * len(title))
+    top = TOP + max((y for _, y in legend), default=FIRST) - FIRST
+    up = _Axis([p[1] for p in points], log_y, HEIGHT - BOTTOM, top)
+    middle = (top + HEIGHT - BOTTOM) / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12" fill="currentColor">',
-        _text(LEFT, 18, title, 'font-size="14" font-weight="600"'),
+        _text(LEFT, FIRST, title, 'font-size="14" font-weight="600"'),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x, 'text-anchor="middle"'),
         _text(16, middle, y, f'text-anchor="middle" transform="rotate(-90 16 {middle:g})"'),
     ]
     for value in across.ticks:
         at = across.place(value)
-        parts.append(_rule(at, TOP, at, HEIGHT - BOTTOM))
+        parts.append(_rule(at, top, at, HEIGHT - BOTTOM))
         parts.append(_text(at, HEIGHT - BOTTOM + 18, f"{value:g}", 'text-anchor="middle"'))
     for value in up.ticks:
         at = up.place(value)
         parts.append(_rule(LEFT, at, WIDTH - RIGHT, at))
         parts.append(_text(LEFT - 8, at + 4, f"{value:g}", 'text-anchor="end"'))
-    legend = WIDTH - RIGHT
     for i, (name, line) in reversed(list(enumerate(drawn))):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{across.place(a):.1f},{up.place(b):.1f}" for a, b in line)
@@ -148,9 +150,20 @@ def line_plot(series: Sequence[Series], x: str, y: str, title: str, log_x: bool 
         parts.append(f'<polyline points="{path}" {style}/>')
         if name:
             style = f'class="name-{kind}" fill="{colour}" text-anchor="end" font-weight="600"'
-            parts.append(_text(legend, 18, name, style))
-            legend -= 8 * len(name) + 14
+            parts.append(_text(*legend[i], name, style))
     return "\n".join([*parts, "</svg>\n"])
+
+
+def _legend(names: Sequence[str], left: Number) -> list[tuple[Number, Number]]:
+    """Where each name ends, the last at the right; in as many lines as they need, the first one not over the title."""
+    x, y, found = WIDTH - RIGHT, FIRST, list[tuple[Number, Number]]()
+    for name in reversed(names):
+        width = 8 * len(name) if name else 0
+        if x - width < left and (x < WIDTH - RIGHT or left > 0):
+            x, y, left = WIDTH - RIGHT, y + 16, 0
+        found.append((x, y))
+        x -= width + 14 if name else 0
+    return found[::-1]
 
 
 class _Axis:
