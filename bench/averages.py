@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from choose import EXTRACTORS, SAMPLES, STEPS, distances
+from choose import EXTRACTORS, SAMPLES, STEPS, of_samples
 from likelihood import MUON
 from machine import machine, made_of, publish
 from trial import SMALL, Found
@@ -67,8 +67,7 @@ def main() -> None:
 
     def note(decay: str, average: str, model: Model) -> None:
         more = {"error": model.meta["average"]["error"]} if "average" in model.meta else {}
-        images = model.sample(SAMPLES, STEPS, "ddim", 0, 250)
-        rows.append({"decay": decay, "average": average} | more | distances(images, given.work))
+        rows.append({"decay": decay, "average": average} | more | of_samples(model, given.work))
         print(json.dumps(rows[-1]), flush=True)
 
     for decay in DECAYS:

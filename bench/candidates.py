@@ -134,7 +134,6 @@ CANDIDATES: dict[str, list[str]] = {
     "Muon": unet(),
     "rate 1e-3": [*unet(), "train.lr=1e-3"],
     "rate 4e-3": [*unet(), "train.lr=4e-3"],
-    "constant rate": [*unet(), "train.decay=constant"],
     "batches of 32": [*unet(), "train.batch=32"],
     "batches of 128": [*unet(), "train.batch=128"],
     "no attention": unet(**PLAIN),

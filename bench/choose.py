@@ -18,6 +18,7 @@ from candidates import CANDIDATES
 from trial import SMALL, Found, made, run
 
 from undiffuse.data.source import open_source
+from undiffuse.model.model import Model
 from undiffuse.quality.feature.base import open_features
 from undiffuse.quality.metric.base import Moments
 from undiffuse.quality.metric.frechet import frechet_of_rows, root
@@ -40,8 +41,12 @@ def reference(name: str, folder: Path) -> Moments:
     return moments
 
 
-def judged(trainer: Trainer, folder: Path, steps: int = STEPS, solver: str = "ddim") -> Found:
-    return distances(trainer.model().sample(SAMPLES, steps, solver, 0, 250), folder)
+def judged(trainer: Trainer, folder: Path) -> Found:
+    return of_samples(trainer.model(), folder)
+
+
+def of_samples(model: Model, folder: Path, steps: int = STEPS, solver: str = "ddim") -> Found:
+    return distances(model.sample(SAMPLES, steps, solver, 0, 250), folder)
 
 
 def distances(images: torch.Tensor, folder: Path) -> Found:

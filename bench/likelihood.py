@@ -59,16 +59,17 @@ def measured(trainer: Trainer, folder: Path) -> Found:
 
 def table(result: Found) -> str:
     lines = [
-        "| seconds | trained for | weights | images seen | bits/dim | ± s.e. | more than both | ± s.e. |",
-        "|---|---|---|---|---|---|---|---|",
+        "| seconds | trained for | weights | images seen | bits/dim | ± s.e. | more than both | ± s.e. | processor |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     alike = ("budget", "seed", "processor")
     both = {tuple(map(row.get, alike)): np.array(row["bits"]) for row in result["rows"] if row["name"] == BOTH}
-    for row in sorted(result["rows"], key=lambda row: (row["budget"], np.mean(row["bits"]))):
+    for row in sorted(result["rows"], key=lambda row: (row["budget"], row["processor"], np.mean(row["bits"]))):
         bits, other = np.array(row["bits"]), both.get(tuple(map(row.get, alike)))
         more = "– | –" if other is None else f"{(bits - other).mean():+.3f} | {error(bits - other):.3f}"
         size = f"{row['weights'] / 1e6:.2f} M | {row['images']:,}"
-        lines.append(f"| {row['budget']:g} | {row['name']} | {size} | {bits.mean():.3f} | {error(bits):.3f} | {more} |")
+        found = f"{bits.mean():.3f} | {error(bits):.3f} | {more}"
+        lines.append(f"| {row['budget']:g} | {row['name']} | {size} | {found} | {row['processor']} |")
     return "\n".join([*lines, "", made(result)])
 
 

@@ -11,7 +11,7 @@ judged it. Writes `bench/objectives.json` and the table of docs/benchmarks.md.
 from pathlib import Path
 
 import numpy as np
-from choose import EXTRACTORS, judged
+from choose import EXTRACTORS, of_samples
 from likelihood import MUON, error, measured
 from trial import IMAGES, SMALL, Found, made, run
 
@@ -37,7 +37,7 @@ CANDIDATES: dict[str, tuple[str, list[str]]] = {
 
 
 def all_of(trainer: Trainer, folder: Path) -> Found:
-    return {**judged(trainer, folder, 50, "ancestral"), **measured(trainer, folder)}
+    return {**of_samples(trainer.model(), folder, 50, "ancestral"), **measured(trainer, folder)}
 
 
 def table(result: Found) -> str:

@@ -158,11 +158,11 @@ def _legend(names: Sequence[str], left: Number) -> list[tuple[Number, Number]]:
     """Where each name ends, the last at the right; in as many lines as they need, the first one not over the title."""
     x, y, found = WIDTH - RIGHT, FIRST, list[tuple[Number, Number]]()
     for name in reversed(names):
-        width = 8 * len(name) if name else 0
-        if x - width < left and (x < WIDTH - RIGHT or left > 0):
+        width = 8 * len(name)
+        if name and x - width < left and (x < WIDTH - RIGHT or left > 0):
             x, y, left = WIDTH - RIGHT, y + 16, 0
         found.append((x, y))
-        x -= width + 14 if name else 0
+        x -= width + 14 * bool(name)
     return found[::-1]
 
 
