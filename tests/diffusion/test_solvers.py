@@ -6,12 +6,13 @@ import torch
 
 from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.parameterisation import Eps
-from undiffuse.diffusion.process import Linear
+from undiffuse.diffusion.process import ContinuousCosine, Cosine, Linear, Straight, TableProcess
 from undiffuse.diffusion.reverse import FixedLarge
 from undiffuse.diffusion.sampler.base import Sampler, sample
+from undiffuse.diffusion.sampler.ddim import DDIM
 from undiffuse.diffusion.sampler.deis import BASHFORTH, Deis, Ipndm
 from undiffuse.diffusion.sampler.dpmpp import Dpmpp, DpmppSde
-from undiffuse.diffusion.sampler.multistep import integrals, lagrange
+from undiffuse.diffusion.sampler.multistep import Chain, integrals, lagrange
 from undiffuse.diffusion.sampler.unipc import Unipc
 from undiffuse.key import Key
 
@@ -33,11 +34,14 @@ class Curved(torch.nn.Module):
         return torch.sin(1.3 * x) + 0.1 * x + 0.1
 
 
-def both(ours: Sampler, cls: type, n: int, last: int | None, **fields: object) -> tuple[torch.Tensor, torch.Tensor]:
+def both(
+    ours: Sampler, cls: type, n: int, last: int | None, process: TableProcess = PROCESS, **fields: object
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The ends of the two chains: at t = 0, or at index `last` of the table."""
     end = {} if cls is DEIS else {"final_sigmas_type": "zero" if last is None else "sigma_min"}
-    theirs = cls(T, timestep_spacing="trailing", lower_order_final=last is None, **end, **fields)
-    alpha_bar = torch.cumprod(1 - PROCESS.betas(), 0)
+    betas = process.betas().numpy()
+    theirs = cls(T, trained_betas=betas, timestep_spacing="trailing", lower_order_final=last is None, **end, **fields)
+    alpha_bar = torch.cumprod(1 - process.betas(), 0)
     theirs.set_timesteps(n)
     sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
     final = torch.zeros(1, dtype=F64) if last is None else sigma[last : last + 1]
@@ -48,8 +52,8 @@ def both(ours: Sampler, cls: type, n: int, last: int | None, **fields: object) -
         x = theirs.step(Curved()(x, i), i, x, return_dict=False)[0]
     end_time = torch.tensor([0.0 if last is None else (last + 1) / T], dtype=F64)
     times = torch.cat([(theirs.timesteps.double() + 1) / T, end_time])
-    denoiser = Denoiser(Curved(), PROCESS, Eps(), FixedLarge(), clip=False)
-    return sample(ours, denoiser, PROCESS, keys, (1, 2, 2), times, start=start), x
+    denoiser = Denoiser(Curved(), process, Eps(), FixedLarge(), clip=False)
+    return sample(ours, denoiser, process, keys, (1, 2, 2), times, start=start), x
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,38 @@ def test_the_order_falls_towards_0_as_theirs_does(ours, cls, order, digits, n):
     assert (one - other).abs().max() < digits * other.abs().max()
 
 
+@pytest.mark.parametrize(
+    "ours, cls, order, digits",
+    [(Dpmpp(2), DPM, 2, 1e-6), (Unipc(1), UNI, 1, 1e-12), (Unipc(2), UNI, 2, 1e-12), (Unipc(3), UNI, 3, 1e-12)],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [2, 5, 10])
+def test_a_chain_from_pure_noise_is_theirs(ours, cls, order, digits, n):
+    """sigma/alpha is 20,000 where the cosine table ends: the step from there is corrected, and its answer used."""
+    one, other = both(ours, cls, n, None, Cosine(T), solver_order=order)
+    assert (one - other).abs().max() < digits * other.abs().max()
+
+
+def test_bh1_does_not_correct_a_step_by_more_than_the_whole_answer():
+    """h is 9 from the end of the cosine table: half of that would be 4.5 times x̂_0."""
+    process, chain = Cosine(T), torch.tensor([1.0, 0.6, 0.3, 0.0], dtype=F64)
+    at, to = chain[:-1], chain[1:]
+    corrects = {variant: Unipc(2, variant).coefficients(process, at, to).corrects for variant in ("bh1", "bh2")}
+    assert corrects["bh2"].flatten().tolist() == [False, True, True]
+    assert corrects["bh1"].flatten().tolist() == [False, False, True]
+
+
+def test_an_answer_at_no_data_at_all_tells_no_slope():
+    """alpha(1) is 0, or a rounding of it, and the step from there as good as infinite: it is DDIM's for all."""
+    at, to = (torch.tensor(each, dtype=F64) for each in ([1.0, 0.6], [0.6, 0.3]))
+    for process in (Straight(), ContinuousCosine()):
+        assert Chain.of(process, at, to).known.tolist() == [1, 1]
+        assert not Unipc(3).coefficients(process, at, to).corrects.any()
+        for solver in (Dpmpp(2), Deis(3), Unipc(3)):  # the second field is the weight of x̂_0
+            of_x_0 = solver.coefficients(process, at, to)[1][:, 0]
+            torch.testing.assert_close(of_x_0, DDIM().coefficients(process, at, to).on_x_0, rtol=1e-12, atol=1e-15)
+
+
 def test_the_third_order_is_not_that_of_diffusers_which_has_half_of_a_term():
     """With the whole of the second difference theirs is ours (docs/concepts.md)."""
     one, other = both(Dpmpp(3), DPM, 20, last=0, solver_order=3)
@@ -103,7 +139,7 @@ def test_the_third_order_is_not_that_of_diffusers_which_has_half_of_a_term():
 
 
 @pytest.mark.parametrize("rate", [1, -1])
-@pytest.mark.parametrize("h", [1e-6, 0.3, 5.0])
+@pytest.mark.parametrize("h", [1e-6, 0.3, 5.0, 30.0])
 def test_integrals_are_those_of_polynomials(h, rate):
     """Σ_k p(λ_k) ∫ e^(rate (λ − b)) ℓ_k dλ is the integral of p: of 1 and of λ, in closed form."""
     a, b = torch.tensor(-0.7, dtype=F64), torch.tensor(-0.7 + h, dtype=F64)

@@ -11,9 +11,9 @@ from undiffuse.config import NonNegative, Positive
 from undiffuse.diffusion.numbers import F64, added, combined
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler, Turn
-from undiffuse.diffusion.sampler.multistep import NOISE
 from undiffuse.errors import UsageError
 
+NOISE = 1000  # σ/α from which a step is as one from pure noise
 MOST = 2**0.5 - 1  # sigma/alpha is raised by this share at most, so that noise is not more than doubled
 
 

@@ -66,22 +66,28 @@ class Unipc(Sampler):
         nodes = torch.cat([chain.lambda_s[i : i + 1], chain.nodes(i, order)])
         return list(chain.alpha_s[i] * integrals(nodes, chain.lambda_t[i], chain.lambda_s[i], 1))
 
+    def corrects(self, chain: Chain, i: int, order: int, whole: Float[Tensor, ""]) -> bool:
+        """Whether the step i is corrected: not one of infinite length, nor by more than all of the answer at its end.
+
+        bh1 would put h/2 of it, which is no longer near the ½ (1 − e^−h) that it stands for.
+        """
+        return bool(chain.known[i + 1] > 1 and (order > 1 or self.half(chain, i) <= whole))
+
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
         chain = Chain.of(process, t, s)
         on_x, whole = chain.euler
         orders = chain.orders(self.order).tolist()
         ahead = [self.predictor(chain, i, order, whole[i]) for i, order in enumerate(orders)]
-        corrects = chain.known > 1  # not a step from pure noise, whose length in λ is as good as infinite
+        before = [False, *(self.corrects(chain, i, order, whole[i]) for i, order in enumerate(orders[:-1]))]
         behind = [
-            self.corrector(chain, i - 1, orders[i - 1], whole[i - 1]) if known else []
-            for i, known in enumerate(corrects.tolist())
+            self.corrector(chain, i - 1, orders[i - 1], whole[i - 1]) if corrects else []
+            for i, corrects in enumerate(before)
         ]
         on_0, on_1, on_2 = columns(ahead, 3)
         was_0, was_1, was_2, was_3 = columns(behind, 4)
         was_x = torch.cat([on_x[:1], on_x[:-1]])[:, None]
-        return Coefficients(
-            on_x[:, None], on_0, on_1, on_2, was_x, was_0, was_1, was_2, was_3, corrects=corrects[:, None]
-        )
+        corrects = torch.tensor(before, dtype=torch.bool, device="cpu")[:, None]
+        return Coefficients(on_x[:, None], on_0, on_1, on_2, was_x, was_0, was_1, was_2, was_3, corrects)
 
     def step(self, x: Float[Tensor, "b *x"], at: Turn) -> tuple[Float[Tensor, "b *x"], Any]:
         c, answers = at.c, [at.denoise(x, at.t).x_0]
