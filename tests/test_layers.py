@@ -37,7 +37,7 @@ ROWS = tuple(
         ),
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("quality", "metric/ feature/ gather statistics nearest nearer"),
-        ("model", "recipe average classes weights fitted distilled walk mean model load fit"),
+        ("model", "recipe average classes weights fitted distilled walk mean history model load fit"),
         (
             "training",
             "plan optimizer need layout tune scale trainer memory look health auto resume profile proxy track loop "

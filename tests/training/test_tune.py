@@ -10,7 +10,7 @@ from undiffuse.config import parse, plain
 from undiffuse.data.source import ArraySource
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.diffusers import read_folder
-from undiffuse.model.load import from_weights, parse_model
+from undiffuse.model.load import from_weights, load, parse_model
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig, Recipe
 from undiffuse.network.base import Conditioning
@@ -257,6 +257,22 @@ def test_a_labelled_run_begins_with_an_unlabelled_model(tmp_path, data):
     assert tuned.config.classes == 3
     before, after = model.denoiser.network.state_dict(), tuned.denoiser.network.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())  # the first update has rate 0
+
+
+def test_what_the_weights_had_seen_is_kept(tmp_path, data):
+    """Through a run, its resume, and one that begins from it: 8 and 16 images, and 5 before both."""
+    model = drawn(config(image=[1, 8, 8]))
+    model.meta["images"] = 5
+    quiet = {"say": lambda text: None, "show_progress": False}
+    for steps in (1, 2):
+        tuned = loop.train(recipe(train={"steps": steps, "batch": 8}), data, tmp_path / "first", init=model, **quiet)
+        assert (tuned.meta["images"], tuned.meta["images_before"]) == (8 * steps, 5)
+        assert load(tmp_path / "first").meta["images_before"] == 5
+    again = loop.train(recipe(), data, tmp_path / "second", init=tuned, **quiet)
+    assert (again.meta["images"], again.meta["images_before"]) == (8, 21)
+    assert again.facts()["trained on"] == "8 images in 1 steps after the 21 of the weights that it began from"
+    fresh = loop.train(recipe(), data, tmp_path / "fresh", init=drawn(config(image=[1, 8, 8])), **quiet)
+    assert "images_before" not in fresh.meta and fresh.facts()["trained on"] == "8 images in 1 steps"
 
 
 def test_a_model_that_is_not_finite_is_not_begun_with(tmp_path, data):

@@ -60,6 +60,7 @@ def test_the_report_says_what_is_abbreviated_and_that_a_quick_run_means_nothing(
     assert {"4 of 20 steps", "4 images, 2 of 20 terms each", "2 images"} <= set(cells)
     assert html.count("<h2>") == 8
     assert "None can be made: no codec is fitted to this model" in html
+    assert "trained on 768,000 images after the 1,280,000 of the weights that it began from: four sets" in html
 
 
 def test_the_same_command_again_goes_on_with_the_training_that_is_there(quick):

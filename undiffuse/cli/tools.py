@@ -60,7 +60,8 @@ def inspect(
         return
     model = load(what)
     result = {"parameters": model.parameters(), "model": plain(model.config)}
-    result |= {key: model.meta[key] for key in ("classes", "step", "images", "environment") if key in model.meta}
+    kept = ("classes", "step", "images", "images_before", "environment")
+    result |= {key: model.meta[key] for key in kept if key in model.meta}
     typer.echo(to_json(result) if as_json else to_toml(result).rstrip())
 
 

@@ -28,7 +28,7 @@ from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unk
 from undiffuse.key import Key, Keys, Seed
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
-from undiffuse.model import distilled, fitted, walk
+from undiffuse.model import distilled, fitted, history, walk
 from undiffuse.model.classes import ALL, Classes, Label, Told, told
 from undiffuse.model.fitted import Fit
 from undiffuse.model.mean import DRAWS, mean_of
@@ -74,7 +74,7 @@ class Model:
         if self.classes is not None:
             found["classes"] = self.classes.listed()
         if self.meta.get("images"):
-            found["trained on"] = f"{self.meta['images']:,} images in {self.meta['step']:,} steps"
+            found["trained on"] = history.words(self.meta, f" images in {self.meta['step']:,} steps")
         return found | {"device": str(self.device)}
 
     def _repr_html_(self) -> str:

@@ -149,6 +149,7 @@ def _begin(
             claim_classes(run.path / DATA, data, accept_data, warn)
         refuse_changes(meta, trainer.meta())
         trainer.restore(tensors, step)
+        trainer.images_before = meta.get("images_before", 0)
         say(f"resuming {run.path} at step {step}")
     elif trainer.classes is not None:
         dropped = f"; told none for {share:.0%} of the images" if (share := trainer.recipe.train.drop_label) else ""

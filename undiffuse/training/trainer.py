@@ -30,6 +30,7 @@ from undiffuse.key import Key, moved
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
 from undiffuse.machine.disk import SMALL
+from undiffuse.model import history
 from undiffuse.model.average import Ema, Profiles
 from undiffuse.model.classes import Classes
 from undiffuse.model.load import from_weights
@@ -81,7 +82,7 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
         self.denoiser.network = self._prepared(self.denoiser.network)
-        self.step = 0
+        self.step = self.images_before = 0
 
     def _objective(self, teacher: Model | None) -> Objective:
         """What is minimised; with a copy of the teacher that it learns from, if it learns from one."""
@@ -297,6 +298,7 @@ class Trainer:
         for name, weight, shadow in zip(self.names, self.weights, self.ema.shadow, strict=True):
             weight.copy_(fitted[name])
             shadow.copy_(fitted[name])
+        self.images_before = history.total(model.meta)
         return said
 
     def model(self, averaged: bool = True) -> Model:
@@ -310,6 +312,7 @@ class Trainer:
             "format": FORMAT,
             "step": self.step,
             "images": self.step * self.recipe.train.batch,
+            **({"images_before": self.images_before} if self.images_before else {}),
             "model": plain(self.config),
             "recipe": plain(self.recipe),
             **({} if self.classes is None else {"classes": plain(self.classes)}),

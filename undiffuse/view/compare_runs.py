@@ -19,6 +19,7 @@ from undiffuse.figure import enlarged, grid
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
 from undiffuse.measure import sets
+from undiffuse.model import history
 from undiffuse.model.load import holds_model, load
 from undiffuse.model.model import Model
 from undiffuse.view import pieces, ranking, results
@@ -183,8 +184,10 @@ def _facts(entry: Entry) -> dict[str, str]:
         return found | {"pictures shown": f"{len(entry.images):,}"}  # pyright: ignore[reportArgumentType]
     model, rows = entry.subject.model, entry.rows
     found |= {"weights": f"{model.parameters():,}"}
-    found |= {name: f"{model.meta[key]:,}" for name, key in (("training steps", "step"), ("images seen", "images"))
-              if key in model.meta}  # fmt: skip
+    if "step" in model.meta:
+        found["training steps"] = f"{model.meta['step']:,}"
+    if "images" in model.meta:
+        found["images seen"] = history.words(model.meta)
     if rows:
         found["training time"] = log.duration(pieces.seconds(rows))
     if speeds := [row["images_per_second"] for row in rows if "images_per_second" in row]:

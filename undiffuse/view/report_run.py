@@ -19,6 +19,7 @@ from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
 from undiffuse.measure import nll
+from undiffuse.model import history
 from undiffuse.model.model import Model
 from undiffuse.view import explore, pieces, results
 from undiffuse.view.report import Figure, Listing, Section, write_report
@@ -129,7 +130,7 @@ def _glance(page: Page) -> Section:
     if about.steps is not None:
         facts.append(("training steps", f"{about.steps:,}"))
     if model.meta.get("images"):
-        facts.append(("images seen in training", f"{model.meta['images']:,}"))
+        facts.append(("images seen in training", history.words(model.meta)))
     if about.log:
         facts.append(("training time", log.duration(pieces.seconds(about.log))))
     if about.bound is not None:
@@ -339,7 +340,8 @@ def _cost(page: Page) -> Section:
         lines.append(("training time, interruptions left out", log.duration(pieces.seconds(rows))))
     if speeds:
         lines.append(("images/s in training (median)", f"{median(speeds):,.0f}"))
-    lines += [(name, f"{meta[key]:,}") for name, key in (("steps", "step"), ("images seen", "images")) if key in meta]
+    lines += [("steps", f"{meta['step']:,}")] if "step" in meta else []
+    lines += [("images seen", history.words(meta))] if "images" in meta else []
     environment = meta.get("environment")
     cards = [Listing(tuple(lines), "Training")]
     if isinstance(environment, dict):
