@@ -69,7 +69,7 @@ SURFACE = list(zip(blocks(PYTHON, "python"), blocks(PYTHON, "text"), strict=True
 
 
 @pytest.mark.parametrize(
-    "code, text", SURFACE, ids=["load", "show", "open_data", "train", "nll", "nll_ode", "evaluate"]
+    "code, text", SURFACE, ids=["load", "show", "open_data", "guidance", "train", "nll", "nll_ode", "evaluate"]
 )
 def test_the_python_page_prints_what_it_says(code, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

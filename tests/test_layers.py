@@ -27,17 +27,17 @@ ROWS = tuple(
         ("network", "base block attention resample unet"),
         (
             "diffusion",
-            "numbers process grid density gaussian lattice parameterisation reverse denoiser windows sampler/ "
+            "numbers process grid density gaussian lattice parameterisation reverse denoiser windows sampler/ guide "
             "objective trajectory importance likelihood flow fit",
         ),
         (
             "data",
-            "levels deep colour picture made listing passed arrange labelfile source remark order subset loader "
+            "levels deep colour picture made listing passed arrange labelfile source single remark order subset loader "
             "format/ workers pack inspect",
         ),
         ("interop", "torchfile diffusers_files diffusers_fields diffusers_network diffusers_chain diffusers original"),
         ("quality", "metric/ feature/ gather statistics nearest nearer"),
-        ("model", "recipe average classes weights fitted distilled walk mean history model load fit"),
+        ("model", "recipe average classes weights fitted facts distilled walk mean guide model load fit"),
         (
             "training",
             "plan optimizer need layout tune scale trainer memory look health auto resume profile proxy track loop "

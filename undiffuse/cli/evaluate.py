@@ -15,6 +15,8 @@ from undiffuse.cli.options import (
     EtaOpt,
     FeatureWeightsOpt,
     GridOpt,
+    GuidanceOpt,
+    GuideOpt,
     LabelOpt,
     OverwriteOpt,
     PrecisionOpt,
@@ -116,6 +118,8 @@ def evaluate(
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
     precision: PrecisionOpt = None,
+    guidance: GuidanceOpt = None,
+    guide: GuideOpt = None,
     label: LabelOpt = None,
     seeds: SeedsOpt = 1,
     progressive: ProgressiveOpt = None,
@@ -144,20 +148,28 @@ def evaluate(
     - `undiffuse eval samples.zip photos/ --features inception --feature-weights pt_inception-2015-12-05-6726825d.pth`
     - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --progressive 10 --out along`
     """
-    from undiffuse.machine import dist
-
     writable(save_statistics, overwrite, picture=False)
-    kind = {"variance": variance, "weights": weights, "precision": precision}
+    kind = {"variance": variance, "weights": weights, "precision": precision, "guidance": guidance, "guide": guide}
     drawing = {"steps": steps, "times": times, "grid": grid, "solver": solver, "eta": eta}
     model, walk, told = _model(samples, drawing, kind, device, clip)
     query = _query(features, metrics, feature_weights, resize, split, pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
-    with dist.joined(dist.LONG):
-        found = _how(samples, progressive, whole, drawn=model is not None)(
-            model or samples, data, query, n=n, **walk, label=label, seed=seed, seeds=seeds, batch=batch, out=out,
-            named=samples, device=device, ticking=lambda what, n: ticking(n, what, as_json, told), say=_say(as_json),
-        )  # fmt: skip
+    found = _together(_how(samples, progressive, whole, drawn=model is not None))(
+        model or samples, data, query, n=n, **walk, label=label, seed=seed, seeds=seeds, batch=batch, out=out,
+        named=samples, device=device, ticking=lambda what, n: ticking(n, what, as_json, told), say=_say(as_json),
+    )  # fmt: skip
     _show(found, out, as_json)
+
+
+def _together(call: "Callable[..., Result | Along]") -> "Callable[..., Result | Along]":
+    """The same, in all processes of the run."""
+    from undiffuse.machine import dist
+
+    def joined(*args: Any, **named: Any) -> "Result | Along":
+        with dist.joined(dist.LONG):
+            return call(*args, **named)
+
+    return joined
 
 
 def _say(as_json: bool) -> "Callable[[str], None]":

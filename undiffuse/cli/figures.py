@@ -12,6 +12,8 @@ from undiffuse.cli.options import (
     EtaOpt,
     FeatureWeightsOpt,
     GridOpt,
+    GuidanceOpt,
+    GuideOpt,
     LabelOpt,
     ModelArg,
     OutOpt,
@@ -70,6 +72,8 @@ def progressive(
     clip: ClipOpt = None,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    guidance: GuidanceOpt = None,
+    guide: GuideOpt = None,
     label: LabelOpt = None,
     overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
@@ -88,7 +92,7 @@ def progressive(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights)
+    loaded = open_model(model, device, clip, variance, weights, None, guidance, guide)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     total = len(walk.times) - 1
     with ticking(total, "progressive", as_json, [walk.said]) as tick:
@@ -112,6 +116,8 @@ def shared(
     clip: ClipOpt = None,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    guidance: GuidanceOpt = None,
+    guide: GuideOpt = None,
     label: LabelOpt = None,
     overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
@@ -131,7 +137,7 @@ def shared(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights)
+    loaded = open_model(model, device, clip, variance, weights, None, guidance, guide)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, noisy=True)
     at = at or [1.0, 0.75, 0.5, 0.25]
     with ticking(explore.shared_steps(loaded, at, *walk[:2]), "shared latents", as_json, [walk.said]) as tick:
@@ -166,6 +172,8 @@ def interpolate(
     clip: ClipOpt = None,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    guidance: GuidanceOpt = None,
+    guide: GuideOpt = None,
     label: LabelOpt = None,
     overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
@@ -186,15 +194,14 @@ def interpolate(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights)
+    loaded = open_model(model, device, clip, variance, weights, None, guidance, guide)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, below=True)
     pictures = open_pair(loaded, first, second, settings)
     if mix and count is not None:
         raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
     if count is not None and count < 2:
         raise UsageError(f"--count {count} is not possible; give 2 or more, the pictures themselves included")
-    count, at = 11 if count is None else count, t or [0.5]
-    lambdas = mix or [i / (count - 1) for i in range(count)]
+    at, lambdas = t or [0.5], mix or [i / ((count or 11) - 1) for i in range(count or 11)]
     with ticking(explore.interpolation_steps(loaded, at, *walk[:2]), "interpolation", as_json, [walk.said]) as tick:
         images = explore.interpolate(loaded, *pictures, at, lambdas, seed, walk.times, tick, walk.sampler, label)
     explore.write_grid(images, out)
@@ -219,6 +226,8 @@ def neighbours(
     clip: ClipOpt = None,
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
+    guidance: GuidanceOpt = None,
+    guide: GuideOpt = None,
     skip_bad: SkipBadOpt = False,
     label: LabelOpt = None,
     overwrite: OverwriteOpt = False,
@@ -240,20 +249,17 @@ def neighbours(
     """
     import torch
 
-    from undiffuse.data.format.several import join
-    from undiffuse.data.listing import refuse_inside
     from undiffuse.model.classes import drawn
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    refuse_inside(out, join(data), "--out")
+    _refuse_inside(out, data)
     _refuse_both(crop, features, feature_weights)
-    loaded = open_model(model, device, clip, variance, weights)
+    loaded = open_model(model, device, clip, variance, weights, None, guidance, guide)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
-    extractor = None if features is None else _extractor(features, feature_weights, loaded)
-    total = loaded.count(n, label)
+    extractor, total = _extractor(features, feature_weights, loaded), loaded.count(n, label)
     told = drawn(loaded.classes, n, seed) if label is None else loaded.told(label, total, seed)
     with ticking(loaded.sampling_steps(total, walk.times), "sampling", as_json, [walk.said]) as tick:
         samples = loaded.sample(total, walk.times, walk.sampler, seed, label=told.label, progress=tick)
@@ -261,6 +267,14 @@ def neighbours(
     rows = torch.stack([torch.cat([s[None], source.gather(i)[0]]) for s, i in zip(samples, near.indices, strict=True)])
     explore.write_grid(rows, out)
     show({"picture": out, **said(told, loaded), **seen, "index": near.indices.tolist()}, as_json)
+
+
+def _refuse_inside(out: Path, data: list[str]) -> None:
+    """UsageError for a picture among those of the data."""
+    from undiffuse.data.format.several import join
+    from undiffuse.data.listing import refuse_inside
+
+    refuse_inside(out, join(data), "--out")
 
 
 def _refuse_both(crop: str | None, features: str | None, weights: Path | None) -> None:
@@ -284,10 +298,12 @@ def _nearest(
     return near, {"features": extractor.name, "distance_of_nearest": near.distance[:, 0].tolist()}
 
 
-def _extractor(name: str, weights: Path | None, model: "Model") -> "Extractor":
+def _extractor(name: str | None, weights: Path | None, model: "Model") -> "Extractor | None":
     """With its weights, before anything is drawn. Raises UsageError for images that it cannot see."""
     from undiffuse.quality.feature.base import open_features
 
+    if name is None:
+        return None
     found = open_features(name, model.device, weights, shape=model.image_shape)
     found.check(model.image_shape)
     return found

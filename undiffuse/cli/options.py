@@ -92,6 +92,17 @@ PrecisionOpt = Annotated[
         "bf16 where the processor is faster with it, float16 on cards without, else float32",
     ),
 ]
+GuidanceOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="Lead away from the answer without a class, or from that of --guide: 1 is none, 1.5 to 3 are usual; asks "
+        "twice as often",
+    ),
+]
+GuideOpt = Annotated[
+    str | None, typer.Option("--guide", help="A worse model of the same kind, such as an earlier checkpoint")
+]
 FeatureWeightsOpt = Annotated[
     Path | None,
     typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
@@ -197,10 +208,15 @@ def open_model(
     variance: str | None = None,
     weights: str | None = None,
     precision: str | None = None,
+    guidance: float | None = None,
+    guide: str | None = None,
 ) -> "Model":
     from undiffuse.model.load import load
 
-    return load(source, device, weights=weights).variant(clip, variance, precision)
+    if guide is not None and guidance is None:
+        raise UsageError(f"--guide {guide} says what to lead away from, and not how much; give --guidance 2 too")
+    worse = None if guide is None else load(guide, device)
+    return load(source, device, weights=weights).variant(clip, variance, precision, guidance, worse)
 
 
 def reading_of(settings: list[str] | None, base: "DataConfig | None" = None, fixed: tuple[str, ...] = ()) -> "Reading":

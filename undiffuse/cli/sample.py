@@ -11,6 +11,8 @@ from undiffuse.cli.options import (
     DeviceOpt,
     EtaOpt,
     GridOpt,
+    GuidanceOpt,
+    GuideOpt,
     LabelOpt,
     ModelArg,
     OverwriteOpt,
@@ -58,6 +60,8 @@ def sample(
     variance: VarianceOpt = None,
     weights: WeightsOpt = None,
     precision: PrecisionOpt = None,
+    guidance: GuidanceOpt = None,
+    guide: GuideOpt = None,
     npz: Annotated[
         Path | None, typer.Option("--npz", help="Write one uint8 array, arr_0 [n, h, w, c], to this file")
     ] = None,
@@ -82,25 +86,29 @@ def sample(
     - `undiffuse sample runs/photos -n 64 --steps 50 --solver ddim --out samples`
     - `undiffuse sample runs/pets --label all -n 8 --out pets` (a row for each class)
     - `undiffuse sample runs/fm -n 5000 --steps 50 --solver ddim --eta 0.5 --npz samples.npz`
+    - `undiffuse sample emoji-32 --label all -n 8 --guidance 2 --out emoji`
     - `undiffuse sample fashion-mnist --seeds 5,17,40-99 --out chosen`
     """
     from undiffuse.machine import dist
     from undiffuse.view import draw
 
     _refuse_places(out, npz, overwrite)
-    loaded = open_model(model, device, clip, variance, weights, precision)
+    loaded = open_model(model, device, clip, variance, weights, precision, guidance, guide)
     numbers, batch = _seed(seed, seeds, n), whole("batch", batch, 1)
     total, told, rows = _asked(loaded, n, numbers, label)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     job = draw.Job(loaded, total, *walk[:2], told, numbers, batch)
-    wait = loaded.sampling_steps(job.n, job.times, job.batch)
-    with dist.joined(dist.LONG), ticking(wait, "sampling", as_json, [walk.said]) as tick:
+    with dist.joined(dist.LONG), ticking(job.turns, "sampling", as_json, [walk.said]) as tick:
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
-    if not dist.is_first():
-        return
-    taken: dict[str, Any] = {"steps": len(job.times) - 1, "solver": solver or _name(job)}
-    taken |= {"seed": job.seed, **({} if precision is None else {"precision": loaded.precision})}
-    show({"images": job.n, **taken, **said(job.told, loaded), **written, **_channels(out, loaded)}, as_json)
+    if dist.is_first():
+        taken = {"steps": len(job.times) - 1, "solver": solver or _name(job)} | _kind(job, precision)
+        show({"images": job.n, **taken, **said(job.told, loaded), **written, **_channels(out, loaded)}, as_json)
+
+
+def _kind(job: "Job", precision: str | None) -> dict[str, Any]:
+    """What else was asked for."""
+    found: dict[str, Any] = {"seed": job.seed, **({} if precision is None else {"precision": job.model.precision})}
+    return found | ({} if job.model.guide is None else job.model.guide.said)
 
 
 def _name(job: "Job") -> str:

@@ -82,6 +82,7 @@ class Order(NamedTuple):
 
 def refuse_computing(model: Model) -> None:
     """UsageError for a model whose estimates are not those of whoever shares its files, which no check would tell."""
+    model.refuse_guided("a codec")
     said = "of a model is not possible for the codec, whose files are written and read"
     if model.precision != "float32":
         raise UsageError(f'precision {model.precision} {said} in float32; give variant(precision="float32")')

@@ -189,6 +189,7 @@ def plan(
 def refuse(model: Model, steps: int, memory: int) -> None:
     """UsageError for what `fit` cannot do."""
     model.refuse_distilled("a codec")
+    model.refuse_guided("a codec")
     refuse_computing(model)
     if model.config.parameterisation.needs_table:
         raise UsageError("mu prediction holds for steps of 1/T only, and files take few; train eps, x0 or v")

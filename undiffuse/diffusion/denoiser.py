@@ -55,6 +55,9 @@ class Moment(NamedTuple):
         return combined(self.on_x_0, x_0, self.on_eps, eps)
 
 
+Computing = Callable[[], AbstractContextManager[Any]]
+
+
 class Denoiser(nn.Module):
     """Network + process + parameterisation: `denoiser(x_t, t) -> Prediction`.
 
@@ -70,12 +73,20 @@ class Denoiser(nn.Module):
         variance: Variance,
         time: Literal["index", "logsnr", "sigma"] = "index",
         clip: bool = True,
-        computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        computing: Computing = nullcontext,
     ):
         super().__init__()
         self.network, self.process, self.parameterisation, self.variance = network, process, parameterisation, variance
         self.time: Literal["index", "logsnr", "sigma"] = time
         self.clip, self.computing = clip, computing
+
+    def but(
+        self, clip: bool | None = None, variance: Variance | None = None, computing: Computing | None = None
+    ) -> "Denoiser":
+        """One of the same network that differs in these."""
+        clip = self.clip if clip is None else clip
+        variance, computing = variance or self.variance, computing or self.computing
+        return Denoiser(self.network, self.process, self.parameterisation, variance, self.time, clip, computing).eval()
 
     def at(self, t: Float[Tensor, "*b"]) -> Moment:
         """All that the network, the process and the parameterisation say of t alone, float64 on the CPU."""

@@ -111,6 +111,19 @@ class LearnedRange(Variance):
 VARIANCES: Table[Variance] = Table("variance", Variance, "undiffuse.diffusion.reverse")
 
 
+def other_variance(own: Variance, asked: str | Variance | None) -> Variance:
+    """The variance that is asked for of a network with its own. Raises UsageError where that must be learned."""
+    new, name = own if asked is None else VARIANCES.build(asked, trusted=True), VARIANCES.name_of
+    if new != own and own.learned:
+        raise UsageError(f"variance {name(new)} is not possible: this model says its own ({name(own)}); leave it out")
+    if new != own and new.learned:
+        raise UsageError(
+            f"variance {name(new)} needs a network that was trained to say it, and this one was trained with "
+            f"{name(own)}; give fixed-large or fixed-small"
+        )
+    return new
+
+
 def _raw(prediction: Prediction) -> Float[Tensor, "b *x"]:
     if prediction.raw_variance is None:
         raise UsageError("a learned variance needs a network with twice as many output channels as the image has")

@@ -56,11 +56,11 @@ def x_0_along(
 ) -> UInt8[Tensor, "b points c h w"]:
     """x̂_0 where so many steps of a chain remain. Costs an evaluation of the network more for each of these points."""
     seen: list[Tensor] = []
-    cond = cond.to(model.device)
+    denoise = model.denoise(times, torch.empty(1, *model.image_shape, dtype=torch.float32, device=model.device), cond)
 
     def look(remaining: int, x: Tensor, t: Tensor) -> None:
         if remaining in at:
-            seen.append(to_uint8(model.denoiser(x, t, cond).x_0).cpu())
+            seen.append(to_uint8(denoise(x, t).x_0).cpu())
 
     model.chain(keys, times, sampler, cond, callback=look, progress=progress)
     return torch.stack(seen, 1)

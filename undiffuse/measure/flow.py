@@ -76,6 +76,7 @@ def terms_of(
     if model.precision != "float32":
         raise UsageError(f"the ODE is solved in float32, and this model computes in {model.precision}; leave that out")
     model.refuse_distilled("the likelihood of its flow")
+    model.refuse_guided("the likelihood of its flow")
     model = model.variant(clip=False)
     model.denoiser.parameterisation.check(model.process)
     labels = told(model, source, query.count(source), query.label, query.seed)

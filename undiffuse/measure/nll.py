@@ -93,6 +93,7 @@ def terms_of(
     The processes of a run take turns at the batches, and each returns all.
     """
     model.refuse_distilled("a bound")
+    model.refuse_guided("a bound")
     evaluations(model, source, query)  # refuses what has no answer before anything is made
     labels = told(model, source, query.count(source), query.label, query.seed)
 

@@ -65,6 +65,7 @@ def said_of_drawing(
         **plain(sampler),
         "steps": len(times) - 1,
         **({"evaluations": evaluations(model, times, sampler)} if counted else {}),
+        **({} if model.guide is None else model.guide.said),
         **_walk(model, times),
         "clip": model.denoiser.clip,
         **in_other(model),
@@ -137,7 +138,7 @@ def evaluations(model: Model, times: Tensor, sampler: Sampler) -> int:
         return Prediction(zero, zero, zero, None)
 
     sample(sampler, denoise, model.process, Key(0).rows(1), (1, 1, 1), times)
-    return calls
+    return calls * (1 if model.guide is None else 2)
 
 
 def given(source: Real, n: int | None, spec: str) -> Samples:

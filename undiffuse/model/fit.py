@@ -54,6 +54,7 @@ def fit(
     classes is told each as often as in training. Costs 61 evaluations a trajectory. Raises UsageError, NotFiniteError.
     """
     model.refuse_distilled("a grid")
+    model.refuse_guided("a grid")
     if model.config.parameterisation.needs_table:
         raise UsageError(
             "this model predicts mu, which it knows at the steps of its table alone, so that no grid is fitted to it; "

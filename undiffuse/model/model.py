@@ -11,26 +11,28 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from undiffuse.config import parse, plain
-from undiffuse.data import picture
+from undiffuse.config import parse
 from undiffuse.data.format.packed import PackedSource
-from undiffuse.data.made import Made, channels, tally
+from undiffuse.data.made import Made
 from undiffuse.data.pack import open_data
 from undiffuse.data.picture import Reading
-from undiffuse.data.source import ArraySource, Wanted
+from undiffuse.data.single import read_picture
+from undiffuse.data.source import ArraySource
 from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.grid import Grid, suited
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
-from undiffuse.diffusion.reverse import VARIANCES, Variance
-from undiffuse.diffusion.sampler.base import Along, Sampler, sample
-from undiffuse.errors import Corrupt, DataError, NotFiniteError, UsageError, unknown
+from undiffuse.diffusion.reverse import Variance, other_variance
+from undiffuse.diffusion.sampler.base import Along, Denoise, Sampler, sample
+from undiffuse.errors import Corrupt, NotFiniteError, UsageError, unknown
 from undiffuse.key import Key, Keys, Seed
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
-from undiffuse.model import distilled, fitted, history, walk
+from undiffuse.model import distilled, fitted, walk
 from undiffuse.model.classes import ALL, Classes, Label, Told, told
+from undiffuse.model.facts import facts_of
 from undiffuse.model.fitted import Fit
+from undiffuse.model.guide import Guide, guide_of
 from undiffuse.model.mean import DRAWS, mean_of
 from undiffuse.model.recipe import DataConfig, ModelConfig
 from undiffuse.model.walk import Steps, Walk
@@ -61,21 +63,11 @@ class Model:
     device: torch.device = torch.device("cpu")
     precision: str = "float32"
     run: Path | None = None  # the folder of the run that it was read from
+    guide: Guide | None = None  # what leads it where it draws
 
     def facts(self) -> dict[str, str]:
         """What it is, in words: for `_repr_html_`, which a notebook shows."""
-        c, h, w = self.image_shape
-        process, network = plain(self.config)["process"], type(self.config.network).__name__
-        found = {
-            "images": f"{w}×{h}, {channels(c)}",
-            "network": f"{network}, {self.parameters():,} weights",
-            "process": f"{process['name']}, {self.process.steps:,} steps" if self.process.steps else process["name"],
-        }
-        if self.classes is not None:
-            found["classes"] = self.classes.listed()
-        if self.meta.get("images"):
-            found["trained on"] = history.words(self.meta, f" images in {self.meta['step']:,} steps")
-        return found | {"device": str(self.device)}
+        return facts_of(self)
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -129,39 +121,43 @@ class Model:
 
     def told(self, label: Label, n: int, seed: Seed = 0) -> Told:
         """The labels of n images: see `classes.py` for what `label` may be. Raises UsageError."""
-        return told(self.classes, label, n, seed)
+        found = told(self.classes, label, n, seed)
+        if self.guide is not None:
+            self.guide.refuse(found.label)
+        return found
 
     def variant(
-        self, clip: bool | None = None, variance: str | Variance | None = None, precision: str | None = None
+        self,
+        clip: bool | None = None,
+        variance: str | Variance | None = None,
+        precision: str | None = None,
+        guidance: float | int | None = None,
+        guide: "Model | None" = None,
     ) -> "Model":
         """The same weights with x̂_0 not clipped, as in the bare Algorithm 2, or with the other fixed variance.
 
         `precision` is what the network computes in: float32, bf16, float16 or tf32 (cards only), or `auto`: bf16 where
-        the processor is faster with it, float16 on cards without, else float32. All around it stays float32. Raises
-        UsageError.
+        the processor is faster with it, float16 on cards without, else float32. All around it stays float32.
+
+        With `guidance`, 1 for none, what is drawn is led away from the answer of this model without a class, or from
+        that of `guide`, a worse model of the same kind: see `diffusion/guide.py`. Raises UsageError.
         """
-        old, name = self.config.variance, VARIANCES.name_of
-        new = old if variance is None else VARIANCES.build(variance, trusted=True)
-        if new != old and old.learned:
-            raise UsageError(
-                f"variance {name(new)} is not possible: this model says its own ({name(old)}); leave it out"
-            )
-        if new != old and new.learned:
-            raise UsageError(
-                f"variance {name(new)} needs a network that was trained to say it, and this one was trained with "
-                f"{name(old)}; give fixed-large or fixed-small"
-            )
-        it = self.denoiser
-        clip = it.clip if clip is None else clip
-        computing, precision = it.computing, self.precision if precision is None else precision
+        new = other_variance(self.config.variance, variance)
+        computing, precision = self.denoiser.computing, self.precision if precision is None else precision
         if precision != self.precision:
             if precision not in PRECISIONS:
                 raise unknown("precision", str(precision), PRECISIONS)
             precision = machine.native_precision(self.device) if precision == "auto" else precision
             machine.refuse_precision(precision, self.device, "precision")
             computing = machine.in_precision(precision, self.device)
-        denoiser = Denoiser(it.network, it.process, it.parameterisation, new, it.time, clip, computing).eval()
-        return replace(self, config=replace(self.config, variance=new), denoiser=denoiser, precision=precision)
+        config, denoiser = replace(self.config, variance=new), self.denoiser.but(clip, new, computing)
+        led = None if self.guide is None else self.guide.computing(computing)
+        found = replace(self, config=config, denoiser=denoiser, precision=precision, guide=led)
+        if guidance is None and guide is None:
+            return found
+        if guidance is None:
+            raise UsageError("a guide says what to lead away from, and not how much; give guidance too, such as 2")
+        return replace(found, guide=guide_of(found, guidance, guide))
 
     def source(
         self,
@@ -187,15 +183,7 @@ class Model:
 
     def read_picture(self, path: Path, reading: Reading | None = None) -> tuple[UInt8[Tensor, "c h w"], Made]:
         """One picture file made into such an image, and what that took; `reading` as in `source`. Raises DataError."""
-        c, h, w = self.image_shape
-        try:
-            found = picture.read(path.read_bytes(), Wanted.of((h, w), c).reading(reading or self.data.reading))
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        notes = (*found.made, *picture.changes(found.pixels.shape, (h, w), c))
-        return torch.from_numpy(picture.fit(found.pixels, (h, w), c).copy()).permute(2, 0, 1), tally(notes)
+        return read_picture(path, self.image_shape, reading or self.data.reading)
 
     def sampler(self, solver: str | Sampler | None = None, eta: float | int | None = None) -> Sampler:
         """A solver by name, with its order, `unipc-2`, or its fields, `heun,churn=40`; the ancestral one unless given.
@@ -311,12 +299,17 @@ class Model:
         return Walk(
             chosen.times(self.process, count),
             walk.sampler(self.config, name),
-            walk.words(self.process, chosen, count, name, unfitted=grid is None and self.fit is None),
+            walk.words(self.process, chosen, count, name, grid is None and self.fit is None, self.guide is not None),
         )
 
     def refuse_distilled(self, what: str) -> None:
         """UsageError for a model that was made for few steps, which has no x̂_0 but at their starts."""
         distilled.refuse(self.config.bounds, what)
+
+    def refuse_guided(self, what: str) -> None:
+        """UsageError for a model that is guided: what leads it where it draws is no part of what it knows."""
+        if self.guide is not None:
+            raise UsageError(f"{what} is of a model without guidance; give variant(guidance=1)")
 
     def grid(self, grid: str | Grid) -> Grid:
         """One by name, `fitted` included, or with its fields, `karras,rho=5`. Raises UsageError."""
@@ -342,7 +335,7 @@ class Model:
         """
         self.config.parameterisation.check(self.process)
         like = torch.empty(1, *self.config.image, dtype=dtype, device=self.device)
-        denoise = Along(self.denoiser, times, like, cond.to(self.device))
+        denoise = self.denoise(times, like, cond)
 
         def watch(remaining: int, x: Tensor, t: Tensor) -> None:
             if progress is not None:
@@ -365,6 +358,13 @@ class Model:
             )
         return x.cpu()
 
+    def denoise(self, times: Float[Tensor, "times"], like: Float[Tensor, "b c h w"], cond: Conditioning) -> Denoise:
+        """What a chain along these times asks, for x_t like this: the denoiser, guided where the model is."""
+        cond = cond.to(self.device)
+        if self.guide is None:
+            return Along(self.denoiser, times, like, cond)
+        return self.guide.along(self.denoiser, times, like, cond)
+
     def mean(self, label: int | None = None) -> Float[Tensor, "c h w"]:
         """E[x_0] of a class as the network has it, in [−1, 1]: x̂_0 at t = 1, where x_t tells nothing.
 
@@ -376,7 +376,7 @@ class Model:
             at, draws = torch.ones(1, dtype=F64, device="cpu"), DRAWS
             if self.config.bounds is not None:
                 at, draws = self.times()[:1], 8 * DRAWS
-            self._means[label] = mean_of(self.denoiser, self.config, label, at, draws, self.device)
+            self._means[label] = mean_of(self.denoise, self.config, label, at, draws, self.device)
         return self._means[label]
 
     @cached_property

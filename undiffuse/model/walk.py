@@ -56,13 +56,13 @@ def grid(fit: Fit | None, asked: str | Grid) -> Grid:
     return GRIDS.build(asked, trusted=True)
 
 
-def words(process: Process, grid: Grid, steps: int, solver: str, unfitted: bool = False) -> str:
+def words(process: Process, grid: Grid, steps: int, solver: str, unfitted: bool = False, led: bool = False) -> str:
     """`10 evaluations of unipc-2 on the fitted grid; --solver ancestral for all 1,000 steps of Algorithm 2`."""
     hint = " (`undiffuse fit` finds a better one)" if unfitted else ""
     name = fitted.NAME if isinstance(grid, fitted.Fitted) else GRIDS.name_of(grid)
     whole = f"all {process.steps:,} steps of " if process.steps else ""
-    count = f"{steps:,} evaluation{'s' * (steps > 1)}"
-    return f"{count} of {solver} on the {name} grid{hint}; --solver ancestral for {whole}Algorithm 2"
+    count, beside = f"{steps:,} evaluation{'s' * (steps > 1)}", ", each with one of the guide" * led
+    return f"{count} of {solver} on the {name} grid{hint}{beside}; --solver ancestral for {whole}Algorithm 2"
 
 
 def sampler(config: ModelConfig, solver: str | Sampler | None, eta: float | int | None = None) -> Sampler:

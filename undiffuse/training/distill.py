@@ -136,6 +136,7 @@ def _refuse_settings(settings: Sequence[str]) -> None:
 def _refuse_teacher(teacher: Model, steps: int) -> None:
     """UsageError for what cannot be distilled at all."""
     teacher.refuse_distilled("another distillation")
+    teacher.refuse_guided("a distillation")
     if teacher.config.variance.learned:
         raise UsageError("a model with a learned variance cannot be distilled; train one with a fixed one")
     Trajectory().check_answer(teacher.denoiser)

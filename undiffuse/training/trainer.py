@@ -30,9 +30,9 @@ from undiffuse.key import Key, moved
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
 from undiffuse.machine.disk import SMALL
-from undiffuse.model import history
 from undiffuse.model.average import Ema, Profiles
 from undiffuse.model.classes import Classes
+from undiffuse.model.facts import total_seen
 from undiffuse.model.load import from_weights
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
@@ -298,7 +298,7 @@ class Trainer:
         for name, weight, shadow in zip(self.names, self.weights, self.ema.shadow, strict=True):
             weight.copy_(fitted[name])
             shadow.copy_(fitted[name])
-        self.images_before = history.total(model.meta)
+        self.images_before = total_seen(model.meta)
         return said
 
     def model(self, averaged: bool = True) -> Model:

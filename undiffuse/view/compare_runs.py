@@ -19,7 +19,7 @@ from undiffuse.figure import enlarged, grid
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
 from undiffuse.measure import sets
-from undiffuse.model import history
+from undiffuse.model.facts import images_seen
 from undiffuse.model.load import holds_model, load
 from undiffuse.model.model import Model
 from undiffuse.view import pieces, ranking, results
@@ -187,7 +187,7 @@ def _facts(entry: Entry) -> dict[str, str]:
     if "step" in model.meta:
         found["training steps"] = f"{model.meta['step']:,}"
     if "images" in model.meta:
-        found["images seen"] = history.words(model.meta)
+        found["images seen"] = images_seen(model.meta)
     if rows:
         found["training time"] = log.duration(pieces.seconds(rows))
     if speeds := [row["images_per_second"] for row in rows if "images_per_second" in row]:

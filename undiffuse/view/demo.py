@@ -29,7 +29,7 @@ from undiffuse.machine import disk, log
 from undiffuse.machine.device import making_float32
 from undiffuse.machine.log import Say
 from undiffuse.measure import nll
-from undiffuse.model import history
+from undiffuse.model.facts import images_seen
 from undiffuse.model.load import load, shipped
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import load_recipe
@@ -266,7 +266,7 @@ def _verdict(verdict: Verdict, count: int) -> Table:
 def _samples(out: Path, model: Model, scale: Scale) -> Section:
     with _ticking(scale.chain * -(-scale.samples // 64), f"drawing {scale.samples} clothes") as tick:
         images = model.sample(scale.samples, scale.chain, progress=tick)
-    trained = f", trained on {history.words(model.meta, ' images')}" if "images" in model.meta else ""
+    trained = f", trained on {images_seen(model.meta, ' images')}" if "images" in model.meta else ""
     caption = f"{scale.samples} samples, not selected, each in {scale.chain} of {model.process.steps} steps."
     return Section(
         "Clothes, from the shipped model",
@@ -283,11 +283,11 @@ def _emoji(out: Path, model: Model | None, scale: Scale) -> Section:
     each, trained = max(1, scale.samples // 8), model.classes.trained
     names, told = [model.classes.names[number] for number in trained], [n for n in trained for _ in range(each)]
     with _ticking(scale.chain, f"drawing {len(told)} emoji") as tick:
-        images = model.sample(len(told), scale.chain, label=told, progress=tick)
-    caption = f"{each} samples of each style, not selected, each in {scale.chain} of {model.process.steps} steps."
+        images = model.variant(guidance=2).sample(len(told), scale.chain, label=told, progress=tick)
+    caption = f"{each} samples of each style, not selected, {scale.chain} of {model.process.steps} steps, guidance 2."
     return Section(
         title,
-        f"A U-Net of {model.parameters():,} weights for colour, trained on {history.words(model.meta, ' images')}: "
+        f"A U-Net of {model.parameters():,} weights for colour, trained on {images_seen(model.meta, ' images')}: "
         "four sets of emoji, with their style as a class. Styles are plain; most pictures cannot be named, for so "
         "small a network and so many subjects (`docs/benchmarks.md` has its scores).",
         figures=(_keep(out, "emoji.png", Figure(grid(images, columns=each, scale=3), caption, rows=tuple(names))),),

@@ -62,6 +62,11 @@ class Job:
         times = {"times": claim.digest(self.times.tolist())}  # a grid of the same name may be fitted anew
         return claim.asked(times | found | {"images": self.n, "precision": self.model.precision, "model": model})
 
+    @property
+    def turns(self) -> int:
+        """Steps of a batch that this process takes."""
+        return self.model.sampling_steps(self.n, self.times, self.batch)
+
     def names(self) -> list[str]:
         """Of the PNGs: the numbers of the images, or their seeds."""
         numbers = list(map(int, self.seed)) if isinstance(self.seed, Sequence) else range(self.n)

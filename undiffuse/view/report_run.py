@@ -19,7 +19,7 @@ from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
 from undiffuse.measure import nll
-from undiffuse.model import history
+from undiffuse.model.facts import images_seen
 from undiffuse.model.model import Model
 from undiffuse.view import explore, pieces, results
 from undiffuse.view.report import Figure, Listing, Section, write_report
@@ -130,7 +130,7 @@ def _glance(page: Page) -> Section:
     if about.steps is not None:
         facts.append(("training steps", f"{about.steps:,}"))
     if model.meta.get("images"):
-        facts.append(("images seen in training", history.words(model.meta)))
+        facts.append(("images seen in training", images_seen(model.meta)))
     if about.log:
         facts.append(("training time", log.duration(pieces.seconds(about.log))))
     if about.bound is not None:
@@ -341,7 +341,7 @@ def _cost(page: Page) -> Section:
     if speeds:
         lines.append(("images/s in training (median)", f"{median(speeds):,.0f}"))
     lines += [("steps", f"{meta['step']:,}")] if "step" in meta else []
-    lines += [("images seen", history.words(meta))] if "images" in meta else []
+    lines += [("images seen", images_seen(meta))] if "images" in meta else []
     environment = meta.get("environment")
     cards = [Listing(tuple(lines), "Training")]
     if isinstance(environment, dict):

@@ -1,0 +1,42 @@
+"""What is said of a model: what it is, and how many images it has seen.
+
+The metadata of a model has `images` and `step` of the training that made it. If that began from other weights
+(`--init`, or a distillation) and these say what they had seen, `images_before` is the sum of theirs.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from undiffuse.config import plain
+from undiffuse.data.made import channels
+
+if TYPE_CHECKING:
+    from undiffuse.model.model import Model
+
+
+def facts_of(model: "Model") -> dict[str, str]:
+    """What it is, in words."""
+    c, h, w = model.image_shape
+    process, network = plain(model.config)["process"], type(model.config.network).__name__
+    found = {
+        "images": f"{w}×{h}, {channels(c)}",
+        "network": f"{network}, {model.parameters():,} weights",
+        "process": f"{process['name']}, {model.process.steps:,} steps" if model.process.steps else process["name"],
+    }
+    if model.classes is not None:
+        found["classes"] = model.classes.listed()
+    if model.meta.get("images"):
+        found["trained on"] = images_seen(model.meta, f" images in {model.meta['step']:,} steps")
+    return found | {"device": str(model.device)}
+
+
+def total_seen(meta: Mapping[str, Any]) -> int:
+    """Of this training and of those before it; 0 where nothing is known."""
+    return meta.get("images", 0) + meta.get("images_before", 0)
+
+
+def images_seen(meta: Mapping[str, Any], during: str = "") -> str:
+    """`768,000`, or `768,000 after the 1,280,000 of the weights that it began from`; `during` follows the number."""
+    before = meta.get("images_before", 0)
+    after = f" after the {before:,} of the weights that it began from" if before else ""
+    return f"{meta['images']:,}{during}{after}"

@@ -1,0 +1,94 @@
+"""What guides a model where it draws: its own answer without a class, or a worse model. See `diffusion/guide.py`."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.diffusion.denoiser import Computing, Denoiser
+from undiffuse.diffusion.guide import Guided
+from undiffuse.diffusion.sampler.base import Along, Denoise
+from undiffuse.errors import UsageError
+from undiffuse.network.base import NOTHING, Conditioning
+
+if TYPE_CHECKING:
+    from undiffuse.model.model import Model
+
+NO_CLASS = "no class"
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """How much, and what by: another network, by the hash of its weights, or the model itself, told no class."""
+
+    scale: float
+    weak: Denoiser | None = None
+    told: bool = False  # whether the worse one is told the class
+    name: str = NO_CLASS
+
+    def along(
+        self, denoiser: Denoiser, times: Float[Tensor, "times"], like: Float[Tensor, "b *x"], cond: Conditioning
+    ) -> Denoise:
+        """The guided `denoise` for the times of a chain, as `Along` is the one without."""
+        strong, weak = denoiser.but(clip=False), (self.weak or denoiser).but(clip=False)
+        others = Along(weak, times, like, cond if self.told else NOTHING)
+        return Guided(Along(strong, times, like, cond), others, self.scale, denoiser.clip)
+
+    def computing(self, computing: Computing) -> "Guide":
+        """The same in another precision."""
+        return self if self.weak is None else replace(self, weak=self.weak.but(computing=computing))
+
+    def refuse(self, label: Tensor | None) -> None:
+        """UsageError where a model would be led from its answer without a class to the same."""
+        if self.weak is None and label is None:
+            raise UsageError(
+                f"guidance = {self.scale:g} leads towards a class, and none is asked for; give a label, random or all"
+            )
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What a protocol says of it."""
+        return {"guidance": self.scale, "guide": self.name}
+
+
+def guide_of(model: "Model", scale: float | int, weak: "Model | None") -> Guide | None:
+    """None for a scale of 1, which is no guidance. Raises UsageError for what cannot guide."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (math.isfinite(scale) and scale >= 0):
+        raise UsageError(f"guidance = {scale!r} is not possible; give a number of 0 or more, of which 1 is no guidance")
+    model.refuse_distilled("guidance")
+    if model.config.parameterisation.needs_table:
+        raise UsageError("guidance is not possible: this model predicts mu, whose x̂_0 the chain does not follow")
+    if weak is None:
+        if model.classes is None:
+            raise UsageError(
+                "guidance needs something to lead away from, and this model was trained without labels; give a guide "
+                "too: a model of the same kind that was trained less"
+            )
+        if not model.classes.unlabelled:
+            raise UsageError(
+                "guidance needs the answer without a class, for which this model was never trained (train.drop_label = "
+                "0); give a guide too: a model of the same kind that was trained less"
+            )
+        return None if scale == 1 else Guide(float(scale))
+    _refuse_guide(model, weak)
+    own = None if weak.classes is None else weak.classes.names
+    told = own is not None and model.classes is not None
+    found = Guide(float(scale), weak.variant(precision=model.precision).denoiser, told, weak.digest()[:12])
+    return None if scale == 1 else found
+
+
+def _refuse_guide(model: "Model", weak: "Model") -> None:
+    """UsageError for a guide that says another thing, or of other images or classes."""
+    weak.refuse_distilled("guiding")
+    for name in ("image", "process", "parameterisation"):
+        own, other = getattr(model.config, name), getattr(weak.config, name)
+        if own != other:
+            raise UsageError(f"{name} of the guide is {other}, and of the model {own}; give a model of the same kind")
+    if model.classes and weak.classes and model.classes.names != weak.classes.names:
+        raise UsageError(f"the guide knows other classes ({weak.classes.listed()}). {model.classes.known()}")
+    if weak.classes is not None and model.classes is None and not weak.classes.unlabelled:
+        raise UsageError(f"the guide wants a class, of which this model knows none. {weak.classes.known()}")
+    if weak.device != model.device:
+        raise UsageError(f"the guide is on {weak.device}, and the model on {model.device}; load both on one device")
