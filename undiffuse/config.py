@@ -30,6 +30,7 @@ Kept = Annotated[int, Ge(2)]  # checkpoints: one may be damaged
 Number = Annotated[int, Ge(0)]
 NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
+Exponent = Annotated[float, Interval(ge=0.1, le=1000)]
 Half = Annotated[float, Interval(ge=0, le=0.5)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]
@@ -109,6 +110,11 @@ class Table(Generic[T]):
         name, *settings = text.split(",")
         if wrong := [setting for setting in settings if not setting.partition("=")[1]]:
             raise UsageError(f'{self.kind} "{text}": "{wrong[0]}" is not of the form field=value, as in {name},a=1')
+        names = [setting.partition("=")[0].strip() for setting in settings]
+        if wrong := [name for name in names if not name.isidentifier()]:
+            raise UsageError(f'{self.kind} "{text}": "{wrong[0]}" is no name of a field, as in {name},a=1')
+        if twice := [each for i, each in enumerate(names) if each in names[:i]]:
+            raise UsageError(f'{self.kind} "{text}" says {twice[0]} twice; say it once')
         fields = override({}, settings)
         if "name" in fields:
             raise UsageError(f'{self.kind} "{text}": the name comes first, and once')

@@ -192,6 +192,10 @@ BAD = [
         2,
         "grid fitted,rho=2: the fitted grid has no fields; give fitted alone",
     ),
+    ("sample MODEL --out x --grid karras,rho=0.001", 2, '"rho" input should be greater than or equal to 0.1, given'),
+    ("sample MODEL --out x --grid fited,rho=2", 2, 'grid "fited" is not known. Did you mean "fitted"'),
+    ("sample MODEL --out x --guide MODEL", 2, "MODEL says what to lead away from, and not how much; give --guidance 2"),
+    ("sample MODEL --out x --guidance 2", 2, "guidance needs something to lead away from, and this model was trained"),
     (
         "progressive MODEL --out x.png --steps 4 --slots 9",
         2,

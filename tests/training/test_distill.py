@@ -27,7 +27,8 @@ from undiffuse.model.fit import fit
 from undiffuse.model.load import load, save
 from undiffuse.training.distill import distill, recipe_for
 from undiffuse.training.start import train
-from undiffuse.view import explore
+from undiffuse.view import explore, report_run
+from undiffuse.view.subject import Drawing, subject
 
 QUICK = ["train.batch=8", "train.held_out=8", "train.held_out_every=2", "train.sample_every=2", "train.save_every=2"]
 
@@ -66,6 +67,10 @@ def test_a_distilled_model_draws_in_its_own_steps(teacher, tmp_path):
         asked = (3, again.times(), again.times().tolist(), again.times()[:-1].numpy(), tuple(again.times().tolist()))
         assert all(torch.equal(images, again.sample(2, steps)) for steps in asked)
         assert torch.equal(images, again.sample(2, solver="dpmpp-2"))
+    page = report_run.Page(subject(str(tmp_path / "run"), model), None, Drawing(2), "undiffuse report run")
+    report_run.write(page, tmp_path / "run.html", lambda done: None)
+    html = (tmp_path / "run.html").read_text()
+    assert "the 3 steps of this distilled model, seed 0" in html and "A distilled model has no bound" in html
     save(model, tmp_path / "one.safetensors")
     assert torch.equal(load(tmp_path / "one.safetensors").sample(2), images)
     said = said_of_drawing(model, model.times(), model.sampler(), 0, "none")

@@ -10,7 +10,7 @@ from undiffuse.config import parse, plain
 from undiffuse.data.source import ArraySource
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.interop.diffusers import read_folder
-from undiffuse.model.load import from_weights, load, parse_model
+from undiffuse.model.load import from_weights, load, parse_model, save
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import ModelConfig, Recipe
 from undiffuse.network.base import Conditioning
@@ -273,6 +273,30 @@ def test_what_the_weights_had_seen_is_kept(tmp_path, data):
     assert again.facts()["trained on"] == "8 images in 1 steps after the 21 of the weights that it began from"
     fresh = loop.train(recipe(), data, tmp_path / "fresh", init=drawn(config(image=[1, 8, 8])), **quiet)
     assert "images_before" not in fresh.meta and fresh.facts()["trained on"] == "8 images in 1 steps"
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_from_or_none(tmp_path, data):
+    """Another --init would be left out in silence, although it was asked for."""
+    first, other = drawn(config(image=[1, 8, 8])), drawn(config(image=[1, 8, 8]))
+    with torch.no_grad():
+        other.denoiser.network.conv_in.bias[0] += 1
+    save(first, tmp_path / "first.safetensors")
+    how = {"device": "cpu", "say": lambda text: None, "show_progress": False}
+    for steps, init in enumerate((first, tmp_path / "first.safetensors", None), 1):
+        tuned = train(data, tmp_path / "run", recipe(), steps=steps, init=init, **how)
+        assert (tuned.meta["init"], tuned.meta["step"]) == (first.digest(), steps)
+    with pytest.raises(UsageError, match="run holds a run that did not begin from the model that is given; leave"):
+        train(data, tmp_path / "run", recipe(), steps=4, init=other, **how)
+    train(data, tmp_path / "bare", recipe(), steps=1, **how)
+    with pytest.raises(UsageError, match="did not begin from .*first.safetensors; leave --init out to go on"):
+        train(data, tmp_path / "bare", recipe(), steps=2, init=tmp_path / "first.safetensors", **how)
+
+
+def test_a_time_that_the_process_lacks_is_refused_before_anything_is_written(tmp_path, data):
+    edm = recipe(process={"name": "edm"}, parameterisation={"name": "v"})
+    with pytest.raises(UsageError, match='time = "index" needs a β-table, and edm has none'):
+        train(data, tmp_path / "run", edm, steps=1, device="cpu", say=lambda text: None, show_progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_is_not_finite_is_not_begun_with(tmp_path, data):

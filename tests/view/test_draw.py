@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.view.test_explore import gaussian, model
-from undiffuse.errors import Locked, StorageError, UsageError
+from undiffuse.errors import Locked, NotFiniteError, StorageError, UsageError
 from undiffuse.figure import enlarged, grid
 from undiffuse.machine import disk
 from undiffuse.model.load import load
@@ -54,6 +54,19 @@ def test_images_are_written_as_files_a_grid_and_an_array(tmp_path):
         assert sheet.size == ((3 * 17 + 1) * 4, (3 * 17 + 1) * 4)
     said = json.loads((places.folder / ".undiffuse").read_text())
     assert (said["solver"], said["steps"], said["seed"], said["images"]) == ("ddim", STEPS, 0, 7)
+
+
+@pytest.mark.parametrize("error", [NotFiniteError("lost"), KeyboardInterrupt()], ids=["not finite", "interrupted"])
+def test_what_ends_before_the_first_image_leaves_nothing(tmp_path, monkeypatch, error):
+    """Else the folder would hold samples of a command that made none, and refuse the next."""
+
+    def lost(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Model, "chain", lost)
+    with pytest.raises(type(error)):
+        draw.draw(job(gaussian()), draw.Places(tmp_path / "out", tmp_path / "x.npz"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change", ["create", "write", "sync", "rename", "unlink", "truncate"])

@@ -77,6 +77,13 @@ def test_progressive_ends_at_the_sample_of_the_same_seed(steps):
     assert (times.diff() < 0).all()
 
 
+def test_the_last_of_progressive_is_the_sample_of_a_solver_that_churns_too():
+    """Which raises x_t before it asks: what is said of x_t itself is something else."""
+    toy = gaussian()
+    images, _ = explore.progressive(toy, 2, 5, 10, 3, solver="heun,churn=5")
+    assert torch.equal(images[:, -1], toy.sample(2, 10, "heun,churn=5", seed=5))
+
+
 def test_slots_that_do_not_divide_the_steps_are_spread_over_all_of_them():
     """The last of 30 steps and those after 0, 4, 8, 12, 17, 21 and 25 more: ⌊30 k/7⌋."""
     times = explore.progressive(gaussian(30), 1, slots=7, solver="ancestral")[1]

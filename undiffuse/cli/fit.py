@@ -6,14 +6,18 @@ import typer
 
 from undiffuse.cli.options import DeviceOpt, ModelArg, SeedOpt, WeightsOpt, open_model, ticking
 from undiffuse.cli.tools import JsonOpt, show
+from undiffuse.errors import UsageError
 from undiffuse.strict import whole
 
 
 def fit(
     model: ModelArg,
     trajectories: Annotated[
-        int, typer.Option("--trajectories", help="How many chains of the model to look at, of 61 evaluations each")
-    ] = 128,
+        int | None,
+        typer.Option(
+            "--trajectories", help="How many chains of the model to look at, of 61 evaluations each; 128 unless given"
+        ),
+    ] = None,
     weights: WeightsOpt = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make it anew where there is one")] = False,
     seed: SeedOpt = 0,
@@ -37,15 +41,20 @@ def fit(
     from undiffuse.model import fitted
 
     loaded = open_model(model, device, weights=weights)
-    whole("trajectories", trajectories, 1)
+    asked = whole("trajectories", fitting.TRAJECTORIES if trajectories is None else trajectories, 1)
     if not overwrite and loaded.fit is not None:
+        if trajectories not in (None, loaded.fit.trajectories):
+            raise UsageError(
+                f"a grid of {loaded.fit.trajectories} trajectories is fitted to this model already; give --overwrite "
+                f"for one of {trajectories}, or leave --trajectories out"
+            )
         place = fitted.found(loaded.run, loaded.digest()) or model
         show({"grid": place, "steps": len(loaded.fit.grid.walks), "made": "before"}, as_json)
         return
     if not as_json:
-        log.say(fitting.cost(loaded, trajectories))
-    with ticking(fitting.steps_of(loaded, trajectories), "fitting", as_json) as tick:
-        found = fitting.fit(loaded, trajectories, seed, tick)
+        log.say(fitting.cost(loaded, asked))
+    with ticking(fitting.steps_of(loaded, asked), "fitting", as_json) as tick:
+        found = fitting.fit(loaded, asked, seed, tick)
     show({"grid": fitted.keep(found, loaded.run), "steps": len(found.grid.walks), "made": "now"}, as_json)
 
 

@@ -36,7 +36,9 @@ CountOpt = Annotated[
     int | None, typer.Option("-n", help="Samples; unless given 64, or 16 of images with more than 64×64 pixels")
 ]
 PairOpt = Annotated[int, typer.Option("-n", help="Samples of each, in the same cells")]
-DrawnOpt = Annotated[str, typer.Option("--solver", help=f"Sampler: ancestral (the paper's), {SOLVERS}")]
+DrawnOpt = Annotated[
+    str | None, typer.Option("--solver", help=f"Sampler, ddim unless given: ancestral (the paper's), {SOLVERS}")
+]
 ChainOpt = Annotated[int | None, typer.Option("--steps", help="Number of sampling steps; 50 unless given")]
 EvalOpt = Annotated[
     list[Path] | None,
@@ -62,7 +64,7 @@ def report(
     out: PageOpt = Path("report.html"),
     n: CountOpt = None,
     steps: ChainOpt = None,
-    solver: DrawnOpt = "ddim",
+    solver: DrawnOpt = None,
     evaluations: EvalOpt = None,
     bound: NllOpt = None,
     weights: WeightsOpt = None,
@@ -107,7 +109,7 @@ def compare(
     out: PageOpt = Path("compare.html"),
     n: PairOpt = 16,
     steps: ChainOpt = None,
-    solver: DrawnOpt = "ddim",
+    solver: DrawnOpt = None,
     evaluations: EvalsOpt = None,
     bounds: NllsOpt = None,
     size: SidesOpt = None,

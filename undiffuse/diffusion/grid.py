@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from undiffuse.config import Positive, Table
+from undiffuse.config import Exponent, Positive, Table
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.errors import UsageError
@@ -99,7 +99,7 @@ class LogSnr(InSigma):
 class Karras(InSigma):
     """Even in (σ/alpha)^(1/rho) (Karras et al. 2022, Eq. 5)."""
 
-    rho: Positive = 7.0
+    rho: Exponent = 7.0
 
     def between(self, high: float, low: float, share: Float[Tensor, "steps"]) -> Float[Tensor, "steps"]:
         return (high ** (1 / self.rho) + share * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho

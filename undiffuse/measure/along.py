@@ -54,16 +54,19 @@ def x_0_along(
     cond: Conditioning = NOTHING,
     progress: Callable[[int], None] | None = None,
 ) -> UInt8[Tensor, "b points c h w"]:
-    """x̂_0 where so many steps of a chain remain. Costs an evaluation of the network more for each of these points."""
+    """x̂_0 where so many steps of a chain remain; before the last one, the sample itself.
+
+    Costs an evaluation of the network more for each of these points but that.
+    """
     seen: list[Tensor] = []
     denoise = model.denoise(times, torch.empty(1, *model.image_shape, dtype=torch.float32, device=model.device), cond)
 
     def look(remaining: int, x: Tensor, t: Tensor) -> None:
-        if remaining in at:
+        if remaining in at and remaining > 1:
             seen.append(to_uint8(denoise(x, t).x_0).cpu())
 
-    model.chain(keys, times, sampler, cond, callback=look, progress=progress)
-    return torch.stack(seen, 1)
+    end = model.chain(keys, times, sampler, cond, callback=look, progress=progress)
+    return torch.stack([*seen, *([to_uint8(end)] if 1 in at else [])], 1)
 
 
 def drawn_along(model: Model, how: Drawing, n: int, seed: int, at: Sequence[int]) -> Samples:
@@ -78,7 +81,8 @@ def drawn_along(model: Model, how: Drawing, n: int, seed: int, at: Sequence[int]
         some = slice(int(index[0]) // points, int(index[-1]) // points + 1)
         return x_0_along(model, keys[some], times, sampler, at, told.conditioning.at(some)).flatten(0, 1)
 
-    said = whole_chain.said | {"points": points, "evaluations": whole_chain.said["evaluations"] + points}
+    more = (points - at.count(1)) * (1 if model.guide is None else 2)
+    said = whole_chain.said | {"points": points, "evaluations": whole_chain.said["evaluations"] + more}
     digest = claim.digest({"chain": whole_chain.digest, "at": list(at)})
     return replace(whole_chain, n=n * points, said=said, digest=digest, images=images)
 

@@ -30,9 +30,15 @@ def facts_of(model: "Model") -> dict[str, str]:
     return found | {"device": str(model.device)}
 
 
-def total_seen(meta: Mapping[str, Any]) -> int:
-    """Of this training and of those before it; 0 where nothing is known."""
-    return meta.get("images", 0) + meta.get("images_before", 0)
+def begun_with(model: "Model") -> dict[str, Any]:
+    """What the metadata of a training says that begins from these weights: their sha256, and all that they had seen."""
+    seen = model.meta.get("images", 0) + model.meta.get("images_before", 0)
+    return {"init": model.digest(), **({"images_before": seen} if seen else {})}
+
+
+def begun(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """That of a training, as its metadata have it."""
+    return {key: meta[key] for key in ("init", "images_before") if key in meta}
 
 
 def images_seen(meta: Mapping[str, Any], during: str = "") -> str:

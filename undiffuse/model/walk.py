@@ -51,7 +51,7 @@ def grid(fit: Fit | None, asked: str | Grid) -> Grid:
         if fit is None:
             raise UsageError("no grid is fitted to this model; make one with `undiffuse fit`, or choose karras")
         return fit.grid
-    if head and not comma and ":" not in head and head not in GRIDS.classes:
+    if head and ":" not in head and head not in GRIDS.classes:
         raise unknown("grid", head, (*GRIDS.classes, fitted.NAME))
     return GRIDS.build(asked, trusted=True)
 

@@ -67,7 +67,7 @@ def fitted_bounds(model: Model, steps: int, say: Say, show_progress: bool) -> tu
         say(f"no grid is fitted to this model yet: {cost(model)}")
         with log.progress(steps_of(model), "fitting", show_progress) as bar:
             found = fit(model, progress=bar.advance)
-        fitted.keep(found, model.run)
+        say(f"it is kept in {fitted.keep(found, model.run)}; the teacher samples on it too from now on")
     # First a step from pure noise: at a few sigma/alpha, where a grid may begin, the mean and noise are no draw of x_t.
     times = LogSnr().times(model.process, 2)[:1]
     if steps > 1:

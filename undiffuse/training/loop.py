@@ -20,6 +20,7 @@ from undiffuse.machine import disk, dist, log, sink, store
 from undiffuse.machine.log import Say
 from undiffuse.machine.tensorfile import write_weights
 from undiffuse.machine.watch import Asked, Crowd, Flag, Watchdog, listening
+from undiffuse.model.facts import begun
 from undiffuse.model.load import BEST
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import FORMAT, Recipe
@@ -149,7 +150,7 @@ def _begin(
             claim_classes(run.path / DATA, data, accept_data, warn)
         refuse_changes(meta, trainer.meta())
         trainer.restore(tensors, step)
-        trainer.images_before = meta.get("images_before", 0)
+        trainer.begun = begun(meta)
         say(f"resuming {run.path} at step {step}")
     elif trainer.classes is not None:
         dropped = f"; told none for {share:.0%} of the images" if (share := trainer.recipe.train.drop_label) else ""

@@ -12,6 +12,7 @@ from undiffuse.data.passed import counts
 from undiffuse.data.source import LISTED, Source
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.machine import disk, store
+from undiffuse.model.model import Model
 from undiffuse.model.recipe import FORMAT, FREE, DataConfig, TrainConfig
 from undiffuse.network.base import NETWORKS
 from undiffuse.training.trainer import Trainer
@@ -19,12 +20,29 @@ from undiffuse.training.trainer import Trainer
 DATA = "data.json"  # in a run: what it is trained on
 
 
-def saved_recipe(run: store.Run) -> dict[str, Any] | None:
-    """The recipe of the newest checkpoint whose metadata can be read, None without one; it is checked later."""
+def saved_meta(run: store.Run) -> dict[str, Any] | None:
+    """The metadata of the newest checkpoint in which they can be read, None without one; they are checked later."""
     for step in reversed(run.steps()):
         with suppress(Corrupt):
-            return run.load(step, only=())[1].get("recipe", {})
+            return run.load(step, only=())[1]
     return None
+
+
+def saved_recipe(run: store.Run) -> dict[str, Any] | None:
+    """The recipe in them."""
+    meta = saved_meta(run)
+    return None if meta is None else meta.get("recipe", {})
+
+
+def refuse_other_init(run: store.Run, init: Model, named: str) -> None:
+    """UsageError where a run did not begin from these weights, which would be left out in silence."""
+    meta = saved_meta(run) or {}
+    if meta.get("recipe", {}).get("objective", {}).get("name") == "trajectory" or meta.get("init") == init.digest():
+        return  # a distillation looks for its teacher itself
+    raise UsageError(
+        f"{run.path} holds a run that did not begin from {named}; leave --init out to go on with it, or give another "
+        "--out"
+    )
 
 
 def differences(meta: dict[str, Any], trainer: Trainer, last: int) -> list[str]:

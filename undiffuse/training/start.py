@@ -29,7 +29,7 @@ from undiffuse.training import loop
 from undiffuse.training.auto import choose, look_at, recipe_of, to_look_at
 from undiffuse.training.look import held_out_split
 from undiffuse.training.plan import Budget
-from undiffuse.training.resume import saved_recipe
+from undiffuse.training.resume import refuse_other_init, saved_recipe
 
 Data = str | Path | Source | Sequence[str | Path]
 
@@ -66,8 +66,9 @@ def train(
     auto = not isinstance(preset, Recipe) and str(preset) == "auto"
     with dist.joined() if auto else nullcontext():
         saved = _saved(run) if auto else saved_recipe(run)
-        begin = load(init, chosen) if isinstance(init, (str, Path)) and saved is None else init
-        begin = begin if isinstance(begin, Model) else None
+        begin = load(init, chosen) if isinstance(init, (str, Path)) else init
+        if saved is not None and begin is not None:
+            refuse_other_init(run, begin, "the model that is given" if isinstance(init, Model) else str(init))
         if isinstance(preset, Recipe):
             recipe = with_settings(plain(preset), settings, "the recipe")
         elif str(preset) != "auto":

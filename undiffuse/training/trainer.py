@@ -32,7 +32,7 @@ from undiffuse.machine import dist
 from undiffuse.machine.disk import SMALL
 from undiffuse.model.average import Ema, Profiles
 from undiffuse.model.classes import Classes
-from undiffuse.model.facts import total_seen
+from undiffuse.model.facts import begun_with
 from undiffuse.model.load import from_weights
 from undiffuse.model.model import Model, to_float
 from undiffuse.model.recipe import FORMAT, ModelConfig, Recipe, learning_rate
@@ -64,6 +64,7 @@ class Trainer:
         torch.manual_seed(self.key.fold("init").integer())
         self.denoiser: Denoiser = config.build(clip=False).to(self.device)
         recipe.objective.check(self.denoiser)
+        self.denoiser.at(torch.ones(1, dtype=torch.float64, device="cpu"))  # refuses a time that the process lacks
         if recipe.train.precision in machine.HALF:
             self.denoiser.computing = machine.in_precision(recipe.train.precision, self.device)
         if recipe.train.channels_last is True:  # before averages and moments, which take the layout of their weights
@@ -82,7 +83,7 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
         self.denoiser.network = self._prepared(self.denoiser.network)
-        self.step = self.images_before = 0
+        self.step, self.begun = 0, dict[str, Any]()  # begun: from which weights, and how many images they had seen
 
     def _objective(self, teacher: Model | None) -> Objective:
         """What is minimised; with a copy of the teacher that it learns from, if it learns from one."""
@@ -298,7 +299,7 @@ class Trainer:
         for name, weight, shadow in zip(self.names, self.weights, self.ema.shadow, strict=True):
             weight.copy_(fitted[name])
             shadow.copy_(fitted[name])
-        self.images_before = total_seen(model.meta)
+        self.begun = begun_with(model)
         return said
 
     def model(self, averaged: bool = True) -> Model:
@@ -312,7 +313,7 @@ class Trainer:
             "format": FORMAT,
             "step": self.step,
             "images": self.step * self.recipe.train.batch,
-            **({"images_before": self.images_before} if self.images_before else {}),
+            **self.begun,
             "model": plain(self.config),
             "recipe": plain(self.recipe),
             **({} if self.classes is None else {"classes": plain(self.classes)}),

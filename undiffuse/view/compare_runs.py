@@ -159,7 +159,7 @@ def _pictures(page: Comparison, entry: Entry) -> Pictures | str:
     batch = min(64, page.count)
     try:
         return model.sample(
-            page.count, page.how.length(model), page.how.solver, page.how.seed, batch, label,
+            page.count, page.how.length(model), page.how.named(model), page.how.seed, batch, label,
             lambda steps: page.tick(steps * batch),
         )  # fmt: skip
     except (UsageError, NotFiniteError) as error:

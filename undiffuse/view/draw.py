@@ -171,7 +171,7 @@ def _pictures(job: Job, folder: Path) -> Iterator[Pictures]:
 
 @contextmanager
 def _claimed(path: Path, said: bytes, is_used: Callable[[], bool]) -> Iterator[None]:
-    """The file says what is asked, unless it is there already; what is refused before anything is drawn leaves none."""
+    """The file says what is asked, unless it is there already; what ends before anything is drawn leaves none."""
     mine, new = False, not path.parent.exists()
     with suppress(UsageError):  # another process was faster; what it asks is compared then
         if not path.exists():
@@ -179,7 +179,7 @@ def _claimed(path: Path, said: bytes, is_used: Callable[[], bool]) -> Iterator[N
             mine = True
     try:
         yield
-    except UsageError:
+    except BaseException:
         if mine and not is_used():
             disk.remove(path)
             if new and not os.listdir(path.parent):

@@ -53,7 +53,7 @@ def progressive(
     """x̂_0 at `slots` times along the chain of `model.sample`, given the same, and those times (Fig. 6).
 
     There are 20 slots, or as many as steps if these are fewer. They are evenly spread, and the last holds the finished
-    samples; on 1000 steps, 20 slots are the authors' indices 950, 900, …, 0. Costs `slots` network evaluations more
+    samples; on 1000 steps, 20 slots are the authors' indices 950, 900, …, 0. Costs `slots` − 1 evaluations more
     than sampling.
     """
     n = model.count(whole("n", n, 1), label)
@@ -80,7 +80,6 @@ def shared(
     One chain runs from the noise to an image; where it passes t, n independent continuations leave it. All are of one
     class. A solver that adds no noise would continue in one way only, and is refused.
     """
-    model.refuse_distilled("a latent on the way")
     n, told = whole("n", n, 1), _one_class(model, label, seed)
     sampler, branches, (times, *below) = _shared_chains(model, at, steps, solver)
     latents = {}
@@ -110,6 +109,7 @@ def _shared_chains(
     model: Model, at: Sequence[Number], steps: Steps, solver: Solver
 ) -> tuple[Sampler, list[float], list[Float[Tensor, "_"]]]:
     """The solver, where the chain is left, and the times of the whole and of what follows each branch."""
+    model.refuse_distilled("a latent on the way")
     if not at:
         raise UsageError("no t was given; name the times at which the latent is shared, for example 0.5")
     branches = [_place(model, t, low=model.process.t_min) for t in at]

@@ -150,7 +150,7 @@ def _samples(page: Page) -> tuple[UInt8[Tensor, "n c h w"] | None, Section]:
     batch = min(64, model.count(n, "all" if rows else None))
     try:
         images = model.sample(
-            n, page.how.length(model), page.how.solver, page.how.seed, batch, "all" if rows else page.label(),
+            n, page.how.length(model), page.how.named(model), page.how.seed, batch, "all" if rows else page.label(),
             lambda steps: page.tick(steps * batch),
         )  # fmt: skip
     except (UsageError, NotFiniteError) as error:
@@ -174,7 +174,7 @@ def _progressive(page: Page) -> Section:
     length = page.how.length(page.model)
     images, times = explore.progressive(
         page.model, STRIPS, page.how.seed, length, min(SLOTS, length), lambda steps: page.tick(steps * STRIPS),
-        page.how.solver, page.label(),
+        page.how.named(page.model), page.label(),
     )  # fmt: skip
     return pieces.progressive(images, times)
 
@@ -189,7 +189,7 @@ def _interpolation(page: Page, samples: UInt8[Tensor, "n c h w"] | None) -> Sect
     lambdas = tuple(i / (MIXTURES - 1) for i in range(MIXTURES))
     images = explore.interpolate(
         page.model, a, b, AT, lambdas, page.how.seed, page.how.length(page.model),
-        lambda steps: page.tick(steps * MIXTURES), page.how.solver, page.one_label(),
+        lambda steps: page.tick(steps * MIXTURES), page.how.named(page.model), page.one_label(),
     )  # fmt: skip
     return pieces.interpolation(images, what, AT, lambdas)
 
@@ -266,6 +266,8 @@ def _memorisation(page: Page, samples: UInt8[Tensor, "n c h w"] | None) -> list[
 
 def _bits(page: Page) -> Section:
     about, process = page.about, page.model.process
+    if page.model.config.bounds is not None:
+        return Section("Bits per dimension", "A distilled model has no bound; that of which it was made has one.")
     notes = "\n\n".join(text for text in about.unfinished if "nll" in text)
     if about.bound is not None:
         bound = about.bound

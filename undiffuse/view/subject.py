@@ -94,11 +94,14 @@ def subject(
 
 @dataclass(frozen=True)
 class Drawing:
-    """How much is drawn: n samples (64, of large images 16, unless given) in so many steps (50 unless given)."""
+    """How much is drawn: n samples (64, of large images 16, unless given) in so many steps (50 unless given) of DDIM.
+
+    A distilled model draws in its own steps and with its own solver unless others are named.
+    """
 
     n: int | None = None
     steps: int | None = None
-    solver: str = "ddim"
+    solver: str | None = None
     seed: int = 0
 
     def count(self, model: Model) -> int:
@@ -111,6 +114,10 @@ class Drawing:
             return len(model.config.bounds)
         return self.steps if self.steps is not None else min(STEPS, model.process.steps or STEPS)
 
+    def named(self, model: Model) -> str | None:
+        """The solver; None for that of a distilled model."""
+        return "ddim" if self.solver is None and model.config.bounds is None else self.solver
+
     def __post_init__(self) -> None:
         if self.n is not None and self.n < 1:
             raise UsageError(f"-n {self.n} is not possible; give 1 or more")
@@ -118,11 +125,13 @@ class Drawing:
     def check(self, model: Model) -> None:
         """UsageError for what cannot be drawn, before anything is."""
         model.times(self.length(model))
-        model.sampler(self.solver)
+        model.sampler(self.named(model))
 
     def said(self, model: Model) -> str:
         whole = f" of {model.process.steps:,}" if model.process.steps else ""
-        return f"{self.length(model)}{whole} steps of {self.solver}, seed {self.seed}"
+        if model.config.bounds is not None:
+            return f"the {self.length(model)} steps of this distilled model, seed {self.seed}"
+        return f"{self.length(model)}{whole} steps of {self.named(model)}, seed {self.seed}"
 
 
 @dataclass(frozen=True, eq=False)
