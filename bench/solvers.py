@@ -61,7 +61,9 @@ FREE = ", no clip"  # of x̂_0, as with --no-clip
 SNAPPED = ", snapped"  # each time moved to the nearest of the table
 OTHERWISE = tuple(f"{name}{FREE}" for name in ("unipc-2, fitted", "dpmpp-2, log-snr", "ddim, even", "unipc-3, fitted"))
 OTHERWISE += tuple(f"{name}{SNAPPED}" for name in ("unipc-2, fitted", "unipc-2, log-snr", "dpmpp-3, log-snr"))
-IN_HALF = tuple(f"{name}{HALF}" for name in ("unipc-2, fitted", "dpmpp-2, fitted", "unipc-2, log-snr", *LONG))
+IN_HALF = tuple(
+    f"{name}{HALF}" for name in ("unipc-2, fitted", "unipc-3, fitted", "dpmpp-2, fitted", "unipc-2, log-snr", *LONG)
+)
 BATCH = 125
 REAL = "real images"
 Row = dict[str, Any]

@@ -153,6 +153,7 @@ BAD = {
     "report A -n 0": "-n 0 is not possible; give 1 or more",
     "report A --steps 0": "steps",
     "report A --solver x": 'sampler "x" is not known',
+    "compare SHEET SHEET --steps 5": "--steps 5 is for models, and all of these are sets of samples; leave it out",
     "compare A": "A alone cannot be compared; give two or more, or take `undiffuse report`",
     "compare A NONE": "NONE is not there; give a model, or a folder, zip or npz of pictures",
     "compare A B --eval A/eval": "--eval is given 1 times for 2; give it once for each, - for none",

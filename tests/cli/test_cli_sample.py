@@ -169,6 +169,11 @@ BAD = [
     ("sample MODEL --seeds 0-99999999 --out x", 2, "--seeds 0-99999999 are more than 1,000,000; give fewer at a time"),
     ("sample MODEL --out FILE", 2, "FILE is a file; give the name of a folder"),
     ("sample MODEL --out FILE/x", 2, "FILE is a file, so FILE/x cannot be in it; give another place"),
+    (
+        "sample MODEL --out x --variance fixed-large --solver ancestral,variance=fixed-small",
+        2,
+        "--variance fixed-large and --solver ancestral,variance=fixed-small say two variances; give one of them",
+    ),
     ("sample MODEL --out x --variance fixed-large", 2, "--variance fixed-large belongs to Algorithm 2; give --solver"),
     ("sample MODEL --out x --solver unipc-2,order=3", 2, "solver unipc-2,order=3 says its order twice; say it once"),
     (

@@ -51,6 +51,7 @@ def fit(
         place = fitted.found(loaded.run, loaded.digest()) or model
         show({"grid": place, "steps": len(loaded.fit.grid.walks), "made": "before"}, as_json)
         return
+    loaded.refuse_distilled("a grid")
     if not as_json:
         log.say(fitting.cost(loaded, asked))
     with ticking(fitting.steps_of(loaded, asked), "fitting", as_json) as tick:

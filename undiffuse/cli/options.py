@@ -310,6 +310,8 @@ def choose_walk(
     walk = model.walk(_steps(steps, times, grid), solver, eta, grid, noisy)
     if variance is not None and not isinstance(walk.sampler, Ancestral):
         raise UsageError(f"--variance {variance} belongs to Algorithm 2; give --solver ancestral too, or leave it out")
+    if variance is not None and walk.sampler != Ancestral(model.config.variance):
+        raise UsageError(f"--variance {variance} and --solver {solver} say two variances; give one of them")
     return walk._replace(said=walk.said + "; of these steps those below t are taken" * (below and bool(walk.said)))
 
 

@@ -143,10 +143,18 @@ def compare(
         compare_runs.opened(spec, device, found, bound, n, looks=bounds is None, size=pair(size))
         for spec, found, bound in zip(what, scores, _each("--nll", bounds, len(what)), strict=True)
     ]
+    _refuse_drawing({"--steps": steps, "--solver": solver}, any(each.model is not None for each in every))
     page = compare_runs.Comparison(tuple(every), how, _command())
     with ticking(page.work(), "evaluations", as_json) as tick:
         compare_runs.write(page, out, tick)
     show({"report": out}, as_json)
+
+
+def _refuse_drawing(given: dict[str, object], is_drawn: bool) -> None:
+    """UsageError for what is said of a drawing where none of what is compared draws."""
+    named = next((f"{name} {value}" for name, value in given.items() if value is not None), None)
+    if named is not None and not is_drawn:
+        raise UsageError(f"{named} is for models, and all of these are sets of samples; leave it out, or give a model")
 
 
 def _each(option: str, given: list[str] | None, count: int) -> list[Path | None]:

@@ -203,7 +203,10 @@ def _pictures(samples: Any, n: int | None, query: Query, say: Callable[[str], No
             )
         return sets.given(sets.open_samples(samples, query.size, reading), n, "images from Python")
     if not isinstance(samples, (str, Path)):
-        raise UsageError(f"samples {samples!r} are not possible; give a model, a path, or uint8 images [n, c, h, w]")
+        kind = type(samples).__name__
+        raise UsageError(
+            f"samples of type {kind} are not possible; give a model, a path, or a torch tensor of uint8 [n, c, h, w]"
+        )
     spec = str(samples)
     if statistics.is_statistics(spec) and not statistics.has_images(spec):
         raise UsageError(f"{spec} holds statistics and no images, which are for DATA; give the samples themselves")

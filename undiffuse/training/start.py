@@ -89,6 +89,8 @@ def asked(
     data: Data, out: str | Path, steps: Any, images: Any, minutes: Any, settings: Any, init: Any = None
 ) -> tuple[store.Run, Budget, str | Source]:
     """The run, when it ends, and what it is trained on. What can be refused without reading data is: UsageError."""
+    if not isinstance(out, (str, Path)):
+        raise UsageError(f"out = {out!r} is not possible; give the path of a run folder")
     run, budget = store.Run(Path(out)), _budget(steps, images, minutes, settings)
     named: str | Source = data if isinstance(data, Source) else spec_of(data)
     if isinstance(named, str):

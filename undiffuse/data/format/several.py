@@ -20,7 +20,7 @@ from undiffuse.data.made import Made, summed
 from undiffuse.data.passed import Passed, kinds, line, merged
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Source, Split, is_readable, open_raw
-from undiffuse.errors import DataError
+from undiffuse.errors import DataError, UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +109,12 @@ def join(specs: list[str]) -> str:
 
 
 def spec_of(data: str | Path | Sequence[str | Path]) -> str:
-    """One specification of what a function may be given: a path, a name, or several."""
-    return str(data) if isinstance(data, (str, Path)) else join([str(each) for each in data])
+    """One specification of what a function may be given: a path, a name, or several. Raises UsageError."""
+    if isinstance(data, (str, Path)):
+        return str(data)
+    if not isinstance(data, Sequence) or not data:
+        raise UsageError(f"data = {data!r} is not possible; give a path, the name of a set, or a list of them")
+    return join([str(each) for each in data])
 
 
 class Several(Format):
