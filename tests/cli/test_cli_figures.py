@@ -37,6 +37,15 @@ def near(loaded, data, samples, **how) -> torch.Tensor:
     return torch.cat([samples[:, None], data.images[index]], 1)
 
 
+def test_images_that_share_a_latent_and_all_that_follows_are_said_to_be_the_same(model, call, tmp_path):
+    """Below 1/20 there is no time but 0, and the one step from there adds no noise."""
+    low = 1 / load(model).process.steps
+    words = ("shared", model, "-n", 2, "--steps", 2, "--at", 0.9, "--at", low, "-o", tmp_path / "x.png")
+    code, _, error = call(*words)
+    assert code == 0 and "chains also stop at each --at" in error
+    assert f"warning: at t = {low:g} all images are the same: no step below adds noise; give more --steps" in error
+
+
 @pytest.mark.parametrize("command", ["progressive", "shared", "interpolate", "neighbours"])
 def test_a_figure_is_the_one_of_python(call, model, tmp_path, command):
     loaded, (a, b) = load(model), pictures(tmp_path)

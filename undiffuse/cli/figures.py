@@ -134,6 +134,7 @@ def shared(
     \b
     - `undiffuse shared fashion-mnist --at 1 --at 0.75 --at 0.5 --at 0.25 --out shared.png`
     """
+    from undiffuse.machine import log
     from undiffuse.view import explore
 
     writable(out, overwrite)
@@ -143,6 +144,9 @@ def shared(
     with ticking(explore.shared_steps(loaded, at, *walk[:2]), "shared latents", as_json, [walk.said]) as tick:
         images, branches = explore.shared(loaded, n, seed, at, walk.times, tick, walk.sampler, label)
     explore.write_grid(images, out)
+    same = [f"{float(t):g}" for t, row in zip(branches, images, strict=True) if n > 1 and bool((row == row[0]).all())]
+    if same:
+        log.warn(f"at t = {', '.join(same)} all images are the same: no step below adds noise; give more --steps")
     show({"picture": out, "t": [float(t) for t in branches], **said(loaded.told(label, 1, seed), loaded)}, as_json)
 
 

@@ -312,7 +312,8 @@ def choose_walk(
         raise UsageError(f"--variance {variance} belongs to Algorithm 2; give --solver ancestral too, or leave it out")
     if variance is not None and walk.sampler != Ancestral(model.config.variance):
         raise UsageError(f"--variance {variance} and --solver {solver} say two variances; give one of them")
-    return walk._replace(said=walk.said + "; of these steps those below t are taken" * (below and bool(walk.said)))
+    beside = "; of these steps those below t are taken" * below + "; chains also stop at each --at" * noisy
+    return walk._replace(said=walk.said and walk.said + beside)
 
 
 def _steps(steps: int | None, times: str | None, grid: str | None) -> int | list[float] | None:

@@ -36,7 +36,8 @@ def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
     """What tunes a model to steps that begin at these sigma/alpha: by its own optimizer, at half of its rate."""
     said, config = model.meta.get("recipe"), model.config
     before = parse(TrainConfig, said.get("train", {}), "the recipe of this model") if isinstance(said, dict) else None
-    data = replace(model.data, size=config.image[1:], channels=config.image[0], labels=config.classes is not None)
+    size = model.data.size if config.image[1:] == (model.data.size,) * 2 else config.image[1:]
+    data = replace(model.data, size=size, channels=config.image[0], labels=config.classes is not None)
     tuning = TrainConfig(
         steps=5000,
         batch=EVALUATIONS >> (len(bounds) - 1).bit_length(),  # a power of 2, which processes can share
