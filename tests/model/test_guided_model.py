@@ -173,6 +173,7 @@ def test_what_is_measured_or_made_of_the_weights_is_of_the_model_alone(tmp_path)
         ("a bound", lambda: nll(led, data)),
         ("the likelihood of its flow", lambda: nll_ode(led, data)),
         ("a grid", lambda: fit(led)),
+        ("a guide", lambda: telling().variant(guidance=2, guide=led)),
         ("a distillation", lambda: distill(led, data, tmp_path / "out", 2)),
     ):
         with pytest.raises(UsageError, match=rf"{what} is of a model without guidance; give variant\(guidance=1\)"):

@@ -82,6 +82,7 @@ def guide_of(model: "Model", scale: float | int, weak: "Model | None") -> Guide 
 def _refuse_guide(model: "Model", weak: "Model") -> None:
     """UsageError for a guide that says another thing, or of other images or classes."""
     weak.refuse_distilled("guiding")
+    weak.refuse_guided("a guide")
     for name in ("image", "process", "parameterisation"):
         own, other = getattr(model.config, name), getattr(weak.config, name)
         if own != other:

@@ -36,9 +36,11 @@ def saved_recipe(run: store.Run) -> dict[str, Any] | None:
 
 def refuse_other_init(run: store.Run, init: Model, named: str) -> None:
     """UsageError where a run did not begin from these weights, which would be left out in silence."""
-    meta = saved_meta(run) or {}
-    if meta.get("recipe", {}).get("objective", {}).get("name") == "trajectory" or meta.get("init") == init.digest():
-        return  # a distillation looks for its teacher itself
+    meta = saved_meta(run)  # None in a process that does not see the disk of the first
+    if meta is None or meta.get("init") == init.digest():
+        return
+    if meta.get("recipe", {}).get("objective", {}).get("name") == "trajectory":
+        return  # which looks for its teacher itself
     raise UsageError(
         f"{run.path} holds a run that did not begin from {named}; leave --init out to go on with it, or give another "
         "--out"

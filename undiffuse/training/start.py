@@ -68,7 +68,8 @@ def train(
         saved = _saved(run) if auto else saved_recipe(run)
         begin = load(init, chosen) if isinstance(init, (str, Path)) else init
         if saved is not None and begin is not None:
-            refuse_other_init(run, begin, "the model that is given" if isinstance(init, Model) else str(init))
+            with dist.alike():
+                refuse_other_init(run, begin, "the model that is given" if isinstance(init, Model) else str(init))
         if isinstance(preset, Recipe):
             recipe = with_settings(plain(preset), settings, "the recipe")
         elif str(preset) != "auto":
