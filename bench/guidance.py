@@ -6,7 +6,8 @@
 answer without a class or, with --guide, from that of worse weights of it, are judged by the Fréchet distance on two
 extractors against the training images, and by precision and recall: guidance is known to gain the first of these two
 at the cost of the other. What is there for the same weights, guide and scale is not done again. Writes
-`bench/guidance-NAME.json` and the table `guidance-NAME` of docs/benchmarks.md.
+`bench/guidance-NAME.json`, the table `guidance-NAME` of docs/benchmarks.md and docs/images/NAME-guided.png, 16 samples
+of each class with a guidance of 2.
 """
 
 import argparse
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, made_of, publish
+from machine import DOCS, machine, made_of, publish
 from styles import BATCH, EXTRACTORS, features
 from trial import read
 
 import undiffuse
 from undiffuse.data.source import open_source
+from undiffuse.figure import enlarged, grid, png
 from undiffuse.machine import disk
 from undiffuse.machine.device import processor
 from undiffuse.quality.feature.base import open_features
@@ -50,6 +52,13 @@ def table(result: Row) -> str:
         lines.append(f"{head}| {' | '.join(f'{row[name]:.{digits(name)}f}' for name in scores)} |")
     said = f"{SAMPLES:,} samples each, in 10 steps, bf16, seed {SEED}; {machine()['processor']}, {result['date']}"
     return "\n".join([*lines, "", f"{said}; `{result['command']}`."])
+
+
+def picture(name: str) -> None:
+    """As `undiffuse sample NAME --label all -n 16 --guidance 2` draws it."""
+    images = undiffuse.load(name, "cpu").variant(guidance=2).sample(16, seed=SEED, label="all")
+    sheet = grid(images, 16, enlarged(images.shape[-1]))
+    disk.write_atomic(DOCS / "images" / f"{name}-guided.png", png(sheet, drawn=True))
 
 
 def main() -> None:
@@ -89,6 +98,7 @@ def main() -> None:
         result |= {"made_of": made_of(given.name, *EXTRACTORS)}
         disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
         publish("benchmarks.md", f"guidance-{given.name}", table(result))
+    picture(given.name)
 
 
 if __name__ == "__main__":
