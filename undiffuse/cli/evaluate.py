@@ -154,22 +154,20 @@ def evaluate(
     model, walk, told = _model(samples, drawing, kind, device, clip)
     query = _query(features, metrics, feature_weights, resize, split, pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
-    found = _together(_how(samples, progressive, whole, drawn=model is not None))(
-        model or samples, data, query, n=n, **walk, label=label, seed=seed, seeds=seeds, batch=batch, out=out,
-        named=samples, device=device, ticking=lambda what, n: ticking(n, what, as_json, told), say=_say(as_json),
+    found = _together(
+        _how(samples, progressive, whole, drawn=model is not None), model or samples, data, query, n=n, **walk,
+        label=label, seed=seed, seeds=seeds, batch=batch, out=out, named=samples, device=device,
+        ticking=lambda what, n: ticking(n, what, as_json, told), say=_say(as_json),
     )  # fmt: skip
     _show(found, out, as_json)
 
 
-def _together(call: "Callable[..., Result | Along]") -> "Callable[..., Result | Along]":
-    """The same, in all processes of the run."""
+def _together(call: "Callable[..., Result | Along]", *given: Any, **named: Any) -> "Result | Along":
+    """What it returns, called by all processes of the run."""
     from undiffuse.machine import dist
 
-    def joined(*args: Any, **named: Any) -> "Result | Along":
-        with dist.joined(dist.LONG):
-            return call(*args, **named)
-
-    return joined
+    with dist.joined(dist.LONG):
+        return call(*given, **named)
 
 
 def _say(as_json: bool) -> "Callable[[str], None]":

@@ -92,7 +92,7 @@ def progressive(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights, None, guidance, guide)
+    loaded = open_model(model, device, clip, variance, weights, guidance=guidance, guide=guide)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     total = len(walk.times) - 1
     with ticking(total, "progressive", as_json, [walk.said]) as tick:
@@ -138,7 +138,7 @@ def shared(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights, None, guidance, guide)
+    loaded = open_model(model, device, clip, variance, weights, guidance=guidance, guide=guide)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, noisy=True)
     at = at or [1.0, 0.75, 0.5, 0.25]
     with ticking(explore.shared_steps(loaded, at, *walk[:2]), "shared latents", as_json, [walk.said]) as tick:
@@ -198,7 +198,7 @@ def interpolate(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights, None, guidance, guide)
+    loaded = open_model(model, device, clip, variance, weights, guidance=guidance, guide=guide)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, below=True)
     pictures = open_pair(loaded, first, second, settings)
     if mix and count is not None:
@@ -259,7 +259,7 @@ def neighbours(
     writable(out, overwrite)
     _refuse_inside(out, data)
     _refuse_both(crop, features, feature_weights)
-    loaded = open_model(model, device, clip, variance, weights, None, guidance, guide)
+    loaded = open_model(model, device, clip, variance, weights, guidance=guidance, guide=guide)
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)

@@ -20,7 +20,7 @@ from undiffuse.measure import claim
 from undiffuse.measure.evaluate import DRAWN, Query, compared, query_of
 from undiffuse.measure.passes import Costs, Judge, Reference, Ticking, against, kept_of, silent
 from undiffuse.measure.scores import number, once, protocol_of, question_of, rows_of, warnings_of
-from undiffuse.measure.sets import Drawing, Floor, Samples, drawn_by, said_of
+from undiffuse.measure.sets import Drawing, Floor, Samples, asks, drawn_by, said_of
 from undiffuse.model.classes import drawn
 from undiffuse.model.load import load
 from undiffuse.model.model import Model, to_uint8
@@ -81,7 +81,7 @@ def drawn_along(model: Model, how: Drawing, n: int, seed: int, at: Sequence[int]
         some = slice(int(index[0]) // points, int(index[-1]) // points + 1)
         return x_0_along(model, keys[some], times, sampler, at, told.conditioning.at(some)).flatten(0, 1)
 
-    more = (points - at.count(1)) * (1 if model.guide is None else 2)
+    more = (points - at.count(1)) * asks(model)
     said = whole_chain.said | {"points": points, "evaluations": whole_chain.said["evaluations"] + more}
     digest = claim.digest({"chain": whole_chain.digest, "at": list(at)})
     return replace(whole_chain, n=n * points, said=said, digest=digest, images=images)

@@ -127,6 +127,11 @@ def said_of(model: Model, source: Any) -> dict[str, Any]:
     return {"source": named, "sha256": model.digest()} | known | how | {"device": device_name(model.device)}
 
 
+def asks(model: Model) -> int:
+    """How many networks an answer takes: with guidance that of the guide too."""
+    return 1 if model.guide is None else 2
+
+
 def evaluations(model: Model, times: Tensor, sampler: Sampler) -> int:
     """How often the network is asked for one image: counted on a chain of one value, which asks nobody."""
     calls = 0
@@ -138,7 +143,7 @@ def evaluations(model: Model, times: Tensor, sampler: Sampler) -> int:
         return Prediction(zero, zero, zero, None)
 
     sample(sampler, denoise, model.process, Key(0).rows(1), (1, 1, 1), times)
-    return calls * (1 if model.guide is None else 2)
+    return calls * asks(model)
 
 
 def given(source: Real, n: int | None, spec: str) -> Samples:

@@ -73,10 +73,10 @@ def guide_of(model: "Model", scale: float | int, weak: "Model | None") -> Guide 
             )
         return None if scale == 1 else Guide(float(scale))
     _refuse_guide(model, weak)
-    own = None if weak.classes is None else weak.classes.names
-    told = own is not None and model.classes is not None
-    found = Guide(float(scale), weak.variant(precision=model.precision).denoiser, told, weak.digest()[:12])
-    return None if scale == 1 else found
+    if scale == 1:
+        return None
+    told = weak.classes is not None and model.classes is not None
+    return Guide(float(scale), weak.variant(precision=model.precision).denoiser, told, weak.digest()[:12])
 
 
 def _refuse_guide(model: "Model", weak: "Model") -> None:

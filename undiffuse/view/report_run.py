@@ -70,8 +70,9 @@ class Page:
         length, model = self.how.length(self.model), self.model
         n = self.per_row() * len(self.classes()) if self.classes() else self.how.count(model)
         found = n * length + STRIPS * length
-        if model.config.bounds is None:
-            found += MIXTURES * explore.interpolation_steps(model, AT, length)
+        if model.config.bounds is not None:
+            return found
+        found += MIXTURES * explore.interpolation_steps(model, AT, length)
         if self.data is None or self.about.bound is not None:
             return found
         return found + nll.evaluations(model, self.data.shown, self.query())
