@@ -12,13 +12,15 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-SHAPES = {"cifar10": (3, 32), "fashion-mnist": (1, 28)}  # channels, side
+SHAPES = {"cifar10": (3, 32), "small": (1, 28)}  # channels, side
+RECIPES = {"cifar10": "cifar10", "small": str(Path(__file__).with_name("small.toml"))}
 Step = Callable[[], object]
 KEPT: list[torch.library.Library] = []
 
@@ -63,7 +65,7 @@ def ours(task: str, batch: int, options: list[str]) -> tuple[Step, int, list[str
 
     settings = [f"train.batch={batch}", f"train.precision={'bf16' if 'bf16' in options else 'float32'}"]
     settings += [f"train.{name}=true" for name in ("compile", "channels_last") if name in options]
-    recipe = load_recipe(task, settings)
+    recipe = load_recipe(RECIPES[task], settings)
     channels, side = SHAPES[task]
     config = recipe.model((channels, side, side))
     device = where(options)
@@ -93,7 +95,7 @@ def diffusers(task: str, batch: int, options: list[str]) -> tuple[Step, int, lis
     from undiffuse.network.unet import UNet
 
     warnings.simplefilter("ignore")
-    shape, (channels, side) = load_recipe(task).network, SHAPES[task]
+    shape, (channels, side) = load_recipe(RECIPES[task]).network, SHAPES[task]
     assert isinstance(shape, UNet)
     patch, levels = shape.patch, range(len(shape.multipliers))
     net = UNet2DModel(

@@ -1,11 +1,12 @@
 """Samples of a shipped model with classes by the scale of their guidance: how near to real ones, and how various.
 
-    python bench/guidance.py emoji-32 --data FOLDER [--guide FILE]
+    python bench/guidance.py emoji-32 --data FOLDER [--guide FILE] [--steps N --solver NAME]
 
-1,000 samples of the default solver and seed in bf16, the classes as often as in training, led away from the model's
-answer without a class or, with --guide, from that of worse weights of it, are judged by the Fréchet distance on two
-extractors against the training images, and by precision and recall: guidance is known to gain the first of these two
-at the cost of the other. What is there for the same weights, guide and scale is not done again. Writes
+1,000 samples in bf16, of the default solver and its 10 steps unless others are given, the classes as often as in
+training, led away from the model's answer without a class or, with --guide, from that of worse weights of it, are
+judged by the Fréchet distance on two extractors against the training images, and by precision and recall: guidance is
+known to gain the first of these two at the cost of the other. What is there for the same weights, chain, guide and
+scale is not done again. Writes
 `bench/guidance-NAME.json`, the table `guidance-NAME` of docs/benchmarks.md and docs/images/NAME-guided.png, 16 samples
 of each class with a guidance of 2.
 """
@@ -45,12 +46,12 @@ def digits(score: str) -> int:
 def table(result: Row) -> str:
     scores = [*EXTRACTORS, *(f"{what}, {name}" for name in EXTRACTORS for what in ("precision", "recall"))]
     heads = [{"classifier-emoji": "FD-classifier", "efflite0": "FD-EffLite0"}.get(name, name) for name in scores]
-    lines = [f"| led away from | guidance | {' | '.join(heads)} |", "|---|---|" + "---|" * len(scores)]
-    for row in sorted(result["rows"], key=lambda row: (row["scale"] > 1, row["guide"], row["scale"])):
+    lines = [f"| led away from | guidance | steps | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(scores)]
+    for row in sorted(result["rows"], key=lambda row: (row["chain"], row["scale"] > 1, row["guide"], row["scale"])):
         away = {OWN: "its answer without a class"}.get(row["guide"], f"weights `{row['guide']}`")
-        head = f"| {away} | {row['scale']:g} " if row["scale"] > 1 else "| nothing | 1 "
+        head = f"| {away if row['scale'] > 1 else 'nothing'} | {row['scale']:g} | {row['chain']} "
         lines.append(f"{head}| {' | '.join(f'{row[name]:.{digits(name)}f}' for name in scores)} |")
-    said = f"{SAMPLES:,} samples each, in 10 steps, bf16, seed {SEED}; {machine()['processor']}, {result['date']}"
+    said = f"{SAMPLES:,} samples each, bf16, seed {SEED}; {machine()['processor']}, {result['date']}"
     return "\n".join([*lines, "", f"{said}; `{result['command']}`."])
 
 
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="the folder of its data")
     parser.add_argument("--guide", help="worse weights of the same model")
     parser.add_argument("--scales", help="these alone, with commas")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--solver")
     given = parser.parse_args()
     torch.set_num_threads(1)
     model, path = undiffuse.load(given.name, "cpu").variant(precision="bf16"), HERE / f"guidance-{given.name}.json"
@@ -80,14 +83,16 @@ def main() -> None:
         moments.update(rows, torch.arange(len(rows), dtype=torch.int64, device="cpu"))
         judges[name] = (extractor, rows, moments.mean, root(moments.covariance))
     command = f"python bench/guidance.py {given.name} --data {given.data}"
+    times, solver, _ = model.walk(given.steps, given.solver, grid="fitted")
+    chain = f"{len(times) - 1} of {given.solver or 'the default'}"
     for scale in SCALES if given.scales is None else map(float, given.scales.split(",")):
         guide = OWN if weak is None or scale == 1 else weak.digest()[:12]
-        own: Row = {"guide": guide, "scale": scale, "weights": model.digest()[:16]}
+        own: Row = {"guide": guide, "scale": scale, "chain": chain, "weights": model.digest()[:16]}
         result = read(path)
         if any(own.items() <= row.items() for row in result["rows"]):
             continue
         row = own | {"processor": processor()}
-        drawn = model.variant(guidance=scale, guide=weak).sample(SAMPLES, seed=SEED, label="random", batch=BATCH)
+        drawn = model.variant(guidance=scale, guide=weak).sample(SAMPLES, times, solver, SEED, BATCH, "random")
         for name, (extractor, known, mean, cov) in judges.items():
             seen = features(extractor, drawn)
             row[name] = frechet_of_rows(seen, mean, cov)

@@ -57,8 +57,8 @@ PARTS = {
         "CIFAR-10 U-Net, evaluation", "cifar10", 32, ("bf16",), ((THEIRS, ()), *BEST[:2]), forward=True
     ),
     "small-step": Part(
-        "Network of preset fashion-mnist, training step",
-        "fashion-mnist",
+        "Network of bench/small.toml, training step",
+        "small",
         64,
         ("bf16",),
         ((THEIRS, ()), *BEST, (LUC, ()), *((LUC, settings) for _, settings in BEST)),

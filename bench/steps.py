@@ -2,7 +2,7 @@
 
     python bench/steps.py
 
-Preset `fashion-mnist` on 4,096 pictures of noise of its size. Writes `bench/steps.json` and the tables of
+`bench/small.toml` on 4,096 pictures of noise of its size. Writes `bench/steps.json` and the tables of
 docs/benchmarks.md and docs/scaling.md.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from machine import machine, publish
+from trial import SMALL
 
 from undiffuse.machine import disk
 
@@ -37,7 +38,7 @@ def profile(folder: Path, processes: int, settings: list[str]) -> dict[str, Any]
     """What `--profile` writes, for the command of docs/scaling.md on one machine, all cores used by all together."""
     with tempfile.TemporaryDirectory() as out:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        words = ["train", str(folder), "-p", "fashion-mnist", "--out", out, "--profile"]
+        words = ["train", str(folder), "-p", SMALL, "--out", out, "--profile"]
         words += [word for setting in settings for word in ("--set", setting)]
         threads = {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
         command = [sys.executable, *launch, "-m", "undiffuse", *words]

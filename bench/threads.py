@@ -22,12 +22,13 @@ from statistics import median
 from typing import Any
 
 from machine import machine, publish
+from trial import SMALL
 
 from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 WAITING, SPINS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}, "1000"  # some tens of µs
-PRESETS = {"digits": 8, "fashion-mnist": 28}  # and the size of their images
+RECIPES = {"digits": ("digits", 8), "bench/small.toml": (SMALL, 28)}  # by what the table calls them; size of images
 WAITS = {"spins": {}, "sleeps": {"GOMP_SPINCOUNT": SPINS}}  # how long a thread spins: as libgomp has it, and little
 VARIANTS = [(1, "spins"), (2, "spins"), (2, "sleeps")]
 ALONE, BESIDE = "alone", "beside"
@@ -52,7 +53,8 @@ def steps(preset: str, seconds: float) -> None:
     from undiffuse.model.recipe import load_recipe
     from undiffuse.training.trainer import Trainer
 
-    recipe, size = load_recipe(preset), PRESETS[preset]
+    path, size = RECIPES[preset]
+    recipe = load_recipe(path)
     images = Key(0).rows(256).bits(size * size)[:, : size * size].remainder(256).to(torch.uint8)
     trainer = Trainer(recipe, recipe.model((1, size, size)), ArraySource(images.reshape(-1, 1, size, size)))
     for _ in range(2):
@@ -153,18 +155,18 @@ def main() -> None:
     parser.add_argument("--spans", type=int, default=9, help="of each variant, alone and beside")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--steps-of", choices=list(PRESETS))
+    parser.add_argument("--steps-of", choices=list(RECIPES))
     given = parser.parse_args()
     if given.steps_of:
         steps(given.steps_of, given.seconds)
         return
-    variants = [Asked(preset, *variant, given.seconds) for preset in PRESETS for variant in VARIANTS]
+    variants = [Asked(preset, *variant, given.seconds) for preset in RECIPES for variant in VARIANTS]
     try:
         measured(variants, given.spans, given.minutes)
     finally:
         for each in variants:
             each.process.kill()
-    for preset in PRESETS:
+    for preset in RECIPES:
         of_two = {v.weights for v in variants if v.names["preset"] == preset and v.names["threads"] == 2}
         if len(of_two) != 1:
             raise SystemExit(f"{preset}: how threads wait changed the weights: {sorted(of_two)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from undiffuse.cli.main import app
+from undiffuse.cli.main import INTERRUPTED, app
 from undiffuse.errors import Error
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -66,6 +66,7 @@ def section(name: str, command: typer.core.TyperCommand) -> str:
 
 def exit_codes() -> str:
     rows = [f"| {kind.exit_code} | {(kind.__doc__ or '').strip()} |" for kind in Error.__subclasses__()]
+    rows.append(f"| {INTERRUPTED} | Ctrl-C ended the command. |")
     return "\n".join(["| code | what happened |", "|---|---|", *sorted(rows, key=lambda row: int(row.split()[1]))])
 
 

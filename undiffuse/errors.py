@@ -95,6 +95,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 step`, `1,000 steps`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def nearest(given: str, known: Iterable[str]) -> str:
     """The hint of a message: ` Did you mean "x"? Known: …`; the question is left out when nothing is close."""
     names = sorted(known)

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -186,10 +186,11 @@ class Key:
 
     @staticmethod
     def each(seed: "Seed", n: int) -> "Keys":
-        """The keys of n images: rows 0 … n − 1 of one seed, or row 0 of each of n seeds."""
-        if not isinstance(seed, Sequence):
-            return Key(seed).rows(n)
-        seeds = tuple(whole("seed", each) for each in seed)
+        """The keys of n images: rows 0 … n − 1 of one seed, or row 0 of each of n seeds, which may be an array."""
+        each: Any = seed.tolist() if getattr(seed, "ndim", 0) == 1 else seed  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(each, Sequence):
+            return Key(each).rows(n)
+        seeds = tuple(whole("seed", one) for one in each)
         if len(seeds) != n:
             raise UsageError(f"{len(seeds)} seeds were given for {n} images; give one for each, or a single one")
         rows = torch.zeros(n, dtype=torch.int64, device="cpu")

@@ -37,6 +37,13 @@ def whole(what: str, value: Any, least: int | None = None) -> int:
     return number
 
 
+def flag(what: str, value: Any) -> bool:
+    """True or False; UsageError for what is neither, as "no" and 0 are."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{what} = {value!r} is not possible; give True or False")
+    return value
+
+
 def extra(module: str, name: str, what: str = "this data") -> ModuleType:
     """A module that only the optional dependencies `undiffuse[name]` bring; UsageError where they are missing."""
     try:

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +29,7 @@ from undiffuse.model.model import Model, to_float, to_uint8
 from undiffuse.model.recipe import ModelConfig
 from undiffuse.network.base import Conditioning
 from undiffuse.network.unet import UNet
+from undiffuse.strict import flag
 
 
 class Fixed(nn.Module):
@@ -81,6 +83,19 @@ def test_times_are_the_ones_given_and_0():
 def test_times_that_are_no_chain_are_refused(times, message):
     with pytest.raises(UsageError, match=message):
         model(half).times(times)
+
+
+def test_seeds_of_any_library_make_the_images_that_they_make_alone():
+    toy, seeds = model(half), [5, 17, 2**40]
+    alone = torch.cat([toy.sample(1, 7, "ancestral", seed) for seed in seeds])
+    assert len(alone.flatten(1).unique(dim=0)) == 3
+    for given in (seeds, tuple(seeds), np.array(seeds), torch.tensor(seeds), list(np.array(seeds))):
+        assert torch.equal(toy.sample(3, 7, "ancestral", given), alone)
+    assert torch.equal(toy.sample(1, 7, "ancestral", torch.tensor(5)), alone[:1])
+    with pytest.raises(UsageError, match="3 seeds were given for 2 images; give one for each, or a single one"):
+        toy.sample(2, 7, seed=np.array(seeds))
+    with pytest.raises(UsageError, match=r"^seed = 5\.0 is not possible; give a whole number such as 5$"):
+        toy.sample(1, 7, seed=np.array([5.0]))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 101])
@@ -326,6 +341,13 @@ def test_progress_counts_each_step_of_each_batch_once():
     toy, counted = model(half), []
     toy.sample(5, steps=7, batch=2, progress=counted.append)
     assert [k for k in counted if k] == [1] * 21 and toy.sampling_steps(5, 7, 2) == 21
+
+
+@pytest.mark.parametrize("given", ["no", 0, None])
+def test_what_is_neither_true_nor_false_is_refused(given):
+    assert flag("clip", True) is True and flag("clip", False) is False
+    with pytest.raises(UsageError, match=f"^clip = {given!r} is not possible; give True or False$"):
+        flag("clip", given)
 
 
 def test_a_variant_changes_what_it_is_told_to_and_nothing_else():

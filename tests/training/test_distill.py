@@ -191,9 +191,9 @@ def test_a_learned_variance_is_refused(tmp_path):
 
 def test_another_number_of_steps_or_another_run_is_refused(teacher, tmp_path):
     tuned(teacher, tmp_path / "run", 1)
-    with pytest.raises(UsageError, match="run holds a distillation to 3 steps, and 2 steps were asked for; give"):
+    with pytest.raises(UsageError, match="run holds a distillation to 3 steps, and one to 2 steps was asked for; give"):
         tuned(teacher, tmp_path / "run", 1, steps=2)
-    with pytest.raises(UsageError, match="run holds a training, and 2 steps were asked for; give another --out"):
+    with pytest.raises(UsageError, match="run holds a training, and one to 2 steps was asked for; give another --out"):
         tuned(teacher, teacher, 1, steps=2)
     with pytest.raises(UsageError, match="steps = 9 is not possible; give 1 to 8, or sample this model in as many"):
         tuned(teacher, tmp_path / "other", 1, steps=9)

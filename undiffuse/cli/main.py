@@ -13,6 +13,7 @@ from undiffuse.cli import codec, data, distill, encode, evaluate, figures, fit, 
 from undiffuse.cli.train import again
 from undiffuse.errors import Error, MemoryExhausted, NotFiniteError, is_out_of_memory
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
 NAMES = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)  # errors of a place that only the user can mend
 
 app = typer.Typer(
@@ -61,7 +62,7 @@ def main() -> None:
             raise
         code = _fail(f"{error.filename} cannot be used: {error.strerror}; give another name or place", 2)
     except (typer.Abort, KeyboardInterrupt):
-        code = _fail("interrupted", 130)
+        code = _fail("interrupted", INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from undiffuse.config import plain
 from undiffuse.data.made import channels
+from undiffuse.errors import counted
 
 if TYPE_CHECKING:
     from undiffuse.model.model import Model
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
 def facts_of(model: "Model") -> dict[str, str]:
     """What it is, in words."""
     c, h, w = model.image_shape
-    process, network = plain(model.config)["process"], type(model.config.network).__name__
+    process, network = plain(model.config)["process"]["name"], type(model.config.network).__name__
+    steps = model.process.steps
     found = {
         "images": f"{w}×{h}, {channels(c)}",
         "network": f"{network}, {model.parameters():,} weights",
-        "process": f"{process['name']}, {model.process.steps:,} steps" if model.process.steps else process["name"],
+        "process": f"{process}, {counted(steps, 'step')}" if steps else process,
     }
     if model.classes is not None:
         found["classes"] = model.classes.listed()
     if model.meta.get("images"):
-        found["trained on"] = images_seen(model.meta, f" images in {model.meta['step']:,} steps")
+        found["trained on"] = images_seen(model.meta, f" images in {counted(model.meta['step'], 'step')}")
     return found | {"device": str(model.device)}
 
 

@@ -38,7 +38,7 @@ from undiffuse.model.recipe import DataConfig, ModelConfig
 from undiffuse.model.walk import Steps, Walk
 from undiffuse.model.weights import digest_of_weights, weights_of
 from undiffuse.network.base import NOTHING, Conditioning
-from undiffuse.strict import whole
+from undiffuse.strict import flag, whole
 
 PRECISIONS = ("auto", "float32", *machine.HALF, "tf32")
 
@@ -142,7 +142,7 @@ class Model:
         With `guidance`, 1 for none, what is drawn is led away from the answer of this model without a class, or from
         that of `guide`, a worse model of the same kind: see `diffusion/guide.py`. Raises UsageError.
         """
-        new = other_variance(self.config.variance, variance)
+        new, clip = other_variance(self.config.variance, variance), None if clip is None else flag("clip", clip)
         computing, precision = self.denoiser.computing, self.precision if precision is None else precision
         if precision != self.precision:
             if precision not in PRECISIONS:

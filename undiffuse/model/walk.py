@@ -13,7 +13,7 @@ from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import Sampler, named
-from undiffuse.errors import UsageError, unknown
+from undiffuse.errors import UsageError, counted, unknown
 from undiffuse.model import distilled, fitted
 from undiffuse.model.fitted import Fit
 from undiffuse.model.recipe import ModelConfig
@@ -61,7 +61,7 @@ def words(process: Process, grid: Grid, steps: int, solver: str, unfitted: bool 
     hint = " (`undiffuse fit` finds a better one)" if unfitted else ""
     name = fitted.NAME if isinstance(grid, fitted.Fitted) else GRIDS.name_of(grid)
     whole = f"all {process.steps:,} steps of " if process.steps else ""
-    count, beside = f"{steps:,} evaluation{'s' * (steps > 1)}", ", each with one of the guide" * led
+    count, beside = counted(steps, "evaluation"), ", each with one of the guide" * led
     return f"{count} of {solver} on the {name} grid{hint}{beside}; --solver ancestral for {whole}Algorithm 2"
 
 
@@ -104,10 +104,10 @@ def enough(walk: Walk, solver: str | Sampler | None) -> Walk:
     """The walk, if it is long enough for the order of a solver by name. Raises UsageError."""
     steps, order = len(walk.times) - 1, walk.sampler.order
     if isinstance(solver, str) and 0 < steps < order:
-        count = "1 step of a chain is" if steps == 1 else f"{steps} steps of a chain are"
+        few = f"{counted(steps, 'step')} of a chain {'is' if steps == 1 else 'are'}"
         raise UsageError(
-            f"solver {solver} has order {order}, for which {count} too few; give {order} or more, or a "
-            "solver of a lower order"
+            f"solver {solver} has order {order}, for which {few} too few; give {order} or more, or a solver of a lower "
+            "order"
         )
     return walk
 

@@ -13,7 +13,7 @@ from undiffuse.data.format.several import spec_of
 from undiffuse.data.source import Source, open_raw
 from undiffuse.diffusion.grid import LogSnr
 from undiffuse.diffusion.objective import Trajectory, spreads
-from undiffuse.errors import UsageError
+from undiffuse.errors import UsageError, counted
 from undiffuse.machine import dist, log, sink
 from undiffuse.machine.log import Say
 from undiffuse.model import fitted
@@ -150,8 +150,8 @@ def _refuse_other(out: Path, before: dict[str, Any], teacher: Model, steps: int)
     objective = before.get("objective", {})
     bounds = objective.get("bounds", ()) if objective.get("name") == "trajectory" else ()
     if len(bounds) != steps:
-        what = f"distillation to {len(bounds)} steps" if bounds else "training"
-        raise UsageError(f"{out} holds a {what}, and {steps} steps were asked for; give another --out")
+        what = f"distillation to {counted(len(bounds), 'step')}" if bounds else "training"
+        raise UsageError(f"{out} holds a {what}, and one to {counted(steps, 'step')} was asked for; give another --out")
     made_of = before.get("about", "").partition(" ")[0]
     if not teacher.digest().startswith(made_of):
         raise UsageError(

@@ -17,7 +17,7 @@ from undiffuse.data.pack import WORKERS, open_data
 from undiffuse.data.passed import line
 from undiffuse.data.source import LISTED, Source, Wanted, open_raw, unify
 from undiffuse.data.subset import divide
-from undiffuse.errors import UsageError
+from undiffuse.errors import UsageError, counted
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist, log, store
 from undiffuse.machine.log import Say
@@ -158,8 +158,7 @@ def _images(
         source = open_data(named, size, channels, reading, skip_bad, use_cache, WORKERS, show, stride=stride)
         remark.refuse(source, named, "train", reading, is_meant=reading.range is not None)
     c, h, w = shape_of(source)
-    images = f"{len(source):,} image{'s' * (len(source) != 1)}"
-    say(f"{images} of {c}×{h}×{w} from {_named(spec)}; {about}")
+    say(f"{counted(len(source), 'image')} of {c}×{h}×{w} from {_named(spec)}; {about}")
     if left_out := remark.left_out(source):
         say(left_out)
     if told := made.line(source.made, len(source), (c, h, w)):

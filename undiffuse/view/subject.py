@@ -10,7 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from undiffuse.errors import NoSplit, UsageError
+from undiffuse.errors import NoSplit, UsageError, counted
 from undiffuse.machine import log
 from undiffuse.measure import parts, sets
 from undiffuse.measure.claim import QUERY
@@ -128,10 +128,11 @@ class Drawing:
         model.sampler(self.named(model))
 
     def said(self, model: Model) -> str:
-        whole = f" of {model.process.steps:,}" if model.process.steps else ""
         if model.config.bounds is not None:
-            return f"the {self.length(model)} steps of this distilled model, seed {self.seed}"
-        return f"{self.length(model)}{whole} steps of {self.named(model)}, seed {self.seed}"
+            return f"the {counted(self.length(model), 'step')} of this distilled model, seed {self.seed}"
+        steps, whole = self.length(model), model.process.steps
+        taken = f"{steps} of {counted(whole, 'step')}" if whole else counted(steps, "step")
+        return f"{taken} of {self.named(model)}, seed {self.seed}"
 
 
 @dataclass(frozen=True, eq=False)
