@@ -69,7 +69,7 @@ def look_up(line: str) -> None:
         makefile = (ROOT / "Makefile").read_text("utf-8")
         assert len(words) == 2 and re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"no target for: {line}"
         return
-    extra = re.fullmatch(r"pip install \.(?:\[([\w,]+)\])?", line)
+    extra = re.fullmatch(r"pip install (?:'?\.\[([\w,]+)\]'|\.)", line)
     assert extra, f"not a command that this test knows: {line}"
     known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     assert set(filter(None, (extra[1] or "").split(","))) <= known.keys(), f"no extra for: {line}"

@@ -94,18 +94,18 @@ def test_transparent_samples_read_back(call, tmp_path):
 
 RANGED = {  # what is stored, the line that refuses it, the range to give
     "float32": (np.linspace(0, 1, 384, dtype=np.float32), "float32 values from 0 to 1; say what is black and what is "
-                "white, for example --set data.range=[0,1]"),
+                "white, for example --set 'data.range=[0,1]'"),
     "float16": (np.linspace(-1, 1, 384, dtype=np.float16), "float16 values from -1 to 1; say what is black and what is "
-                "white, for example --set data.range=[-1,1]"),
+                "white, for example --set 'data.range=[-1,1]'"),
     "int64": (np.linspace(0, 255, 384).round().astype(np.int64), "int64 values from 0 to 255; say what is black and "
-              "what is white, for example --set data.range=[0,255]"),
+              "what is white, for example --set 'data.range=[0,255]'"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", RANGED)
 def test_arrays_of_other_values_need_a_range(call, tmp_path, case):
     values, line = RANGED[case]
-    path, given = tmp_path / "a.npy", ["--set", re.search(r"data.range=.*", line)[0]]
+    path, given = tmp_path / "a.npy", ["--set", re.search(r"data.range=[^']*", line)[0]]
     np.save(path, values.reshape(6, 8, 8))
     code, text, err = call("data", "inspect", path)
     assert code == 0 and f"wrong  {line}" in text and f"{line.partition(';')[0]}, mean" in text, err
@@ -124,7 +124,7 @@ def test_arrays_of_other_values_need_a_range(call, tmp_path, case):
     code, _, err = call("nll", tmp_path / "run", bytes_, "--split", "train", "--draws", 1)
     if case != "int64":
         assert code == 2 and "images have values outside of" in one_line(err)
-        assert "with --set data.range=[0,255]" in err
+        assert "with --set 'data.range=[0,255]'" in err
     assert (
         call("nll", tmp_path / "run", bytes_, "--split", "train", "--draws", 1, "--set", "data.range=[0,255]")[0] == 0
     )
@@ -136,7 +136,7 @@ def test_a_set_that_is_nearly_black_is_refused_until_told(call, tmp_path):
     folder = put(tmp_path / "set", (noise(6, 8, 8) % 2).astype(np.uint8))
     line = (
         "all images are nearly black: uint8 values from 0 to 1, where 0 is black and 255 white. Say what they are with "
-        "--set data.range=[0,1], or --set data.range=[0,255] if this is meant"
+        "--set 'data.range=[0,1]', or --set 'data.range=[0,255]' if this is meant"
     )
     train = ["train", folder, *TINY, "-o", tmp_path / "run"]
     code, _, err = call(*train)
@@ -179,7 +179,7 @@ def test_the_range_of_a_model_is_no_leave_for_other_data(call, tmp_path):
     code, _, err = call(*measure)
     assert code == 2 and one_line(err) == (
         "undiffuse: all images are nearly black: uint8 values from 0 to 1, where 0 is black and 255 white. Say what "
-        "they are with --set data.range=[0,1], or --set data.range=[0,255] if this is meant"
+        "they are with --set 'data.range=[0,1]', or --set 'data.range=[0,255]' if this is meant"
     )
     for span in ("[0,1]", "[0,255]"):
         assert call(*measure, "--set", f"data.range={span}")[0] == 0

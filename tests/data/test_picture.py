@@ -56,12 +56,12 @@ def test_sixteen_bits_are_rounded_to_eight():
 
 
 def test_wider_values_are_refused():
-    say = "say what is black and what is white, for example --set data.range="
+    say = "say what is black and what is white, for example --set 'data.range="
     for values, message in [
-        (np.array([[0, 70000]], np.int32), f"int32 values from 0 to 70000; {say}[0,70000]"),
-        (np.array([[-3, 9]], np.int32), f"int32 values from -3 to 9; {say}[-3,9]"),
-        (np.array([[0.25, 0.5]], np.float32), f"float32 values from 0.25 to 0.5; {say}[0,1]"),
-        (np.array([[-0.25, 0.5]], np.float32), f"float32 values from -0.25 to 0.5; {say}[-1,1]"),
+        (np.array([[0, 70000]], np.int32), f"int32 values from 0 to 70000; {say}[0,70000]'"),
+        (np.array([[-3, 9]], np.int32), f"int32 values from -3 to 9; {say}[-3,9]'"),
+        (np.array([[0.25, 0.5]], np.float32), f"float32 values from 0.25 to 0.5; {say}[0,1]'"),
+        (np.array([[-0.25, 0.5]], np.float32), f"float32 values from -0.25 to 0.5; {say}[-1,1]'"),
     ]:
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
             picture.decode(encoded(Image.fromarray(values), "TIFF"))

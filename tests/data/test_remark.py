@@ -49,7 +49,7 @@ def test_what_is_nearly_black_or_white_is_refused(tmp_path, case):
     top = whole[3:-1]
     line = (
         f"all images are nearly {what}, where 0 is black and {top} white. Say what they are with "
-        f"--set data.range={proposed}, or --set data.range={whole} if this is meant"
+        f"--set 'data.range={proposed}', or --set 'data.range={whole}' if this is meant"
     )
     folder = put(tmp_path / "set", arrays)
     with pytest.raises(DataError, match=f"^{re.escape(line)}$"):
@@ -132,7 +132,7 @@ def test_each_of_several_sets_is_judged_by_itself(tmp_path, first, kind):
     spec = join([str(bad), str(good)] if first else [str(good), str(bad)])
     line = (
         f"all images of {bad} are nearly black: uint8 values from 0 to 1, where 0 is black and 255 white. Leave them "
-        "out, or convert them, or --set data.range=[0,255] if this is meant"
+        "out, or convert them, or --set 'data.range=[0,255]' if this is meant"
     )
     assert line_of(spec) == (line, True)
 
@@ -165,7 +165,7 @@ BLACK_ONES, WHITE_ONES = np.zeros((8, 8), np.uint8), np.full((8, 8), 255, np.uin
 UNSEEN = (
     "all images are transparent, or of the colour of the background, so that nothing of them is seen. Give another "
     "with --set data.background=black, keep the transparency with --set data.channels=4, or say "
-    "--set data.range=[0,255] if this is meant"
+    "--set 'data.range=[0,255]' if this is meant"
 )
 
 
@@ -192,17 +192,17 @@ def test_dark_colours_of_16_bits_are_refused_at_once(tmp_path, channels):
         (tmp_path / f"set/{i}.png").write_bytes(deep_colour(values))
     line, refused = line_of(tmp_path / "set")
     assert refused and line.startswith("all images are nearly black: uint16 values from 0 to 255, where 0 is black and")
-    assert line.endswith("with --set data.range=[0,255], or --set data.range=[0,65535] if this is meant")
+    assert line.endswith("with --set 'data.range=[0,255]', or --set 'data.range=[0,65535]' if this is meant")
     open_source(tmp_path / "set", reading=Reading(range=(0, 255)))
 
 
 INSPECTED = [  # array, least, most, mean, type, what is wrong
     (ramp(0, 1, np.float32), 0, 1, 0.5, "float32", "float32 values from 0 to 1; say what is black and what is white, "
-                                                   "for example --set data.range=[0,1]"),
+                                                   "for example --set 'data.range=[0,1]'"),
     (ramp(-1, 1, np.float64), -1, 1, 0, "float64", "float64 values from -1 to 1; say what is black and what is white, "
-                                                   "for example --set data.range=[-1,1]"),
+                                                   "for example --set 'data.range=[-1,1]'"),
     (ramp(-2, 500, np.int32), -2, 500, 249, "int32", "int32 values from -2 to 500; say what is black and what is "
-                                                     "white, for example --set data.range=[-2,500]"),
+                                                     "white, for example --set 'data.range=[-2,500]'"),
     (ramp(0, 255, np.uint8), 0, 255, 127.5, "uint8", ""),
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from undiffuse.interop.diffusers_files import absent
 from undiffuse.machine.store import Run
 from undiffuse.model.load import load
 
-HUB = "undiffuse does not download: `huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32`"
+HUB = "undiffuse does not download: `hf download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32`"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_names():
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_extra_is_one_line_that_says_what_to_install(name, monkeypatch):
     monkeypatch.setattr(sink.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UsageError, match=rf"^--log {name} needs a package .* pip install undiffuse\[{name}\]$"):
+    with pytest.raises(UsageError, match=rf'^--log {name} needs a package .* pip install "undiffuse\[{name}\]"$'):
         find([name])
 
 

@@ -259,7 +259,7 @@ def test_a_snapshot_of_another_model_is_named(run, tmp_path):
 
 
 def test_what_cannot_be_rebuilt_is_refused(run, tmp_path):
-    with pytest.raises(UsageError, match=r"no EMA snapshots; train with --set train.ema_profiles=\[0.05,0.1\]"):
+    with pytest.raises(UsageError, match=r"no EMA snapshots; train with --set 'train.ema_profiles=\[0.05,0.1\]'"):
         reconstruct(snapshots(tmp_path), 0.1)
     for step in (39, 401):
         with pytest.raises(UsageError, match=f"step {step} is outside the EMA snapshots; give 40 to 400"):

@@ -74,7 +74,7 @@ def answer(chosen: ModelConfig, tensors, label=None):
         (
             {"network": {"multipliers": [1, 3]}},
             {},
-            r"network.multipliers is \[1,3\] there and \[1,2\] here; give --set",
+            r"network.multipliers is \[1,3\] there and \[1,2\] here; give --set 'network.multipliers=\[1,3\]', or",
         ),
         (
             {"network": {"channels": 8}},
@@ -270,7 +270,7 @@ def test_what_the_weights_had_seen_is_kept(tmp_path, data):
         assert load(tmp_path / "first").meta["images_before"] == 5
     again = loop.train(recipe(), data, tmp_path / "second", init=tuned, **quiet)
     assert (again.meta["images"], again.meta["images_before"]) == (8, 21)
-    assert again.facts()["trained on"] == "8 images in 1 steps after the 21 of the weights that it began from"
+    assert again.facts()["trained on"] == "8 images in 1 step after the 21 of the weights that it began from"
     fresh = loop.train(recipe(), data, tmp_path / "fresh", init=drawn(config(image=[1, 8, 8])), **quiet)
     assert "images_before" not in fresh.meta and fresh.facts()["trained on"] == "8 images in 1 steps"
 

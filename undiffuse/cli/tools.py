@@ -119,8 +119,8 @@ def average(
 ) -> None:
     """Make an average of another EMA length after training.
 
-    The average is built from EMA snapshots; train with `--set train.ema_profiles=[0.05,0.1]` to have them. The printed
-    `profile error` is how far the result is from the average that was asked for: 0 is exact, 0.1 is rough.
+    The average is built from EMA snapshots; train with `--set 'train.ema_profiles=[0.05,0.1]'` to have them. The
+    printed `profile error` is how far the result is from the average that was asked for: 0 is exact, 0.1 is rough.
 
     Examples:
 

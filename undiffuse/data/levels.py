@@ -45,7 +45,7 @@ QUARTER = 64  # of files of 16 bits, whose upper two are then never used: 14 bit
 
 def unsaid(found: Own) -> str:
     """What is missing for values of a type that does not say what is black and what is white."""
-    return f"{found.span}; say what is black and what is white, for example --set data.range={found.range}"
+    return f"{found.span}; say what is black and what is white, for example --set 'data.range={found.range}'"
 
 
 def shown(value: Number) -> str:

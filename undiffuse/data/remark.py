@@ -18,8 +18,8 @@ LEAST, SHARE = 2, 0.1  # images of a set: what fewer look like is not said
 NAMED = 3  # images left out, of which name and reason are said
 UNSEEN = (
     "transparent, or of the colour of the background, so that nothing of them is seen. Give another with "
-    "--set data.background=black, keep the transparency with --set data.channels=4, or say --set data.range=[0,255] if "
-    "this is meant"
+    "--set data.background=black, keep the transparency with --set data.channels=4, or say --set 'data.range=[0,255]' "
+    "if this is meant"
 )
 
 
@@ -55,8 +55,8 @@ def _all(which: str, what: str, source: Source, span: Range | None, whole_set: b
     whole = span or {"uint8": (0, 255), "bool": (0, 1)}.get(own.kind, (0, 65535))
     given, least = said(whole), said((own.least, max(own.most, own.least + 1)))
     likely = own.range if what == BLACK and own.range != given else least
-    now = f"--set data.range={given}"
-    ask = f"Say what they are with --set data.range={likely}" if whole_set else "Leave them out, or convert them"
+    now = f"--set 'data.range={given}'"
+    ask = f"Say what they are with --set 'data.range={likely}'" if whole_set else "Leave them out, or convert them"
     scale = f"where {shown(whole[0])} is black and {shown(whole[1])} white"
     return f"{which} are {what}: {own.span}, {scale}. {ask}, or {now} if this is meant"
 
@@ -120,7 +120,8 @@ def refuse_clipped(source: Source, reading: Reading) -> None:
     if 2 * many > len(source):
         raise DataError(
             f"{many:,} of {len(source):,} images have values outside of {said(reading.range)}, the data.range that the "
-            f"model was trained with, one from {of}; say how these are read, for example with --set data.range=[0,255]"
+            f"model was trained with, one from {of}; say how these are read, for example with "
+            "--set 'data.range=[0,255]'"
         )
 
 

@@ -145,6 +145,6 @@ def absent(source: str) -> str | None:
     if not looks or owner in (".", "..") or Path(source).exists() or (name == source and Path(owner).is_dir()):
         return None
     return (
-        f"if it is a name of the Hugging Face hub, undiffuse does not download: `huggingface-cli download {name} "
+        f"if it is a name of the Hugging Face hub, undiffuse does not download: `hf download {name} "
         f"--local-dir {title}` or `git clone https://huggingface.co/{name}` does, then `undiffuse import {title} RUN`"
     )

@@ -97,7 +97,9 @@ def find(names: Sequence[str]) -> list[type[Sink]]:
     found = [SINKS.find(name, trusted=True) for name in dict.fromkeys(names)]
     for name, kind in zip(dict.fromkeys(names), found, strict=True):
         if kind.needs is not None and importlib.util.find_spec(kind.needs) is None:
-            raise UsageError(f"--log {name} needs a package that is not installed; pip install undiffuse[{kind.needs}]")
+            raise UsageError(
+                f'--log {name} needs a package that is not installed; pip install "undiffuse[{kind.needs}]"'
+            )
     return found
 
 

@@ -158,7 +158,7 @@ def reconstruct(
     UsageError for what cannot be fitted, Corrupt for a damaged snapshot.
     """
     if not stored:
-        raise UsageError("there are no EMA snapshots; train with --set train.ema_profiles=[0.05,0.1]")
+        raise UsageError("there are no EMA snapshots; train with --set 'train.ema_profiles=[0.05,0.1]'")
     first, last = stored[0].step, stored[-1].step
     step = last if step is None else step
     if not first <= step <= last:

@@ -5,6 +5,7 @@ decide it as well. Classes, image size and dropout may be others.
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def refuse_another(given: ModelConfig, asked: ModelConfig) -> None:
         whole = [name for name in names if name.endswith(".name") or not name.startswith(tuple(other))]
         sides = "; ".join(f"{name} is {_shown(before, name)} there and {_shown(now, name)} here" for name in whole)
         known = [name for name in names if before.get(name) is not None and name != WHOLE]
-        how = " ".join(f"--set {name}={_shown(before, name)}" for name in known)
+        how = " ".join(f"--set {shlex.quote(f'{name}={_shown(before, name)}')}" for name in known)
         raise UsageError(
             f"the model to begin with is another function: {sides}; "
             + (f"give {how}, or no preset, " if how else "give another model, or no preset, ")

@@ -72,15 +72,15 @@ def test_a_folder_of_npz_is_split(tmp_path):
 BAD = {
     "float": (
         {"x": IMAGES / 255},
-        r": float64 values from 0 to 1; say what is black and what is white, for example --set data.range=\[0,1\]",
+        r": float64 values from 0 to 1; say what is black and what is white, for example --set 'data.range=\[0,1\]'",
     ),
     "signed": (
         {"x": IMAGES.astype(np.int16) - 9},
-        r": int16 values from -9 to 246; say what is black .* data.range=\[-9,246\]$",
+        r": int16 values from -9 to 246; say what is black .* 'data.range=\[-9,246\]'$",
     ),
-    "sixteen": ({"x": IMAGES.astype(np.uint16) * 16}, r": uint16 values from 0 to 4080; .*data.range=\[0,4095\]$"),
-    "whole": ({"x": IMAGES.astype(np.int64)}, r": int64 values from 0 to 255; say .* data.range=\[0,255\]$"),
-    "both signs": ({"x": np.float32(IMAGES / 127.5 - 1)}, r": float32 values from -1 to 1; .*range=\[-1,1\]$"),
+    "sixteen": ({"x": IMAGES.astype(np.uint16) * 16}, r": uint16 values from 0 to 4080; .*data.range=\[0,4095\]'$"),
+    "whole": ({"x": IMAGES.astype(np.int64)}, r": int64 values from 0 to 255; say .* 'data.range=\[0,255\]'$"),
+    "both signs": ({"x": np.float32(IMAGES / 127.5 - 1)}, r": float32 values from -1 to 1; .*range=\[-1,1\]'$"),
     "not a number": (
         {"x": np.where(IMAGES > 250, np.nan, IMAGES)},
         r": [0-9]+ of 450 values are not finite \(NaN or infinite\); replace them",
