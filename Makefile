@@ -25,7 +25,7 @@ test: .venv/test.stamp  ## all tests, two at a time (6 minutes on 2 cores); ARGS
 	$(if $(HAVE_BROWSER),,@echo 'there is no chromium: the tests marked "browser" are left out')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long$(if $(HAVE_DATA),, and not data)$(if $(HAVE_BROWSER),, and not browser)" $(ARGS)
 
-test-reliability: .venv/test.stamp  ## the long tests: kills by the dozen, whole trainings (20 minutes)
+test-reliability: .venv/test.stamp  ## the long tests: kills by the dozen, whole trainings (two hours)
 	$(BIN)/python -m pytest -m long
 
 check: .venv/dev.stamp  ## format, lint, types and the fast tests (four minutes on 2 cores)

@@ -66,7 +66,9 @@ def section(name: str, command: typer.core.TyperCommand) -> str:
 
 def exit_codes() -> str:
     rows = [f"| {kind.exit_code} | {(kind.__doc__ or '').strip()} |" for kind in Error.__subclasses__()]
-    rows.append(f"| {INTERRUPTED} | Ctrl-C ended the command. |")
+    rows.append(
+        f"| {INTERRUPTED} | Ctrl-C ended a command other than `train` and `distill`, which save and end with 143. |"
+    )
     return "\n".join(["| code | what happened |", "|---|---|", *sorted(rows, key=lambda row: int(row.split()[1]))])
 
 

@@ -124,7 +124,7 @@ def keys(path: Path) -> Any:
 def processes(path: Path) -> Any:
     made = [PROCESSES.build(name) for name in sorted(PROCESSES.classes)]
     t = Key(0).uniform(9)
-    curves = [(p.logsnr(t), p.alpha(t), p.sigma(t), p.slope(t), p.time(p.logsnr(t)), p.variance_floor()) for p in made]
+    curves = [(p.logsnr(t), p.alpha(t), p.sigma(t), p.time(p.logsnr(t)), p.variance_floor()) for p in made]
     grids, keys = [GRIDS.build(name) for name in sorted(GRIDS.classes)], Key(0).rows(5)
     densities = [DENSITIES.build(name) for name in sorted(DENSITIES.classes)]
     return curves, [grid.times(p, 7) for p in made for grid in grids], [d.t(p, keys) for p in made for d in densities]

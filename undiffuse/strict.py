@@ -37,6 +37,17 @@ def whole(what: str, value: Any, least: int | None = None) -> int:
     return number
 
 
+def real(what: str, value: Any, least: float | int = -math.inf, wanted: str = "a number") -> float:
+    """A finite number of any library; UsageError for what is none, and for one below `least`."""
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several
+        number = math.nan
+    if not math.isfinite(number) or number < least:
+        raise UsageError(f"{what} = {value!r} is not possible; give {wanted}")
+    return number
+
+
 def flag(what: str, value: Any) -> bool:
     """True or False; UsageError for what is neither, as "no" and 0 are."""
     if not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Every process: its inverse, its slope, its frame, its posterior; and DDPM's tables, digit by digit."""
+"""Every process: its inverse, its frame, its posterior; and DDPM's tables, digit by digit."""
 
 import math
 from decimal import Decimal
@@ -71,13 +71,6 @@ def test_logsnr_falls_strictly_from_infinity(name):
     assert logsnr[0] == math.inf
     assert torch.isfinite(logsnr[1:-1]).all()
     assert (logsnr[1:] < logsnr[:-1]).all()
-
-
-@every_process
-def test_slope_is_the_derivative(name):
-    process, t = build(name), inside()
-    h = 1e-5 * t * (1 - t)
-    close(process.slope(t), (process.logsnr(t + h) - process.logsnr(t - h)) / (2 * h), rtol=1e-7)
 
 
 @every_process

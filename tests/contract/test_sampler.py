@@ -92,7 +92,7 @@ def linear_steps(sampler: Sampler, process: Process, t: torch.Tensor, s: torch.T
     def step(x: float, keys: Keys) -> torch.Tensor:
         start = torch.full((len(t), 1), x, dtype=F64)
         c = ready(start, sampler.coefficients(process, t, s))
-        return sampler.step(start, Turn(exact(process), process, c, t, s, None, keys, len(t)))[0][:, 0]
+        return sampler.step(start, Turn(exact(process), process, c, t, s, None, keys))[0][:, 0]
 
     z = [key.normal(1)[:, 0].double() for key in keys]
     at_0 = [step(0.0, key) for key in keys]

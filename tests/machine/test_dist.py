@@ -363,7 +363,7 @@ def test_shares(monkeypatch, processes, fields, expected):
 @pytest.mark.parametrize("processes, fields, text", [
     (3, {}, "8 images cannot be divided over 3 processes; 1, 2, 4, 8 of them would do"),
     (4, {"exact_shards": 2}, "8 images in 2 exact shards cannot be divided over 4 processes; 1, 2 of them would do"),
-    (1, {"exact_shards": 3}, "8 images in 3 exact shards cannot be divided over 1 processes"),
+    (1, {"exact_shards": 3}, "8 images cannot be divided into 3 exact shards; set a train.batch of which 3"),
     (2, {"exact_shards": 4, "micro_batch": 4}, "exact_shards = 4 makes micro-batches of 2; leave train.micro_batch"),
 ])  # fmt: skip
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch, processes, fields, text):

@@ -156,6 +156,10 @@ def test_the_labels_of_measured_data_are_matched_by_name():
     assert told_of(PETS, strange, torch.tensor([0, 1])).label.tolist() == [0, 3]
     with pytest.raises(DataError, match=r'the data has classes that the model was not trained on: "cow". This model'):
         told_of(PETS, strange, torch.arange(4))
+    for labels in ([0, -1], [0, 2]):
+        from_python = ArraySource(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor(labels), ("cat", "dog"))
+        with pytest.raises(DataError, match=f"data has labels {min(labels)} to {max(labels)} for 2 classes; num"):
+            told_of(PETS, from_python, torch.arange(2))
 
 
 class Listener(nn.Module):

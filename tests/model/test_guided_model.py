@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -45,11 +46,13 @@ class Tells(nn.Module):
         return self.table[label.to(x.device)].reshape(-1, 1, 1, 1).expand_as(x)
 
 
-def telling(scale: float = 1.0, unlabelled: bool = True, says: Parameterisation = SAYS_X_0, other="dog") -> Model:
+def telling(
+    scale: float = 1.0, unlabelled: bool = True, says: Parameterisation = SAYS_X_0, other="dog", counts=(5, 5)
+) -> Model:
     names, network = ("cat", other), UNet(8, (1,), 1, ())
     config = ModelConfig((1, 8, 8), Cosine(20), says, FixedLarge(), network, classes=len(names))
     denoiser = Denoiser(Tells(scale), config.process, config.parameterisation, config.variance).eval()
-    meta = {"classes": {"names": list(names), "counts": [5] * len(names), "unlabelled": unlabelled}}
+    meta = {"classes": {"names": list(names), "counts": list(counts), "unlabelled": unlabelled}}
     return Model(config, denoiser, meta)
 
 
@@ -163,6 +166,35 @@ def test_a_class_is_needed_to_lead_towards():
     with pytest.raises(UsageError, match="guidance = 2 leads towards a class, and none is asked for; give a label"):
         led.sample(2, 5)
     assert telling().variant(guidance=2, guide=telling(0.5)).sample(2, 5).shape == (2, 1, 8, 8)
+
+
+def test_one_is_no_guidance_for_any_model():
+    """Which is what those say to give that refuse a guided one."""
+    led = plain_model().variant(guidance=2, guide=plain_model())
+    distilled = replace(telling(), config=replace(telling().config, bounds=(0.5, 80.0)))
+    for model in (led, plain_model(Mu()), distilled, telling(unlabelled=False)):
+        assert model.variant(guidance=1).guide is None
+
+
+def test_another_scale_keeps_the_guide():
+    led = telling().variant(guidance=2, guide=telling(0.5)).variant(guidance=np.float32(3))
+    worth = 0.5 * SAYS[0] + 3 * (SAYS[0] - 0.5 * SAYS[0])
+    assert torch.equal(led.sample(1, 5, label=0), to_uint8(torch.full((1, 1, 8, 8), worth)))
+
+
+@pytest.mark.parametrize(
+    "guide, label, text",
+    [
+        (telling(unlabelled=False), None, "the guide was never trained on images without a class, for which it is"),
+        (telling(counts=(0, 5)), "cat", "the guide was never trained on cat, for which it is asked; give another"),
+        (telling(counts=(0, 5)), "all", "the guide was never trained on cat, for which"),
+    ],
+)
+def test_a_guide_is_asked_for_nothing_that_it_never_saw(guide, label, text):
+    led = telling().variant(guidance=2, guide=guide)
+    with pytest.raises(UsageError, match=text):
+        led.sample(2, 5, label=label)
+    assert led.sample(1, 5, label="dog").shape == (1, 1, 8, 8)
 
 
 def test_what_is_measured_or_made_of_the_weights_is_of_the_model_alone(tmp_path):

@@ -160,7 +160,7 @@ def test_a_variance_that_the_network_does_not_say_is_refused():
 def test_a_solver_may_be_named_with_its_order():
     assert model(half).sampler("unipc-2") == Unipc(2) and model(half).sampler("dpmpp-sde") == DpmppSde()
     assert model(half).sampler("heun,churn=40,churn_noise=1.003") == Heun(40.0, 1.003)
-    assert model(half).sampler("heun,churn_min=1e-3") == Heun(churn_min=1e-3)
+    assert model(half).sampler("heun,churn=1,churn_min=1e-3") == Heun(1.0, churn_min=1e-3)
     assert model(half).sampler("unipc-2,variant=bh1") == Unipc(2, "bh1")
     for name, message in {
         "unipc-4": 'sampler unipc: "order" input should be 1, 2 or 3, given 4',
@@ -171,6 +171,8 @@ def test_a_solver_may_be_named_with_its_order():
         "heun,churn=1,churn.a=2": '"churn.a" is no name of a field',
         "heun,churn=40,churn=3": 'sampler "heun,churn=40,churn=3" says churn twice; say it once',
         "heun,churns=4": 'sampler heun has no field "churns". Did you mean "churn"',
+        "heun,churn_noise=1.1": "sampler heun: churn_noise belongs to the churn; give churn too, such as 40",
+        "heun,steps=9": "sampler heun: steps belongs to the churn; give churn too, such as 40",
         "heun,churn=-1": 'sampler heun: "churn" input should be greater than or equal to 0',
         "unipc,name=ddim": 'sampler "unipc,name=ddim": the name comes first, and once',
         "-2": 'sampler "-2" is not known',
@@ -189,6 +191,9 @@ def test_eta_is_ddims():
         model(half).sampler("ddim,eta=0.5", eta=0.2)
     with pytest.raises(UsageError, match='sampler ddim: "eta" input should be less than or equal to 1, given 2'):
         model(half).sampler("ddim", eta=2)
+    assert model(half).sampler("ddim", eta=np.float32(0.5)) == DDIM(eta=0.5)
+    with pytest.raises(UsageError, match="^eta = nan is not possible; give a number$"):
+        model(half).sampler("ddim", eta=float("nan"))
 
 
 def test_pictures_are_read_as_those_of_the_training_were(tmp_path):

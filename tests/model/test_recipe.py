@@ -103,6 +103,27 @@ def test_settings_reach_every_section(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a": 'base = "a.toml"'}, r"preset a.toml is its own base \(a.toml -> a.toml\); name another base"),
+        ({"a": 'base = "b.toml"', "b": 'base = "a.toml"'}, r"its own base \(a.toml -> b.toml -> a.toml\)"),
+        ({"a": "base = 3"}, "a.toml: base = 3 is not possible; give the name of a preset, or a file in quotes"),
+        ({"a": 'base = "b.toml"', "b": 'base = "digits"\nexpected = 3'}, '"expected" input should be'),
+        (
+            {"a": 'base = "b.toml"\n[train]\nbatch = 7', "b": "train = 3"},
+            r"b.toml: train = 3 is not possible; give a",
+        ),
+    ],
+)
+def test_a_base_that_is_none_is_refused(tmp_path, monkeypatch, files, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_recipe("a.toml")
+
+
+@pytest.mark.parametrize(
     "setting, taken",
     [("betas=[0.9, 1.0]", False), ("betas=[0, 0]", True), ("ema=1", True), ("ema=1.1", False), ("drop_label=0", True),
      ("drop_label=-0.1", False), ("batch=0", False), ("warmup=0", True), ("lr=0", False), ("keep=1", False)],

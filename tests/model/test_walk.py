@@ -76,6 +76,9 @@ def test_mu_takes_all_steps_of_its_table_and_says_why():
         with pytest.raises(UsageError, match="^this model predicts mu, and Algorithm 2 holds for all 20 steps of "):
             toy.walk(steps)
     assert len(toy.walk(5, "ddim").times) == 6
+    with pytest.raises(UsageError, match="^solver heun,churn=5 asks at times beside those of its steps, and this mod"):
+        toy.walk(5, "heun,churn=5")
+    assert len(toy.walk(5, "heun").times) == 6
 
 
 def test_mu_is_asked_at_the_times_of_its_table_alone():

@@ -2,6 +2,7 @@
 
 import itertools
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from undiffuse.errors import DataError, UsageError
 from undiffuse.machine.device import choose as choose_device
 from undiffuse.machine.store import Run
 from undiffuse.training.auto import Facts, choose, look_at, recipe_of, resolved
-from undiffuse.training.plan import Budget
+from undiffuse.training.plan import Budget, shares
 
 MIXED = ((480, 640), (300, 200), (90, 120))
 
@@ -129,6 +130,36 @@ def test_arrays_of_other_channels_keep_them():
     choice = choose(Facts(100, ((16, 16),), False, 4, False, "cpu"))
     assert choice.recipe.data.channels is None
     assert choice.why[0] == "auto: images of 16×16, 4 channels, because the pictures are of 4 channels and 16×16"
+
+
+@pytest.mark.parametrize(
+    "settings, has_test, said",
+    [
+        ([], False, "until the loss on 10% of the pictures, kept for this, has not fallen for a third of the run, at"),
+        ([], True, "until the loss on the test split has not fallen for a third of the run, at most 9,375 steps"),
+        (["train.patience=1"], True, "has not fallen for half of the run"),
+        (["train.patience=3"], True, "has not fallen for 75% of the run"),
+        (["data.hold_out=0.2"], True, "until the loss on 20% of the pictures, kept for this, has not"),
+        (["train.patience=0", "train.steps=100"], True, "auto: trains 100 steps; none is flipped"),
+    ],
+)
+def test_what_ends_the_run_is_said_of_what_was_asked(settings, has_test, said):
+    assert said in choose(facts(40, has_test=has_test), settings).why[2]
+
+
+def test_steps_among_the_settings_decide_what_depends_on_them():
+    assert choose(facts(60_000), ["train.steps=100"]).recipe.train.warmup == 10
+    assert choose(facts(60_000), ["train.steps=100"], budget=Budget(steps=50)).recipe.train.warmup == 5
+
+
+def test_a_micro_batch_that_shards_decide_stays_so_on_resume():
+    chosen = choose(facts(), ["train.exact_shards=4", 'train.micro_batch="auto"', "train.precision=float32"]).recipe
+    then = {"micro_batch": "auto", "exact_shards": 4, "precision": "float32"}
+    again = resolved(chosen, then, torch.device("cpu"), chosen.model((3, 8, 8)), print)
+    assert again.train.micro_batch == "auto" and shares(again.train)[1] == chosen.train.batch // 4
+    free = replace(chosen, train=replace(chosen.train, exact_shards=None))
+    known = resolved(free, {**then, "micro_batch": 8}, torch.device("cpu"), free.model((3, 8, 8)), print)
+    assert known.train.micro_batch == 8
 
 
 def test_what_ends_the_run_is_said_as_it_is():

@@ -30,6 +30,7 @@ from undiffuse.training.start import train
 from undiffuse.view import explore, report_run
 from undiffuse.view.subject import Drawing, subject
 
+HALVES = "tests.training.test_proxy:Halves"
 QUICK = ["train.batch=8", "train.held_out=8", "train.held_out_every=2", "train.sample_every=2", "train.save_every=2"]
 
 
@@ -249,6 +250,40 @@ def test_plain_training_does_not_go_on_with_it(teacher, tmp_path):
     tuned(teacher, tmp_path / "run", 2)
     with pytest.raises(UsageError, match="^a distillation goes on with its teacher alone: give `undiffuse distill"):
         train("digits", tmp_path / "run", device="cpu", say=silent, show_progress=False)
+
+
+def test_training_does_not_go_on_with_it_from_other_weights(teacher, tmp_path):
+    tuned(teacher, tmp_path / "run", 1)
+    other = run_of_digits(tmp_path / "other", 2, "parameterisation.name=v", "train.seed=5")
+    with pytest.raises(UsageError, match="run holds a run that did not begin from .*other; leave --init out"):
+        train("digits", tmp_path / "run", device="cpu", init=other, say=silent, show_progress=False)
+
+
+def test_what_is_said_after_a_nan_is_to_begin_anew(teacher, tmp_path, call, monkeypatch):
+    """`undiffuse distill` begins with its teacher, and has no --init."""
+    out, words = tmp_path / "run", ["distill", teacher, "digits", "--steps", 2]
+    words += [part for each in [*QUICK, "train.steps=4", "train.lr=1e30"] for part in ("--set", each)]
+    monkeypatch.setattr("sys.argv", ["undiffuse", *map(str, words), "--out", str(out)])
+    code, _, err = call(*words, "--out", out)
+    assert code == 3 and "To go on, start a new run with a lower learning rate, --set train.lr=" in err
+    command = err.strip().splitlines()[-1]
+    assert "--init" not in command and command.endswith(f"--out {out}-2")
+
+
+def test_its_samples_are_scored_on_the_way_in_its_own_steps(teacher, tmp_path):
+    settings = [*QUICK, "train.steps=2", "train.eval_every=2", "train.eval_images=4", f"train.eval_features={HALVES}"]
+    how = {"device": "cpu", "say": silent, "show_progress": False}
+    with pytest.raises(UsageError, match="train.eval_every = 2 is not possible: another number of steps"):
+        distill(teacher, "digits", tmp_path / "run", 3, settings=[*settings, "train.eval_steps=5"], **how)
+    distill(teacher, "digits", tmp_path / "run", 3, settings=settings, **how)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    found = next(row for row in rows if "proxy" in row)
+    assert (found["proxy"]["steps"], found["proxy"]["solver"]) == (3, "its own") and found["proxy_fd"] > 0
+
+
+def test_one_step_takes_its_own_solver_by_name(teacher, tmp_path):
+    model = tuned(teacher, tmp_path / "run", 1, steps=1)
+    assert torch.equal(model.sample(2, solver="dpmpp"), model.sample(2))
 
 
 def test_the_rate_is_half_of_the_teachers_and_the_optimizer_its_own(tmp_path):

@@ -67,6 +67,8 @@ CALM = {"ema": 0.5, "warmup": 0, "decay": "constant"}
         ({"warmup": 99}, 100, {}, None),
         ({"warmup": 100}, 100, {}, "train.warmup = 100 is not over at the last step, 100, so"),
         ({"decay": "cosine"}, 100, {}, None),
+        ({"patience": 0.5}, 100, {}, None),
+        ({"patience": 0.5}, 100, {"held": False}, "train.patience = 0.5 ends nothing, because no images are held out"),
         ({"decay": "cosine"}, 100, {"minutes": 5}, "the learning rate falls until step 100, which --minutes may not"),
     ],
 )

@@ -272,7 +272,7 @@ def test_what_the_weights_had_seen_is_kept(tmp_path, data):
     assert (again.meta["images"], again.meta["images_before"]) == (8, 21)
     assert again.facts()["trained on"] == "8 images in 1 step after the 21 of the weights that it began from"
     fresh = loop.train(recipe(), data, tmp_path / "fresh", init=drawn(config(image=[1, 8, 8])), **quiet)
-    assert "images_before" not in fresh.meta and fresh.facts()["trained on"] == "8 images in 1 steps"
+    assert "images_before" not in fresh.meta and fresh.facts()["trained on"] == "8 images in 1 step"
 
 
 def test_a_run_goes_on_with_the_weights_that_it_began_from_or_none(tmp_path, data):

@@ -84,6 +84,19 @@ def test_the_last_of_progressive_is_the_sample_of_a_solver_that_churns_too():
     assert torch.equal(images[:, -1], toy.sample(2, 10, "heun,churn=5", seed=5))
 
 
+@pytest.mark.parametrize("solver", ["ancestral", "ddim,eta=1", "heun,churn=3"])
+def test_a_chain_that_is_entered_half_way_has_the_noise_of_the_whole(solver):
+    """A picture that is at t what the whole chain is there, continued by `interpolate` and by `shared`."""
+    toy = gaussian()
+    times, keys, seen = toy.times(10), Key(3).rows(2), {}
+    whole = toy.chain(keys, times, toy.sampler(solver), callback=lambda left, x, t: seen.update({left: x.clone()}))
+    sampler = toy.sampler(solver).within(10)
+    assert torch.equal(toy.chain(keys, times[5:], sampler, start=seen[5]), whole)
+    for chains in (explore._shared_chains, explore._interpolation_chains):
+        found = chains(toy, [0.5], 10, solver)
+        assert found[0] == sampler and len(found[-1][-1]) == 6
+
+
 def test_slots_that_do_not_divide_the_steps_are_spread_over_all_of_them():
     """The last of 30 steps and those after 0, 4, 8, 12, 17, 21 and 25 more: ⌊30 k/7⌋."""
     times = explore.progressive(gaussian(30), 1, slots=7, solver="ancestral")[1]

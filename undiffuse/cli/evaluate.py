@@ -84,7 +84,7 @@ SaveOpt = Annotated[
     typer.Option("--save-statistics", help="Write mean and covariance of the reference to this .npz, to be DATA"),
 ]
 MemorisationOpt = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--memorisation/--no-memorisation", help="Whether training images were copied; the worst pairs are in --out"
     ),
@@ -127,7 +127,7 @@ def evaluate(
     keep_images: KeepOpt = False,
     save_statistics: SaveOpt = None,
     size: SizeOpt = None,
-    memorisation: MemorisationOpt = True,
+    memorisation: MemorisationOpt = None,
     settings: ReadOpt = None,
     skip_bad: SkipBadOpt = False,
     overwrite: OverwriteOpt = False,
@@ -193,12 +193,14 @@ def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bo
     from undiffuse.measure.evaluate import evaluate
 
     if progressive is None:
-        return partial(evaluate, **whole)
+        return partial(evaluate, **whole | {"memorisation": whole["memorisation"] is not False})
     if not drawn:
         raise UsageError(f"--progressive follows the chain of a model, and {samples} is none; give a model")
-    other = "--keep-images" if whole["keep_images"] else "--save-statistics" if whole["save_statistics"] else None
+    other = next((name for name, value in whole.items() if value), None)
     if other is not None:
-        raise UsageError(f"{other} and --progressive are not possible together; leave one of them out")
+        raise UsageError(
+            f"--{other.replace('_', '-')} and --progressive are not possible together; leave one of them out"
+        )
     return partial(evaluate_along, points=progressive)
 
 

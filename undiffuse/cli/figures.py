@@ -37,6 +37,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.tools import JsonOpt, show
 from undiffuse.errors import UsageError
+from undiffuse.strict import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,8 +264,8 @@ def neighbours(
     walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
     source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
-    extractor, total = _extractor(features, feature_weights, loaded), loaded.count(n, label)
-    told = drawn(loaded.classes, n, seed) if label is None else loaded.told(label, total, seed)
+    extractor, total = _extractor(features, feature_weights, loaded), loaded.count(whole("n", n, 1), label)
+    told = drawn(loaded.classes, total, seed) if label is None else loaded.told(label, total, seed)
     with ticking(loaded.sampling_steps(total, walk.times), "sampling", as_json, [walk.said]) as tick:
         samples = loaded.sample(total, walk.times, walk.sampler, seed, label=told.label, progress=tick)
     near, seen = _nearest(extractor, samples, source, k, box, as_json)

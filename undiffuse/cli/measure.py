@@ -106,8 +106,9 @@ def nll(
     from undiffuse.measure import flow, nll
 
     if ode:
-        chain = {"--draws": draws, "--steps": steps, "--grid": grid, "--rate-distortion": rate_distortion or None}
-        _refuse(chain | {"--variance": variance}, "belongs to the bound, which --ode is not; leave out one of them")
+        bound = {"--draws": draws, "--steps": steps, "--grid": grid, "--rate-distortion": rate_distortion or None}
+        bound |= {"--variance": variance, "--clip": clip or None}
+        _refuse(bound, "belongs to the bound, which --ode is not; leave out one of them")
     else:
         _refuse({"--tolerance": tolerance, "--probes": probes}, "belongs to --ode; give that too, or leave it out")
     if rate_distortion and draws is not None:

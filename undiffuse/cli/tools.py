@@ -51,6 +51,7 @@ def inspect(
     - `undiffuse inspect cifar10 --json`
     """
     from undiffuse.config import plain, to_toml
+    from undiffuse.errors import unknown
     from undiffuse.model.load import load, shipped
     from undiffuse.model.recipe import load_recipe, presets
 
@@ -58,6 +59,8 @@ def inspect(
         recipe = load_recipe(what)
         typer.echo(to_json(plain(recipe)) if as_json else to_toml(recipe).rstrip())
         return
+    if not Path(what).exists() and what not in shipped() and Path(what).name == what and not Path(what).suffix:
+        raise unknown("model or preset", what, (*shipped(), *presets()))
     model = load(what)
     result = {"parameters": model.parameters(), "model": plain(model.config)}
     kept = ("classes", "step", "images", "images_before", "environment")
@@ -71,7 +74,8 @@ def verify(
 ) -> None:
     """Check the files of a run against their checksums.
 
-    Every checkpoint and every EMA snapshot is read. The exit code is 5 if one is damaged.
+    Every checkpoint, every EMA snapshot and the average at the lowest held-out loss is read. The exit code is 5 if one
+    is damaged.
 
     Example:
 
@@ -81,6 +85,7 @@ def verify(
     from undiffuse.errors import Corrupt, UsageError
     from undiffuse.machine import store
     from undiffuse.model.average import snapshots
+    from undiffuse.model.load import BEST, read_weights
 
     folder = store.Run(run)
     if not folder.steps():
@@ -95,6 +100,12 @@ def verify(
     if kept := snapshots(run):
         spoilt = {each.path.name: str(error) for each in kept if (error := _damage(each))}
         good, damaged = good | {"ema_snapshots": len(kept) - len(spoilt)}, damaged | spoilt
+    if (run / BEST).exists():
+        try:
+            read_weights(run / BEST)
+        except Corrupt as error:
+            damaged[BEST] = str(error)
+        good |= {"best": int(BEST not in damaged)}
     show({**good, "damaged": damaged or "none"}, as_json)
     if damaged:
         raise typer.Exit(Corrupt.exit_code)

@@ -44,10 +44,6 @@ class Process(ABC):
     def time(self, logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """The inverse of `logsnr`."""
 
-    @abstractmethod
-    def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """d logsnr / dt."""
-
     @property
     def t_min(self) -> float:
         """The least t at which a network is called."""
@@ -146,24 +142,22 @@ class TableProcess(Process):
     def _ends_at_zero(self) -> bool:
         return bool(torch.isinf(self.log_alpha_bar[-1]))
 
-    def _interpolate(self, t: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
-        """log ᾱ(t) and its derivative. A last step with β = 1 is linear in ᾱ, which its logarithm cannot be."""
+    def _interpolate(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """log ᾱ(t). A last step with β = 1 is linear in ᾱ, which its logarithm cannot be."""
         n = t.to(F64) * self.steps
         # Rounding of n/T·T must not push a grid point into the neighbouring step.
         n = torch.where(torch.isclose(n, n.round(), rtol=1e-14, atol=0), n.round(), n)
         right = n.ceil().clamp(1, self.steps).long()
         table = self.log_alpha_bar
         rise = table[right] - table[right - 1]
-        value, slope = table[right - 1] + (n - (right - 1)) * rise, self.steps * rise
+        value = table[right - 1] + (n - (right - 1)) * rise
         value = torch.where(n == right, table[right], value)
         if self._ends_at_zero:
-            last, left_over = right == self.steps, self.steps - n
-            value = torch.where(last, table[-2] + torch.log(left_over), value)
-            slope = torch.where(last, -self.steps / left_over, slope)
-        return value, slope
+            value = torch.where(right == self.steps, table[-2] + torch.log(self.steps - n), value)
+        return value
 
     def logsnr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        log_alpha_bar, _ = self._interpolate(t)
+        log_alpha_bar = self._interpolate(t)
         return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
 
     def time(self, logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -174,10 +168,6 @@ class TableProcess(Process):
         if self._ends_at_zero:
             n = torch.where(right == self.steps, self.steps - torch.exp(log_alpha_bar - table[-2]), n)
         return n / self.steps
-
-    def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        log_alpha_bar, slope = self._interpolate(t)
-        return slope / -torch.expm1(log_alpha_bar)
 
 
 @dataclass(frozen=True)
@@ -286,10 +276,6 @@ class Straight(Process):
     def time(self, logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return torch.sigmoid(-logsnr.to(F64) / 2)
 
-    def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        t = t.to(F64)
-        return -2 / (t * (1 - t))
-
 
 @dataclass(frozen=True)
 class Edm(Process):
@@ -309,9 +295,6 @@ class Edm(Process):
     def time(self, logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return torch.exp(-logsnr.to(F64) / 2) / self.sigma_max
 
-    def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        return -2 / t.to(F64)
-
 
 @dataclass(frozen=True)
 class ContinuousCosine(Process):
@@ -324,9 +307,6 @@ class ContinuousCosine(Process):
 
     def time(self, logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return torch.atan(torch.exp(-logsnr.to(F64) / 2)) * 2 / math.pi
-
-    def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        return -2 * math.pi / torch.sin(math.pi * t.to(F64))
 
 
 @dataclass(frozen=True)
@@ -359,10 +339,6 @@ class Sigmoid(Process):
         ratio, last = torch.exp(logsnr.to(F64) - self._log_ratio), math.exp(-self._width)
         return torch.log1p((1 - last) / (ratio + last)) / self._width
 
-    def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        done, left = self._width * t.to(F64), self._width * (1 - t.to(F64))
-        return -self._width * (1 + 1 / torch.expm1(left) + 1 / torch.expm1(done))
-
 
 @dataclass(frozen=True)
 class Vdm(Process):
@@ -390,10 +366,6 @@ class Vdm(Process):
     def time(self, logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         above = logsnr.to(F64) + self.gamma_0  # γ_0 − γ
         return torch.where(above > 0, self.t_min * torch.exp(-above / 2), self.t_min - above / self._rise)
-
-    def slope(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        t = t.to(F64)
-        return torch.where(t < self.t_min, -2 / t, -self._rise)
 
 
 PROCESSES: Table[Process] = Table("process", Process, "undiffuse.diffusion.process")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def evaluate(
     n: SupportsIndex | None = None,
     steps: Steps = None,
     solver: str | Sampler | None = None,
-    eta: float | int | None = None,
+    eta: SupportsFloat | None = None,
     label: str | SupportsIndex | None = None,
     seed: SupportsIndex | None = None,
     seeds: SupportsIndex = 1,

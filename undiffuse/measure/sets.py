@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from jaxtyping import Bool, Int, UInt8
@@ -52,7 +52,7 @@ class Drawing:
 
     steps: Steps = None
     solver: str | Sampler | None = None
-    eta: float | int | None = None
+    eta: SupportsFloat | None = None
     label: Label = None
 
 

@@ -121,6 +121,10 @@ class Classes:
         """Labels of another data set as ours, by the names of the classes. Raises DataError for one that we lack."""
         theirs = names or tuple(map(str, range(int(labels.max()) + 1)))
         ours = {self.names[number]: number for number in self.trained}
+        if labels.min() < 0 or labels.max() >= len(theirs):
+            raise DataError(
+                f"{what} has labels {labels.min()} to {labels.max()} for {len(theirs)} classes; number them from 0"
+            )
         table = torch.tensor([ours.get(name, -1) for name in theirs], dtype=torch.int64, device="cpu")
         found = table[labels]
         if bool((found < 0).any()):

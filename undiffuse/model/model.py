@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Float, UInt8
@@ -131,7 +131,7 @@ class Model:
         clip: bool | None = None,
         variance: str | Variance | None = None,
         precision: str | None = None,
-        guidance: float | int | None = None,
+        guidance: SupportsFloat | None = None,
         guide: "Model | None" = None,
     ) -> "Model":
         """The same weights with x̂_0 not clipped, as in the bare Algorithm 2, or with the other fixed variance.
@@ -185,7 +185,7 @@ class Model:
         """One picture file made into such an image, and what that took; `reading` as in `source`. Raises DataError."""
         return read_picture(path, self.image_shape, reading or self.data.reading)
 
-    def sampler(self, solver: str | Sampler | None = None, eta: float | int | None = None) -> Sampler:
+    def sampler(self, solver: str | Sampler | None = None, eta: SupportsFloat | None = None) -> Sampler:
         """A solver by name, with its order, `unipc-2`, or its fields, `heun,churn=40`; the ancestral one unless given.
 
         The ancestral one takes the model's variance; `eta` is DDIM's. A distilled model takes DPM-Solver++(2M) alone.
@@ -278,7 +278,7 @@ class Model:
         self,
         steps: Steps = None,
         solver: str | Sampler | None = None,
-        eta: float | int | None = None,
+        eta: SupportsFloat | None = None,
         grid: str | Grid | None = None,
         noisy: bool = False,
     ) -> Walk:
@@ -288,7 +288,7 @@ class Model:
         there is none, on one that suits it. mu, which holds for the steps of its table only, takes all of them.
         """
         if solver is not None or eta is not None or self.config.bounds is not None:
-            return walk.enough(Walk(self.times(steps, grid), self.sampler(solver, eta)), solver)
+            return walk.fitting(self.config, Walk(self.times(steps, grid), self.sampler(solver, eta)), solver)
         if self.config.parameterisation.needs_table:
             return Walk(walk.whole_table(self.process, self.times(steps, grid)), self.sampler(), walk.MU)
         name = walk.NOISY if noisy else walk.SOLVER

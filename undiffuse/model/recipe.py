@@ -258,7 +258,9 @@ def _law(recipe: Recipe) -> Recipe:
     return replace(recipe, about="", expected={}, train=replace(recipe.train, **same))
 
 
-def _plain(source: str) -> dict[str, Any]:
+def _plain(source: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    if source in above:
+        raise UsageError(f"preset {source} is its own base ({' -> '.join((*above, source))}); name another base")
     if source.endswith(".toml"):
         plain = read_toml(Path(source))
     elif source in presets():
@@ -269,8 +271,14 @@ def _plain(source: str) -> dict[str, Any]:
     base = plain.pop("base", None)
     if base is None:
         return plain
-    under = _plain(base)
-    under.get("expected", {}).pop("curve", None)  # it was measured without these changes
+    if not isinstance(base, str):
+        raise UsageError(f"{source}: base = {base!r} is not possible; give the name of a preset, or a file in quotes")
+    under = _plain(base, (*above, source))
+    if isinstance(expected := under.get("expected"), dict):
+        expected.pop("curve", None)  # it was measured without these changes
+    for key in plain:
+        if isinstance(plain[key], dict) and not isinstance(under.get(key, {}), dict):
+            raise UsageError(f"{base}: {key} = {under[key]!r} is not possible; give a section [{key}]")
     return _merge(under, plain)
 
 

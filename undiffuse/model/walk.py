@@ -1,7 +1,7 @@
 """Which chain is walked where nobody names a solver: few evaluations of the one that bench/solvers.py found best."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -65,7 +65,7 @@ def words(process: Process, grid: Grid, steps: int, solver: str, unfitted: bool 
     return f"{count} of {solver} on the {name} grid{hint}{beside}; --solver ancestral for {whole}Algorithm 2"
 
 
-def sampler(config: ModelConfig, solver: str | Sampler | None, eta: float | int | None = None) -> Sampler:
+def sampler(config: ModelConfig, solver: str | Sampler | None, eta: SupportsFloat | None = None) -> Sampler:
     """See `Model.sampler`."""
     if config.bounds is not None:
         asked = named(solver, eta) if isinstance(solver, str) else solver or trajectory.SOLVER
@@ -100,10 +100,18 @@ def whole_table(process: Process, times: Float[Tensor, "times"]) -> Float[Tensor
     return times
 
 
-def enough(walk: Walk, solver: str | Sampler | None) -> Walk:
-    """The walk, if it is long enough for the order of a solver by name. Raises UsageError."""
+def fitting(config: ModelConfig, walk: Walk, solver: str | Sampler | None) -> Walk:
+    """The walk, if the solver suits the model, and is, if it was named, of no higher order than there are steps.
+
+    Raises UsageError.
+    """
+    if config.parameterisation.needs_table and walk.sampler.strays:
+        raise UsageError(
+            f"solver {solver} asks at times beside those of its steps, and this model predicts mu, which it knows at "
+            "the times of its table alone; give ancestral, ddim, or heun without a churn"
+        )
     steps, order = len(walk.times) - 1, walk.sampler.order
-    if isinstance(solver, str) and 0 < steps < order:
+    if isinstance(solver, str) and config.bounds is None and 0 < steps < order:
         few = f"{counted(steps, 'step')} of a chain {'is' if steps == 1 else 'are'}"
         raise UsageError(
             f"solver {solver} has order {order}, for which {few} too few; give {order} or more, or a solver of a lower "

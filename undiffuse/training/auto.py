@@ -106,7 +106,8 @@ def choose(
     batch = fixed.train.batch if "train.batch" in given else _batch(facts)
     hold_out = HELD_OUT if small and not facts.has_test and facts.images > 1 else 0.0
     ends_itself = small and (facts.has_test or (fixed.data.hold_out if "data.hold_out" in given else hold_out) > 0)
-    length = TrainConfig(steps=-(-_length(facts) // batch), batch=batch)
+    steps = fixed.train.steps if "train.steps" in given else -(-_length(facts) // batch)
+    length = TrainConfig(steps=steps, batch=batch)
     last = budget.last_step(length)
     chosen: dict[str, Any] = {
         "data": {
@@ -141,7 +142,7 @@ def choose(
     merged |= {"about": f"chosen by auto for {facts.images:,} images on {facts.device}, from preset {base}"}
     del merged["expected"]
     recipe = parse(Recipe, override(merged, settings), "recipe auto", trusted=True)
-    return Choice(recipe, _why(facts, recipe, base, "data.size" in given, budget, init is not None))
+    return Choice(recipe, _why(facts, recipe, base, given, budget, init is not None))
 
 
 def _channels(facts: Facts, init: ModelConfig | None) -> int | None:
@@ -196,7 +197,7 @@ def _dropout(facts: Facts) -> float:
     return 0.0 if facts.images >= SMALL else 0.1 if facts.images >= 1000 else 0.2
 
 
-def _why(facts: Facts, recipe: Recipe, base: str, asked: bool, budget: Budget, tuned: bool) -> tuple[str, str, str]:
+def _why(facts: Facts, recipe: Recipe, base: str, given: set[str], budget: Budget, tuned: bool) -> tuple[str, str, str]:
     """What was chosen, in three lines: the pictures, the network, the length."""
     data, train = recipe.data, recipe.train
     height, width = data.size if isinstance(data.size, tuple) else (data.size, data.size)
@@ -209,14 +210,17 @@ def _why(facts: Facts, recipe: Recipe, base: str, asked: bool, budget: Budget, t
     larger = f"; larger ones train slowly on {facts.device}, --size 64 asks for them" if facts.side > limit else ""
     seen_as = "grey" if facts.grey else "in colour" if facts.channels in (3, None) else f"of {channels(facts.channels)}"
     because = f"because the pictures are {seen_as} and {seen}{larger}"
-    if asked or tuned:
-        because = "as asked" if asked else "as those of the model to begin with"
+    if "data.size" in given or tuned:
+        because = "as asked" if "data.size" in given else "as those of the model to begin with"
     dropout = getattr(recipe.network, "dropout", 0.0)
     few = f" with dropout {dropout:g}, because {facts.images:,} images are few" if dropout else ""
     network = "the network to begin with" if tuned else f"the network of preset {base}{few}"
-    held = "the test split" if facts.has_test else f"{data.hold_out:.0%} of the pictures, kept for this,"
-    limited = budget.steps is not None or budget.images is not None
-    until = f"until the loss on {held} has not fallen for a third of the run, at most " if train.patience else ""
+    kept = f"{data.hold_out:.0%} of the pictures, kept for this,"
+    held = "the test split" if facts.has_test and not data.hold_out else kept
+    limited = budget.steps is not None or budget.images is not None or "train.steps" in given
+    share = train.patience / (1 + train.patience)
+    part = {1 / 3: "a third", 1 / 2: "half"}.get(share, f"{share:.0%}")
+    until = f"until the loss on {held} has not fallen for {part} of the run, at most " if train.patience else ""
     day = "" if limited or train.patience else ", as many as a day allows"
     turn = "pictures are flipped" if data.flip else "none is flipped, --set data.flip=true does"
     return (
@@ -243,7 +247,8 @@ def resolved(
             taken, told = wants_channels_last(config, train.precision, shares(train)[1], device)
             say(told)
         train = replace(train, channels_last=bool(dist.decide(taken)))
-    if train.micro_batch == "auto" and (found := dist.decide((then or {}).get("micro_batch", 0))):
+    then_micro = (then or {}).get("micro_batch")  # "auto" with exact shards, which say it themselves
+    if train.micro_batch == "auto" and (found := dist.decide(then_micro if isinstance(then_micro, int) else 0)):
         train = replace(train, micro_batch=found)
     return replace(recipe, train=train)
 

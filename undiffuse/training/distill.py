@@ -51,6 +51,7 @@ def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
         sample_every=500,
         held_out_every=500,
         held_out=1024 // len(bounds),
+        eval_steps=len(bounds),
         channels_last="auto",
         drop_label=0.1 if before is None else before.drop_label,
     )

@@ -54,7 +54,8 @@ def known_good(run: store.Run, before: int | None = None) -> int | None:
 def advised(error: NotFiniteError, trainer: Trainer, run: store.Run) -> NotFiniteError:
     """The same, with what to do about it."""
     good, lr = known_good(run, before=trainer.step), min(trainer.recipe.train.lr / SLOWER, SAFE)
-    folder = None if good is None else run.folder(good)
+    # A distillation begins from its teacher, whatever there is.
+    folder = None if good is None or trainer.recipe.objective.taught else run.folder(good)
     start = "start a new run" if folder is None else f"start a new run from {folder}, which is known to be good, with"
     precise = "" if trainer.recipe.train.precision == "float32" else ", or with --set train.precision=float32"
     advised = NotFiniteError(

@@ -76,7 +76,7 @@ def train(
             raise failure or Stalled("process 0 could not begin, and says why")
         trainer.share_state()
         fit_micro_batch(trainer, say)
-        _foretell(trainer, last, budget, init is not None, say, warn)
+        _foretell(trainer, last, budget, init is not None, held is not None, say, warn)
         looks = Looks(held, on, scores, say)
         loop = _Loop(trainer, run, last, budget, flag, looks, show_progress and first, saved, sinks)
         try:
@@ -94,10 +94,10 @@ def train(
         return model
 
 
-def _foretell(trainer: Trainer, last: int, budget: Budget, tuned: bool, say: Say, warn: Say) -> None:
+def _foretell(trainer: Trainer, last: int, budget: Budget, tuned: bool, held: bool, say: Say, warn: Say) -> None:
     """Before step 0: what cannot work, and what the run will cost."""
     if trainer.step == 0:
-        for text in conflicts(trainer.recipe.train, last, budget.minutes, tuned, trainer.config):
+        for text in conflicts(trainer.recipe.train, last, budget.minutes, tuned, trainer.config, held):
             warn(text)
         tell_plan(trainer, last, say, warn)
 

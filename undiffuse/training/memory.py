@@ -63,10 +63,12 @@ def tell_plan(trainer: Trainer, last: int, say: Say, warn: Say) -> None:
 
 def exhausted(trainer: Trainer, last: int) -> MemoryExhausted:
     """Out of memory in a step, with what was expected of it."""
+    distils = trainer.recipe.objective.taught > 0
+    anew = "Distil anew" if distils else "The last checkpoint is good; fine-tune from it with --init"
     return MemoryExhausted(
         f"out of memory at step {trainer.step} with micro-batches of {trainer.micro}, when "
         f"{machine.peak_bytes(trainer.device) / 1e9:.1f} GB had been in use ({planned(trainer, last)}"
-        f"{foreseen(trainer)}). The last checkpoint is good; fine-tune from it with --init and a smaller one, --set "
+        f"{foreseen(trainer)}). {anew}, in another --out and with a smaller one, --set "
         f"train.micro_batch={max(1, trainer.micro // 2)}, or with {less(trainer)}"
     )
 

@@ -39,7 +39,12 @@ class Budget:
 def shares(train: TrainConfig) -> tuple[int, int]:
     """The rows of a process and of a micro-batch. Raises UsageError where the batch cannot be divided so."""
     processes, shards = dist.size(), train.exact_shards
-    if train.batch % processes or (shards and (shards % processes or train.batch % shards)):
+    if shards and train.batch % shards:
+        raise UsageError(
+            f"a batch of {train.batch} images cannot be divided into {shards} exact shards; set a train.batch of which "
+            f"{shards} is a divisor, such as {max(1, train.batch // shards) * shards}"
+        )
+    if train.batch % processes or (shards and shards % processes):
         fit = [n for n in range(1, train.batch + 1) if train.batch % n == 0 and (not shards or shards % n == 0)]
         what = f"{train.batch} images in {shards} exact shards" if shards else f"{train.batch} images"
         raise UsageError(
@@ -106,10 +111,11 @@ def conflicts(
     minutes: float | int | None = None,
     tuned: bool = False,
     config: ModelConfig | None = None,
+    held: bool = True,
 ) -> list[str]:
     """Settings that cannot do together what they are for in a run of `last` steps, each with what to set instead.
 
-    `tuned` runs begin with weights that were trained.
+    `tuned` runs begin with weights that were trained; `held` is whether images are held out.
     """
     found = []
     if config is not None:
@@ -133,6 +139,11 @@ def conflicts(
         found.append(
             f"train.eval_every = {train.eval_every:,} is more than the {last:,} steps, so that samples are scored at "
             f"the end alone; set train.eval_every={max(1, last // 10)}"
+        )
+    if train.patience and not held:
+        found.append(
+            f"train.patience = {train.patience:g} ends nothing, because no images are held out, so the run goes on to "
+            f"step {last:,}; set data.hold_out=0.05 and train.held_out above 0, or train.patience=0"
         )
     if minutes is not None and train.decay != "constant":
         found.append(

@@ -42,6 +42,7 @@ class Proxy:
     images: int
     steps: int
     every: int
+    solver: str | None = "ddim"  # None for that of a distilled model
     real: Real | None = None
     costs: list[float] = field(default_factory=list)  # seconds of each time; the first has those of the real images
 
@@ -52,15 +53,15 @@ class Proxy:
 
     def protocol(self) -> dict[str, Any]:
         """What must be the same for two of these numbers to be compared."""
-        drawn = {"images": self.images, "steps": self.steps, "solver": "ddim"}
+        drawn = {"images": self.images, "steps": self.steps, "solver": self.solver or "its own"}
         return {**self.extractor.identity, **drawn, "real": 0 if self.real is None else len(self.real.rows)}
 
     def plan(self, images: int) -> str:
         """What is measured, in words, in a run on so many images."""
+        chain = f"{self.steps} steps of {self.solver or 'its own'}"
         return (
             f"proxy scores every {self.every:,} steps: {' and '.join(self.names)} of {self.images:,} samples in "
-            f"{self.steps} steps of ddim, beside {min(images, REFERENCE):,} training images; `undiffuse eval` measures "
-            "in full"
+            f"{chain}, beside {min(images, REFERENCE):,} training images; `undiffuse eval` measures in full"
         )
 
     def cost(self, step: float) -> str:
@@ -92,7 +93,8 @@ def prepare(trainer: Trainer) -> Proxy | None:
         extractor.check(model.image_shape)
     except UsageError as error:
         raise UsageError(f"train.eval_every = {train.eval_every} is not possible: {error}") from error
-    return Proxy(extractor, train.eval_images, train.eval_steps, train.eval_every)
+    solver = "ddim" if model.config.bounds is None else None
+    return Proxy(extractor, train.eval_images, train.eval_steps, train.eval_every, solver)
 
 
 def tell(
@@ -126,7 +128,7 @@ def score(proxy: Proxy, trainer: Trainer, tick: Callable[[int], None]) -> dict[s
     began = time.monotonic()
     if proxy.real is None:
         proxy.real = _real(proxy.extractor, trainer, tick)
-    real, batches = proxy.real, look.draw(trainer, "proxy", proxy.images, proxy.steps, "ddim", True, tick)
+    real, batches = proxy.real, look.draw(trainer, "proxy", proxy.images, proxy.steps, proxy.solver, True, tick)
     parts = list[Tensor]()
     for images in batches:
         parts.append(_seen(proxy.extractor, images, sum(map(len, parts))))

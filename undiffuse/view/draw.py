@@ -225,7 +225,7 @@ class Array:
     path: Path
     job: Job
     head: bytes
-    batch: int  # of the command that wrote it last
+    batch: int  # of the command that began it: so many rows at most are written before they are synced
 
     @property
     def partial(self) -> Path:
@@ -236,17 +236,19 @@ class Array:
         return math.prod(self.job.model.image_shape)
 
     def done(self) -> int:
-        """How many rows are surely on the disk: all of a batch is synced before the next is begun."""
+        """How many rows are surely on the disk: what was written last may not be."""
         rows = (self.partial.stat().st_size - len(self.head)) // self._row
-        return max(0, rows - 1) // self.batch * self.batch
+        return max(0, rows - self.batch)
 
     def missing(self) -> UInt8[Tensor, "n"]:
         return (torch.arange(self.job.n, dtype=torch.int64, device="cpu") >= self.done()).to(torch.uint8)
 
     def put(self, first: int, images: UInt8[Tensor, "b c h w"]) -> None:
-        if first + len(images) > self.done():
-            rows = images.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
-            disk.append(self.partial, len(self.head) + first * self._row, rows)
+        if first + len(images) <= self.done():
+            return
+        for part in images.permute(0, 2, 3, 1).split(self.batch):
+            disk.append(self.partial, len(self.head) + first * self._row, part.contiguous().numpy().tobytes())
+            first += len(part)
 
     def end(self, columns: int | None) -> dict[str, Path]:
         c, h, w = self.job.model.image_shape

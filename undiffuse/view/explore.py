@@ -120,7 +120,7 @@ def _shared_chains(
             "same; give ancestral, dpmpp-sde, ddim with eta above 0, or heun with a churn, such as heun,churn=40"
         )
     times = _with(way.times, *branches)
-    return way.sampler, branches, [times, *(times[times <= t] for t in branches)]
+    return way.sampler.within(len(times) - 1), branches, [times, *(times[times <= t] for t in branches)]
 
 
 def interpolate(
@@ -185,11 +185,11 @@ def _interpolation_chains(
     model: Model, at: Sequence[Number], steps: Steps, solver: Solver
 ) -> tuple[Sampler, list[Float[Tensor, "_"]]]:
     """The solver, and the times from each t of `at` down to 0."""
-    way, grids = model.walk(steps, solver), []
+    way, grids = model.walk(steps, solver), list[Tensor]()
     for t in (_place(model, t, low=0.0) for t in at):
         times = _with(way.times, t)
         grids.append(times[times <= t])
-    return way.sampler, grids
+    return way.sampler.within(len(way.times) - 1), grids
 
 
 def comparable(shape: tuple[int, int, int], source: Source, k: int, crop: Crop | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from undiffuse.diffusion.reverse import Prediction
 from undiffuse.errors import UsageError
 from undiffuse.key import Keys
 from undiffuse.network.base import Conditioning
+from undiffuse.strict import real
 
 # All that a sampler knows of a model: (x_t, t) -> Prediction.
 Denoise = Callable[[Float[Tensor, "b *x"], Float[Tensor, "b"]], Prediction]
@@ -31,7 +32,7 @@ class Turn(NamedTuple):
     """A step of a chain, from t to s < t: what is known of the model, of the times, and of the steps before.
 
     `c` are the coefficients of the step, `ready` to multiply x. `state` is what the step before gave back; None at the
-    first, and where the chain has been noised again. `keys` are those of the noise of this step, of `steps` in all.
+    first, and where the chain has been noised again. `keys` are those of the noise of this step.
     """
 
     denoise: Denoise
@@ -41,7 +42,6 @@ class Turn(NamedTuple):
     s: Float[Tensor, "b"]
     state: Any
     keys: Keys
-    steps: int
 
 
 class Sampler(ABC):
@@ -53,6 +53,15 @@ class Sampler(ABC):
     def noisy(self) -> bool:
         """Whether steps add noise, so that two chains from one x_t end in two images."""
         return False
+
+    @property
+    def strays(self) -> bool:
+        """Whether the network is asked at times that are not of the grid."""
+        return False
+
+    def within(self, steps: int) -> "Sampler":
+        """Itself, as it is in a chain of so many steps, of which it may walk the last ones alone."""
+        return self
 
     def converges(self) -> tuple[int, int]:
         """The order of the error of its deterministic part: on grids whose steps change smoothly, and on any."""
@@ -73,9 +82,10 @@ class Sampler(ABC):
 SAMPLERS: Table[Sampler] = Table("sampler", Sampler, "undiffuse.diffusion.sampler")
 
 
-def named(solver: str, eta: float | int | None = None) -> Sampler:
+def named(solver: str, eta: SupportsFloat | None = None) -> Sampler:
     """A solver by name, with its order, `unipc-2`, or its fields, `heun,churn=40`; `eta` is that of DDIM."""
     head, comma, fields = solver.partition(",")
+    eta = None if eta is None else real("eta", eta)
     if eta is not None and head != "ddim":
         raise UsageError(f"eta = {eta:g} belongs to the sampler ddim, not to {solver}; choose ddim, or leave it out")
     if eta is not None and fields:
@@ -139,6 +149,7 @@ def sample(
     x = process.prior_std * keys.fold("x_T").normal(*shape).to(dtype) if start is None else start
     if len(times) < 2:
         return x
+    sampler = sampler.within(len(times) - 1)
     state, taken = None, ready(x, sampler.coefficients(process, times[:-1, None], times[1:, None]))
     for i in range(len(times) - 1):
         remaining = len(times) - 1 - i
@@ -149,5 +160,5 @@ def sample(
         if times[i + 1] > times[i]:
             x, state = renoise(process, x, t, s, step_keys), None
         else:
-            x, state = sampler.step(x, Turn(denoise, process, row(taken, i), t, s, state, step_keys, len(times) - 1))
+            x, state = sampler.step(x, Turn(denoise, process, row(taken, i), t, s, state, step_keys))
     return x

@@ -1,13 +1,13 @@
 """Heun's second-order method, two evaluations a step, with or without noise (Karras et al. 2022, Algorithm 2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from undiffuse.config import NonNegative, Positive
+from undiffuse.config import Count, NonNegative, Positive
 from undiffuse.diffusion.numbers import F64, added, combined
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.base import Sampler, Turn
@@ -44,16 +44,20 @@ class Heun(Sampler):
 
     With `churn`, S_churn of the paper, each step of the n first adds noise that makes sigma/alpha larger by the share
     churn/n, if it lies within `churn_min` and `churn_max`, 0.05 and 50 unless given. `churn_noise` is the standard
-    deviation of that noise, 1 unless given.
+    deviation of that noise, 1 unless given. n is that of the chain, unless `steps` says of how many it is the end.
     """
 
     churn: NonNegative | None = None
     churn_noise: Positive | None = None
     churn_min: NonNegative | None = None
     churn_max: Positive | None = None
+    steps: Count | None = None
     order = 2
 
     def __post_init__(self) -> None:
+        alone = [name for name, value in vars(self).items() if value is not None and name != "churn"]
+        if alone and self.churn is None:
+            raise UsageError(f"sampler heun: {alone[0]} belongs to the churn; give churn too, such as 40")
         low, high = self.between
         if low >= high:
             raise UsageError(f"sampler heun: churn_min {low:g} is not below churn_max {high:g}, so nothing is churned")
@@ -63,19 +67,26 @@ class Heun(Sampler):
         return bool(self.churn)
 
     @property
+    def strays(self) -> bool:
+        return bool(self.churn)
+
+    def within(self, steps: int) -> "Heun":
+        return replace(self, steps=steps) if self.churn and self.steps is None else self
+
+    @property
     def between(self) -> tuple[float, float]:
         """sigma/alpha of the steps that are churned."""
         return 0.05 if self.churn_min is None else self.churn_min, 50.0 if self.churn_max is None else self.churn_max
 
-    def raised(self, process: Process, t: Float[Tensor, "*n"], steps: int) -> Float[Tensor, "*n"]:
+    def raised(self, process: Process, t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """r: t, or where noise has been added to."""
         log_ratio, (low, high) = -process.logsnr(t) / 2, self.between
         inside = (log_ratio.exp() >= low) & (log_ratio.exp() <= high)
-        share = inside.to(F64) * min((self.churn or 0.0) / steps, MOST)
+        share = inside.to(F64) * min((self.churn or 0.0) / (self.steps or 1), MOST)
         return torch.where(share > 0, process.time(-2 * (log_ratio + torch.log1p(share))).clamp(max=1), t)
 
     def coefficients(self, process: Process, t: Float[Tensor, "*n"], s: Float[Tensor, "*n"]) -> Coefficients:
-        r = self.raised(process, t, len(t)) if self.churn else t
+        r = self.raised(process, t) if self.churn else t
         (alpha_r, sigma_r), (alpha_s, sigma_s) = process.alpha_sigma(r), process.alpha_sigma(s)
         rise = alpha_r / process.alpha(t) if self.churn else torch.ones_like(alpha_r)
         std = (self.churn_noise or 1.0) * sigma_r * (-torch.expm1(process.logsnr(r) - process.logsnr(t))).sqrt()
@@ -86,7 +97,7 @@ class Heun(Sampler):
     def step(self, x: Float[Tensor, "b *x"], at: Turn) -> tuple[Float[Tensor, "b *x"], Any]:
         c, t = at.c, at.t
         if c.churns.all():
-            x, t = combined(c.rise, x, c.std, at.keys.normal(*x.shape[1:])), self.raised(at.process, t, at.steps)
+            x, t = combined(c.rise, x, c.std, at.keys.normal(*x.shape[1:])), self.raised(at.process, t)
         x_0 = at.denoise(x, t).x_0
         eps = added(x, c.less_r, x_0) / c.sigma_r
         euler = combined(c.alpha_s, x_0, c.sigma_s, eps)
