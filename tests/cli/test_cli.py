@@ -236,7 +236,7 @@ BAD = [
     (["sample", "BROKEN", "--out", "x"], 5, "no checkpoint in BROKEN is good. BROKEN/step-000000003/ema.s"),
     (["sample", "BROKEN/step-000000002", "--out", "x"], 5, "its size or sha256 is not what the manifest says"),
     (["verify", "EMPTY"], 2, "has no checkpoints; give the --out folder of a training run"),
-    (["average", "RUN", "--sigma-rel", "0.1", "--out", "x"], 2, "no EMA snapshots; train with --set train.ema"),
+    (["average", "RUN", "--sigma-rel", "0.1", "--out", "x"], 2, "no EMA snapshots; train with --set 'train.ema"),
     (["train", "digits", "-p", "cifar10", "--out", "x", "--set", "train.ema_profiles=[0.3]"], 2, "ema_profiles.0"),
     (["train", "digits", "-p", "digits", "--out", "x", "--log", "wandbb"], 2, 'log "wandbb" is not known. Did you'),
     (["train", "digits", "-p", "digits", "--out", "n" * 300], 4, "cannot be read: File name too long"),
