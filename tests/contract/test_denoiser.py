@@ -95,7 +95,7 @@ def test_an_oracle_gives_x_0_back(process, parameterisation, dtype):
     x_0, eps = uniform(0, len(t), *SHAPE, dtype=dtype), uniform(1, len(t), *SHAPE, dtype=dtype)
     denoiser, x_t = answering(torch.zeros_like(x_0), process, F), process.marginal(x_0, eps, t)
     known = denoiser(x_t, t).output  # what is added to the network's answer: nothing but by `lattice`
-    denoiser.network.output = denoiser.target(x_0, eps, t) - known
+    denoiser.network.output = ready(x_0, denoiser.at(t)).target(x_0, eps) - known
     assert bool((known != 0).any()) == (parameterisation == "lattice" and process.logsnr(t).max() > -2 * math.log(FINE))
     found = denoiser(x_t, t).x_0
     bound = 8 * torch.finfo(dtype).eps * F.coefficients(process, t).out.abs().clamp(min=1)
@@ -138,7 +138,7 @@ def test_mu_is_the_posterior_s_mean():
     process, t = Linear(), grid(1, 2, 500, 1000)
     x_0, eps = uniform(2, 4, *SHAPE), uniform(3, 4, *SHAPE)
     expected, _ = process.posterior(process.marginal(x_0, eps, t), x_0, t, t - 1 / 1000)
-    found = answering(torch.empty(0), process, Mu()).target(x_0, eps, t)
+    found = ready(x_0, answering(torch.empty(0), process, Mu()).at(t)).target(x_0, eps)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 

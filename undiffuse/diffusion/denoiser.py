@@ -146,12 +146,6 @@ class Denoiser(nn.Module):
         mean = output if isinstance(self.parameterisation, Mu) else None
         return Prediction(x_0.clamp(-1, 1) if self.clip else x_0, output, raw_variance, mean)
 
-    def target(
-        self, x_0: Float[Tensor, "b *x"], eps: Float[Tensor, "b *x"], t: Float[Tensor, "b"]
-    ) -> Float[Tensor, "b *x"]:
-        """What the network should have said."""
-        return ready(x_0, self.at(t)).target(x_0, eps)
-
     def score(
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning = NOTHING
     ) -> Float[Tensor, "b c h w"]:
