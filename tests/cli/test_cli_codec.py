@@ -37,6 +37,9 @@ def test_tables_are_made_once_and_anew_when_asked(call, folder, tmp_path, cache)
         "ident": made.ident.hex(),
         "made": "before",
     }
+    for option, value, kept in (("--steps", 4, 3), ("--memory", 12, 10)):
+        code, _, err = call(*words, option, value)
+        assert code == 2 and f"{option} {value} is not what the tables of this model were made with ({kept});" in err
     other = good(call, *words, "--overwrite")
     assert other["ident"] != made.ident.hex() and other["steps"] == 3 and other["usual"] > 0
     again = tables.of(load.load(model, "cpu"))
@@ -221,8 +224,7 @@ def test_so_many_bytes_of_a_file_are_read_as_of_one_that_is_cut_off(call, place,
     assert good(call, *words, "--bytes", 10**6)["status"] == "complete"
     for size, code, message in (
         (0, 2, "--bytes 0 is not possible; give 1 or more"),
-        (1, 5, "this is no coded image: it does not begin as one; files are made by `undiffuse encode`"),
-        (7, 5, "the file is cut off in its header, of 8 bytes or more: 7 are there; restore it"),
+        (7, 2, "--bytes 7 is less than the header of a file; give 8 or more"),
     ):
         found, _, err = call(*words, "--bytes", size)
         assert found == code and message in err and err.count("\n") == 1
@@ -253,7 +255,7 @@ def test_pictures_are_drawn_from_the_bits_in_two_ways(call, place, tmp_path, how
     good(call, *words, "--realism", 0.5)
     assert np.array_equal(pixels(tmp_path / "x.png"), found.drawn(solver, steps, 0.5)[0, 0].numpy())
     code, _, err = call(*words, "--realism", 2)
-    assert (code, err.splitlines()[-1]) == (2, "undiffuse: realism = 2 is not possible; give 0 (the mean) to 1")
+    assert (code, err.splitlines()[-1]) == (2, "undiffuse: --realism 2 is not possible; give 0 (the mean) to 1")
 
 
 def test_what_a_file_holds(call, place, tmp_path):

@@ -117,6 +117,9 @@ def test_models_stand_beside_each_other_with_the_same_seeds(runs, tmp_path, call
     assert "<tr><td>train.lr</td><td>0.001</td><td>0.002</td></tr>" in of(page, "Settings that differ")
     assert "train.batch" not in of(page, "Settings that differ")
     assert of(page, "Training").count("<polyline") == 4  # held out and on batches, of two runs
+    call("compare", runs / "A", runs / "B", "-n", 12, "--steps", 1, "--out", out, "--overwrite")
+    said = re.findall(r'<img [^>]*alt="(.*?)"', of(out.read_text(), "Samples"))
+    assert len(said) == 2 and said[0] == "Samples 0 to 7, a row for each of A, B" and all(said)
 
 
 def test_a_model_beside_pictures_of_another_size(runs, tmp_path, call):
@@ -138,6 +141,29 @@ def test_a_class_has_a_row(tmp_path, call):
     assert code == 0, error
     page = of((tmp_path / "page.html").read_text(), "Samples")
     assert re.findall(r"<span>(.*?)</span>", page) == [str(i) for i in range(10)]
+    words = [
+        "report",
+        tmp_path / "C",
+        "digits",
+        "-n",
+        120,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "page.html",
+        "--overwrite",
+    ]
+    assert call(*words)[0] == 0
+    page = of((tmp_path / "page.html").read_text(), "Samples")
+    assert "120 samples, not selected" in page and "As many held-out images of digits, spread evenly over it." in page
+
+
+def test_a_model_that_predicts_mu_has_a_page(tmp_path, call):
+    run_of_digits(tmp_path / "M", 2, "parameterisation.name=mu")
+    code, _, error = call("report", tmp_path / "M", "-n", 4, "--steps", 3, "--out", tmp_path / "page.html")
+    assert code == 0, error
+    page = (tmp_path / "page.html").read_text()
+    assert "4 samples, not selected: 3 of" in page and "None can be" not in page
 
 
 BAD = {
@@ -154,6 +180,8 @@ BAD = {
     "report A --steps 0": "steps",
     "report A --solver x": 'sampler "x" is not known',
     "compare SHEET SHEET --steps 5": "--steps 5 is for models, and all of these are sets of samples; leave it out",
+    "compare SHEET SHEET --seed 5": "--seed 5 is for models, and all of these are sets of samples; leave it out, or",
+    "compare A B --size 9": "--size 9 is for sets of samples, and all of these are models; leave it out, or give one",
     "compare A": "A alone cannot be compared; give two or more, or take `undiffuse report`",
     "compare A NONE": "NONE is not there; give a model, or a folder, zip or npz of pictures",
     "compare A B --eval A/eval": "--eval is given 1 times for 2; give it once for each, - for none",
@@ -194,8 +222,12 @@ def test_a_measurement_in_the_run_that_is_not_finished_is_told(runs, tmp_path, c
     shutil.copytree(runs / "B", tmp_path / "B")
     (tmp_path / "B" / "eval" / "summary.json").rename(tmp_path / "B" / "eval" / "query.json")
     (tmp_path / "B" / "evaluation-notes").mkdir()
+    (tmp_path / "B" / "nll").mkdir()
     call("report", tmp_path / "B", "-n", 1, "--steps", 1, "--out", tmp_path / "page.html")
-    assert of((tmp_path / "page.html").read_text(), "Scores").count("is an evaluation that is not finished") == 1
+    page = (tmp_path / "page.html").read_text()
+    scores, bits = of(page, "Scores"), of(page, "Bits per dimension")
+    assert scores.count("is an evaluation that is not finished") == 1 and "a measurement that is not" not in scores
+    assert bits.count("is a measurement that is not finished") == 1 and "an evaluation that is not" not in bits
 
 
 @pytest.mark.slow

@@ -162,6 +162,15 @@ def test_tables_have_the_bits_of_their_steps_and_of_the_waste():
         tables.plan(nodes, model.process, "a" * 64, 100, 144, steps=40)
 
 
+@pytest.mark.parametrize("side", [12, 96, 1024])
+def test_tables_of_images_of_any_size_belong_together(side):
+    """At the largest scale bits grow with the values: of 1024×1024 RGB to some 10⁷ in a step."""
+    model, values = gaussian((1, 12, 12)), 3 * side**2
+    nodes = tables.measured(model, gaussian_images(40))
+    made = tables.plan(nodes, model.process, "a" * 64, 40, values, steps=8)
+    assert max(map(max, made.bits)) > values and made.check("x") is made
+
+
 def test_bits_go_with_the_values_of_an_image_and_the_first_one_starts_the_path():
     made = plan(values=16, bits=(9, 14, 20, 31))
     assert [made.budget(n, 0, 16) for n in range(4)] == [9, 14, 20, 31]
@@ -185,7 +194,7 @@ DAMAGES = {
     "a square too few": {"square": plan().square[2:]},
     "a scale too few": {"bits": (ROW,) * 3 + (ROW[1:],)},
     "negative bits": {"bits": (ROW,) * 3 + ((-1, *ROW[1:]),)},
-    "too many bits": {"bits": (ROW,) * 3 + ((*ROW[:-1], MOST_BITS + 1),)},
+    "too many bits": {"bits": (ROW,) * 3 + ((*ROW[:-1], 16 * MOST_BITS + 1),)},
     "bits of too few steps": {"bits": (ROW,) * 3},
     "layers of too few steps": {"layers": (2, 1)},
     "a layer without steps": {"layers": (2, 0, 1, 1)},

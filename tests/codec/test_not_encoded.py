@@ -72,6 +72,14 @@ def test_a_class_that_the_model_lacks_is_refused():
         Codec(model, PLAN).encode(gaussian_images(1), 1, label=3)
 
 
+def test_a_model_that_was_never_trained_without_a_class_needs_one():
+    meta = {"classes": {"names": ["a", "b"], "counts": [1, 1], "unlabelled": False}}
+    model = replace(MODEL, config=replace(MODEL.config, classes=2), meta=meta)
+    with pytest.raises(UsageError, match="^this model was never trained without a class; give a label. This model"):
+        Codec(model, PLAN).encode(gaussian_images(1), 1)
+    assert Codec(model, PLAN).encode(gaussian_images(1), 1, label=1)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

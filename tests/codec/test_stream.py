@@ -18,7 +18,7 @@ from undiffuse.codec.stream import Codec
 from undiffuse.diffusion.denoiser import Denoiser
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.parameterisation import X0
-from undiffuse.diffusion.reverse import FixedSmall
+from undiffuse.diffusion.reverse import FixedSmall, Learned, LearnedRange
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key
 from undiffuse.model.load import load
@@ -316,6 +316,27 @@ def test_what_is_drawn_goes_on_from_the_bits(coded):
         drawn = to_float(found.drawn(solver, steps))
         assert float(drawn.var()) == pytest.approx(STD**2, rel=0.1)
         assert least < float((drawn - x_0).square().mean()) < most  # ancestral, with β̃, a little less than 2 left
+
+
+@pytest.mark.parametrize("side", [8, 12])
+@pytest.mark.parametrize("learned", [Learned(), LearnedRange()])
+def test_a_learned_variance_draws_on_with_a_fixed_one(tmp_path, learned, side):
+    """Its steps are no table's, and windows say no variance."""
+    model = load(toy.save(tmp_path / "m.safetensors", learned), "cpu")
+    own = Codec(model, plan(64, weights=model.digest()))
+    found = own.decode(own.encode(pictures(1, 1, side, side), 2))
+    assert found.drawn("ancestral", 5).shape == (1, 1, side, side)
+
+
+def test_a_lossless_file_without_its_last_bytes_is_lossless_still():
+    """Each lossless end has a CRC of its own; only one that is not there makes the picture another."""
+    images = gaussian_images(3, SHAPE)
+    data = CODEC.encode(images, group=2, lossless=True)
+    spoilt = data[:-1] + bytes([data[-1] ^ 1])
+    for part, status in ((data, "complete"), (data[:-1], "partial"), (data[:-4], "partial"), (spoilt, "damaged")):
+        found = CODEC.decode(part)
+        assert found.parsed.status == status and torch.equal(found.lossless(), images)
+    assert CODEC.decode(data[:-5]).lossless() is None
 
 
 def test_realism_goes_from_the_mean_to_what_is_drawn(coded):

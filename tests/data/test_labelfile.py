@@ -119,6 +119,23 @@ def test_whole_floats_in_tables(tmp_path, name, text):
     assert (source.labels, source.classes) == ((1, 0), ("0", "1"))
 
 
+def test_fractions_in_a_table_are_told_and_are_no_classes(tmp_path):
+    text = b"file_name,label\n1.png,1\n2.png,1.5\n3.png,0\n"
+    source = open_raw(as_folder(tmp_path, pictures("1.png", "2.png", "3.png") | {"metadata.csv": text}))
+    assert (source.labels, source.classes) == ((1, 0), ("0", "1"))
+    assert "labels of metadata.csv (no whole number and no word)" in counts(source.passed)
+
+
+@pytest.mark.parametrize("label, what", [("-1", "labels from -1 to 0"), ("9" * 5000, None)])
+def test_numbers_in_a_table_that_no_class_has(tmp_path, label, what):
+    files = pictures("1.png", "2.png") | {"metadata.csv": f"file_name,label\n1.png,{label}\n2.png,0\n".encode()}
+    if what is None:  # too long for a number, so a word
+        assert label in open_raw(as_folder(tmp_path, files)).classes
+        return
+    with pytest.raises(DataError, match=what):
+        open_raw(as_folder(tmp_path, files))
+
+
 def test_a_table_without_classes_changes_nothing(tmp_path):
     files = pictures("a/1.png", "b/2.png") | {"metadata.csv": b"file_name,text\na/1.png,hello\n"}
     source = open_raw(as_folder(tmp_path, files))

@@ -327,3 +327,14 @@ def test_no_home(monkeypatch):
     monkeypatch.setattr(packing.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     with pytest.raises(UsageError, match="^there is no home folder to keep things in; set UNDIFFUSE_CACHE to a"):
         cache_folder()
+
+
+def test_a_class_whose_folder_is_no_utf8_has_a_name_that_can_be_kept(tmp_path):
+    for folder in (b"caf\xe9", b"dog"):
+        os.makedirs(os.path.join(os.fsencode(tmp_path / "set"), folder))
+        Image.new("L", (4, 4), folder[0]).save(
+            os.path.join(os.fsencode(tmp_path / "set"), folder, b"1.png").decode("utf-8", "surrogateescape")
+        )
+    packed = pack(tmp_path / "set", tmp_path / "packed")
+    assert packed.classes == (r"caf\xe9", "dog") and open_source(tmp_path / "packed").classes == packed.classes
+    assert packed.every_label().tolist() == [0, 1]

@@ -375,3 +375,11 @@ def test_every_ending_of_what_pillow_decodes_is_read(tmp_path):
     first.save(tmp_path / "a.MPO", "MPO", save_all=True, append_images=[second])
     item = open_raw(tmp_path)[0]
     assert item.frames == 2 and int(item.image.float().mean()) == 50
+
+
+def test_a_transparent_grey_of_16_bits_is_seen():
+    values = np.array([[40000, 1], [40001, 65535]], np.uint16)
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, "PNG", transparency=40000)
+    found = picture.decode(data.getvalue(), picture.Reading(channels=2))
+    assert found[..., 1].tolist() == [[0, 255], [255, 255]] and found[0, 1, 0] == 0 and found[1, 1, 0] == 255

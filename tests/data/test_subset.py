@@ -1,4 +1,4 @@
-"""What is trained on and what is held out: decided by the name of each image, and each with its own label."""
+"""What is trained on and what is held out: decided by the pixels of each image, and each with its own label."""
 
 import hashlib
 
@@ -14,12 +14,13 @@ WHOLE = ArraySource(IMAGES, torch.arange(200) % 7, tuple("abcdefg"), ("bad.png",
 
 
 def places(source) -> list[float]:
-    """The first 48 bits of the sha256 of each name, as a part of 1."""
-    return [int(hashlib.sha256(source.name(i).encode()).hexdigest()[:12], 16) / 16**12 for i in range(len(source))]
+    """48 bits of the blake2b of each image's bytes, as a part of 1."""
+    pixels = [source[i].image.numpy().tobytes() for i in range(len(source))]
+    return [int(hashlib.blake2b(each, digest_size=6).hexdigest(), 16) / 16**12 for each in pixels]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_the_names_decide_and_nothing_is_in_both_or_in_neither(share):
+def test_the_pixels_decide_and_nothing_is_in_both_or_in_neither(share):
     rest, held = divide(WHOLE, share)
     assert held.index.tolist() == [i for i, place in enumerate(places(WHOLE)) if place < share]
     assert rest.index.tolist() == [i for i, place in enumerate(places(WHOLE)) if place >= share]
@@ -29,6 +30,14 @@ def test_the_names_decide_and_nothing_is_in_both_or_in_neither(share):
 def test_more_images_do_not_move_those_before():
     before, after = (set(divide(source, 0.2)[1].index.tolist()) for source in (WHOLE.subset(slice(120)), WHOLE))
     assert before == {i for i in after if i < 120}
+
+
+def test_copies_of_an_image_are_in_one_part_and_equal_images_are_divided_all_the_same():
+    twice = ArraySource(torch.cat([IMAGES[:100], IMAGES[:100]]))
+    rest, held = (set((part.index % 100).tolist()) for part in divide(twice, 0.3))
+    assert not rest & held and rest | held == set(range(100))
+    same = divide(ArraySource(torch.zeros(3, 1, 2, 2, dtype=torch.uint8)), 0.5)
+    assert min(map(len, same)) >= 1 and sum(map(len, same)) == 3
 
 
 @pytest.mark.parametrize("share, count", [(0.0, 1), (1e-9, 1), (1.0, 199)])

@@ -75,6 +75,14 @@ def test_a_file_cut_short_is_corrupt(tmp_path, keep):
         read_tensors(path, True)
 
 
+@pytest.mark.parametrize("name", ["download", "x.weights", "x.PTH"])
+def test_a_pickle_is_one_by_its_first_bytes_too(tmp_path, name):
+    torch.save({"a": torch.ones(2)}, tmp_path / name)
+    assert torch.equal(read_tensors(tmp_path / name, True)["a"], torch.ones(2))
+    with pytest.raises(Corrupt, match="is a pickle, which can run code when it is read"):
+        read_tensors(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["none.bin", "none.safetensors"])
 def test_a_missing_file_is_the_users(tmp_path, name):
     with pytest.raises(UsageError, match="is missing; give a .safetensors file"):

@@ -13,7 +13,7 @@ from tests.quality.fidelity import pictures, random_inception
 from tests.quality.test_dinov2 import write as write_dinov2
 from undiffuse.errors import UsageError
 from undiffuse.quality.feature import efflite0, inception
-from undiffuse.quality.feature.base import FEATURES, auto_features, open_features
+from undiffuse.quality.feature.base import FEATURES, auto_features, open_features, several_features
 from undiffuse.quality.feature.inception import FILES
 
 TITLES = {
@@ -82,6 +82,13 @@ def test_grey_is_repeated_and_other_channels_are_refused(opened, name):
 def test_an_option_that_it_has_not(name):
     with pytest.raises(UsageError, match=f"^features {name} have no option weights; leave it out$"):
         open_features(name, weights=Path("file.pth"))
+
+
+def test_fields_and_options_are_for_those_that_have_them():
+    both = several_features(["efflite0,size=64", "classifier-28"], resize=None)
+    assert [each.name for each in both] == ["efflite0", "classifier-28"] and both[0].size == (64, 64)
+    with pytest.raises(UsageError, match="^features efflite0, classifier-28 have no option weights; leave it out$"):
+        several_features(["efflite0", "classifier-28"], weights=Path("x"))
 
 
 def test_auto_takes_the_best_that_is_there(tmp_path, monkeypatch):

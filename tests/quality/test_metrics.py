@@ -140,6 +140,20 @@ def _rows(values):
 # Kernel distance
 
 
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("precision-recall,most=4", "most = 4 is not possible with k = 3; give 5 or more"),
+        ("density-coverage,most=3", "most = 3 is not possible with k = 5; give 7 or more"),
+        ("frechet-infinity,points=2", "points = 2 is too few to fit a line and its error; give 3 or more"),
+        ("kernel,size=1", "size = 1 is too few for a mean over pairs; give 2 or more"),
+    ],
+)
+def test_options_that_have_no_score_are_refused(spec, message):
+    with pytest.raises(UsageError, match=message):
+        METRICS.build(spec)
+
+
 def test_the_kernel_distance_is_that_of_torch_fidelity_on_its_subsets():
     x, y = some("x", 200), some("y", 260, shift=0.1)
     theirs = kernel_of_fidelity(x, y, kid_subsets=7, kid_subset_size=50, rng_seed=3, verbose=False)

@@ -10,6 +10,7 @@ from PIL import Image
 from undiffuse.diffusion.likelihood import Terms
 from undiffuse.diffusion.process import Linear
 from undiffuse.errors import Corrupt, UsageError
+from undiffuse.measure import nll
 from undiffuse.measure.memorise import FILE, Memorisation, Space
 from undiffuse.quality.nearer import rate
 from undiffuse.view import results
@@ -109,6 +110,16 @@ def test_terms_stand_at_the_times_that_their_steps_start_from():
     np.testing.assert_allclose(lines[0][1], bits.mean(0))
     np.testing.assert_allclose(lines[1][1], 255.0)
     assert results.time_lines(terms, {"steps": 5}, process) is None  # of a chain that is not this one
+
+
+def test_times_of_another_grid_are_read_as_nll_writes_them():
+    """Its name with them, because a name does not say where its times are."""
+    process, k = Linear(20), 4
+    times = nll.Nll(steps=k, grid="karras").times(process)
+    terms = Terms(np.zeros(2), np.ones((2, k)), np.ones((2, k)), np.tile(np.arange(k), (2, 1)), np.ones(k))
+    lines = results.time_lines(terms, {"steps": k, "grid": ["karras", *times.tolist()]}, process)
+    assert lines is not None
+    np.testing.assert_allclose(lines[0][0], times[1:].numpy())
 
 
 def test_stratified_terms_of_many_steps_are_means_of_bins():

@@ -28,6 +28,17 @@ from undiffuse.errors import Corrupt, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+FileStepsOpt = Annotated[
+    int | None, typer.Option("--steps", help="Steps of a file: evaluations to write or to read it; 32 unless given")
+]
+MemoryOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--memory",
+        help="Bits that a value depends on: 10, 12, 14 or 16; 2 more take 4 times the search; 14 unless given",
+    ),
+]
+
 app = typer.Typer(
     help="Coded images: what a file holds, its quality at every size, and the tables of a model.", no_args_is_help=True
 )
@@ -82,11 +93,8 @@ def fit(
     model: ModelArg,
     data: DataArg,
     images: Annotated[int, typer.Option("--images", "-n", help="How many are looked at, 64 evaluations each")] = 256,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of a file: evaluations to write or to read it")] = 32,
-    memory: Annotated[
-        int,
-        typer.Option("--memory", help="Bits that a value depends on: 10, 12, 14 or 16; 2 more take 4 times the search"),
-    ] = 14,
+    steps: FileStepsOpt = None,
+    memory: MemoryOpt = None,
     split: SplitOpt = "train",
     skip_bad: SkipBadOpt = False,
     reading: ReadOpt = None,
@@ -107,16 +115,21 @@ def fit(
     - `undiffuse codec fit runs/photos photos/`
     """
     from undiffuse.codec import tables
+    from undiffuse.codec.plan import MEMORY
     from undiffuse.machine import log
     from undiffuse.model import fitted
     from undiffuse.model.classes import told_of
     from undiffuse.network.base import NOTHING
 
     loaded = open_model(model, device, weights=weights)
-    tables.refuse(loaded, steps, memory)
+    count, bits = tables.STEPS if steps is None else steps, MEMORY if memory is None else memory
+    tables.refuse(loaded, count, bits)
     place = fitted.found(loaded.run, loaded.digest(), fitted.CODEC) or (model if loaded.meta.get("codec") else None)
     if place and not overwrite:
-        show({"tables": place, "ident": tables.of(loaded).ident.hex(), "made": "before"}, as_json)
+        before = tables.of(loaded)
+        _refuse_other("--steps", steps, before.steps)
+        _refuse_other("--memory", memory, before.memory)
+        show({"tables": place, "ident": before.ident.hex(), "made": "before"}, as_json)
         return
     source = open_like(loaded, data, split, skip_bad, reading)
     index = _first(len(source), images)
@@ -127,13 +140,21 @@ def fit(
     cond = told_of(classes, source, index).conditioning if always else NOTHING
     if not as_json:
         log.say(tables.cost(len(some)))
-    with ticking(tables.turns(len(some), steps), "fitting", as_json) as tick:
-        plan = tables.fit(loaded, some, steps, memory, tick, cond)
+    with ticking(tables.turns(len(some), count), "fitting", as_json) as tick:
+        plan = tables.fit(loaded, some, count, bits, tick, cond)
     bits = sum(plan.bits[step][len(plan.bits[step]) // 2] for step in range(plan.steps))
     kept = {"ident": plan.ident.hex(), "steps": plan.steps, "bits_an_image": bits, "usual": plan.usual, "made": "now"}
     show({"tables": tables.keep(plan, loaded), **kept}, as_json)
     if loaded.meta.get("codec") and not as_json:
         log.say("files that are made from now on are read with these tables alone; `undiffuse export` sends them along")
+
+
+def _refuse_other(option: str, asked: int | None, made: int) -> None:
+    if asked not in (None, made):
+        raise UsageError(
+            f"{option} {asked} is not what the tables of this model were made with ({made}); give --overwrite to make "
+            "others, with which older files cannot be read"
+        )
 
 
 @app.command()
@@ -179,8 +200,10 @@ def strip(
     for size in [*(each for each in wanted if each < len(data)), len(data)]:
         try:
             found = codec.decode(data[:size])
-        except Corrupt:  # nothing is in so few bytes
-            continue
+        except Corrupt:
+            if size == len(data):
+                raise
+            continue  # nothing is in so few bytes
         shown.append(size)
         columns.append((found.mean()[image], found.drawn()[image]))
     pictures = torch.stack([each[row] for row in (0, 1) for each in columns])

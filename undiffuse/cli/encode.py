@@ -38,6 +38,10 @@ ClassOpt = Annotated[
     str | None,
     typer.Option("--label", help="The class of the images, by name or number, kept in the file; none unless given"),
 ]
+ReplaceOpt = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the file, or the pictures of such a file in a folder"),
+]
 NoiseOpt = Annotated[int, typer.Option("--seed", help="Of the noise that a file begins with; its reader needs none")]
 OFF = 0.05  # grey levels, RMS of a picture, that another process may decode otherwise
 DRAWINGS = {"flow": ("unipc-2", 10), "ancestral": ("ancestral", 50)}
@@ -123,7 +127,7 @@ def decode(
     partial: Annotated[
         bool, typer.Option("--partial", help="Decode what is good of a file that is cut off or damaged")
     ] = False,
-    overwrite: OverwriteOpt = False,
+    overwrite: ReplaceOpt = False,
     weights: WeightsOpt = None,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
@@ -161,13 +165,16 @@ def decode(
     if differs:
         raise Differs(differs)
     if parsed.status != "complete" and dist.is_first():
-        log.warn(f"{file}: {parsed.why}; what is before that is decoded")
+        lossy = ", and is not lossless" if parsed.header.lossless and not parsed.ends else ""
+        log.warn(f"{file}: {parsed.why}; what is before that is decoded{lossy}")
     show({"images": len(images), "status": parsed.status, "bytes": len(data), **written}, as_json)
 
 
 def _refuse_drawing(how: str, realism: float | None) -> None:
     if how not in ("mean", *DRAWINGS):
         raise UsageError(f"--as {how} is not known; give mean, {' or '.join(DRAWINGS)}")
+    if realism is not None and not 0 <= realism <= 1:
+        raise UsageError(f"--realism {realism:g} is not possible; give 0 (the mean) to 1")
     if how == "mean" and realism is not None:
         raise UsageError(f"--realism {realism:g} belongs to what is drawn; give --as {' or '.join(DRAWINGS)} too")
 
@@ -264,12 +271,15 @@ def reader(
 ) -> "tuple[Codec, bytes]":
     """What reads a file, and its first bytes."""
     from undiffuse.codec import tables
+    from undiffuse.codec.container import SHORTEST
     from undiffuse.machine.disk import reading
 
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give the name of a file")
     if size is not None and size < 1:
         raise UsageError(f"--bytes {size} is not possible; give 1 or more")
+    if size is not None and size < SHORTEST:
+        raise UsageError(f"--bytes {size} is less than the header of a file; give {SHORTEST} or more")
     with reading(file) as opened:
         data = opened.read() if size is None else opened.read(size)
     if model is None and weights is not None:
@@ -344,8 +354,10 @@ def _check(name: str, data: bytes, images: "Tensor", model: str, device: str, we
 
     import numpy as np
 
+    from undiffuse.machine import disk
+
     why = "could not decode it (no word)"
-    with tempfile.TemporaryDirectory() as folder:
+    with disk.writing(Path(tempfile.gettempdir()), len(data)), tempfile.TemporaryDirectory() as folder:
         file, place = Path(folder) / "file.udf", Path(folder) / "images.npz"
         file.write_bytes(data)
         command = [sys.executable, "-m", "undiffuse", "decode", str(file), str(place), "--model", model]

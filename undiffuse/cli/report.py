@@ -35,6 +35,7 @@ PageOpt = Annotated[Path, typer.Option("--out", "-o", help="The page to write: .
 CountOpt = Annotated[
     int | None, typer.Option("-n", help="Samples; unless given 64, or 16 of images with more than 64×64 pixels")
 ]
+PairSeedOpt = Annotated[int | None, typer.Option("--seed", help="Random seed of what models draw; 0 unless given")]
 PairOpt = Annotated[int, typer.Option("-n", help="Samples of each, in the same cells")]
 DrawnOpt = Annotated[
     str | None, typer.Option("--solver", help=f"Sampler, ddim unless given: ancestral (the paper's), {SOLVERS}")
@@ -114,7 +115,7 @@ def compare(
     bounds: NllsOpt = None,
     size: SidesOpt = None,
     overwrite: OverwriteOpt = False,
-    seed: SeedOpt = 0,
+    seed: PairSeedOpt = None,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
 ) -> None:
@@ -136,25 +137,27 @@ def compare(
     writable_page(out, overwrite)
     if len(what) < 2:
         raise UsageError(f"{what[0]} alone cannot be compared; give two or more, or take `undiffuse report`")
-    how = Drawing(n, steps, solver, seed)
+    how = Drawing(n, steps, solver, 0 if seed is None else seed)
     named = _each("--eval", evaluations, len(what))
     scores = [None if evaluations is None else [] if each is None else [each] for each in named]
     every = [
         compare_runs.opened(spec, device, found, bound, n, looks=bounds is None, size=pair(size))
         for spec, found, bound in zip(what, scores, _each("--nll", bounds, len(what)), strict=True)
     ]
-    _refuse_drawing({"--steps": steps, "--solver": solver}, any(each.model is not None for each in every))
+    drawn = [each.model is not None for each in every]
+    _refuse_unused({"--steps": steps, "--solver": solver, "--seed": seed}, any(drawn), "models", "sets of samples")
+    _refuse_unused({"--size": size}, not all(drawn), "sets of samples", "models")
     page = compare_runs.Comparison(tuple(every), how, _command())
     with ticking(page.work(), "evaluations", as_json) as tick:
         compare_runs.write(page, out, tick)
     show({"report": out}, as_json)
 
 
-def _refuse_drawing(given: dict[str, object], is_drawn: bool) -> None:
-    """UsageError for what is said of a drawing where none of what is compared draws."""
+def _refuse_unused(given: dict[str, object], is_used: bool, what: str, others: str) -> None:
+    """UsageError for what is said of models where none is compared, or of sets."""
     named = next((f"{name} {value}" for name, value in given.items() if value is not None), None)
-    if named is not None and not is_drawn:
-        raise UsageError(f"{named} is for models, and all of these are sets of samples; leave it out, or give a model")
+    if named is not None and not is_used:
+        raise UsageError(f"{named} is for {what}, and all of these are {others}; leave it out, or give one of {what}")
 
 
 def _each(option: str, given: list[str] | None, count: int) -> list[Path | None]:

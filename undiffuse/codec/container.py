@@ -19,6 +19,7 @@ from undiffuse.codec.plan import DELTA_BITS, LEAST, SCALES, Plan
 from undiffuse.errors import Corrupt
 
 MAGIC, VERSION = b"\xfdU", 1
+SHORTEST = 8  # bytes of a header
 ARCHIVE, SIZED, SEEDED, LABELLED, LOSSLESS = 1, 2, 4, 8, 16  # flags
 MOST_IMAGES, MOST_GROUP, MOST_SIDE, MOST_VALUES = 1 << 12, 64, 1 << 14, 1 << 26
 MOST_SEED, MOST_CLASS = (1 << 32) - 1, 1 << 20
@@ -68,7 +69,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A file, read as far as it is good: so many `layers` of each group are whole; `ends` are there if all of it is."""
+    """A file, read as far as it is good: so many `layers` of each group are whole; `ends` are there if all are."""
 
     header: Header
     groups: list[Group]
@@ -129,8 +130,10 @@ def parse_header(data: bytes) -> tuple[Header, int]:
     """The header and its length. Raises Corrupt."""
     if data[:2] != MAGIC:
         raise Corrupt("this is no coded image: it does not begin as one; files are made by `undiffuse encode`")
-    if len(data) < 8:
-        raise Corrupt(f"the file is cut off in its header, of 8 bytes or more: {len(data)} are there; restore it")
+    if len(data) < SHORTEST:
+        raise Corrupt(
+            f"the file is cut off in its header, of {SHORTEST} bytes or more: {len(data)} are there; restore it"
+        )
     version, flags = data[2] >> 5, data[2] & 31
     if version != VERSION:
         raise Corrupt(f"the file has format {version}, and this undiffuse reads {VERSION}; upgrade undiffuse")
@@ -220,12 +223,13 @@ def parse(data: bytes, plan: Plan, own: Shape) -> Parsed:
         return Parsed(header, found.groups, "complete", found.layers, ends)
     if not found.layers[0] and (found.damaged or values * header.count > SMALL):
         raise Corrupt(f"nothing can be decoded: {found.why}")
+    kept = ends if end is not None else []  # each has a CRC of its own
     if full:
-        return Parsed(header, found.groups, "damaged", found.layers, why=WRONG)
+        return Parsed(header, found.groups, "damaged", found.layers, kept, WRONG)
     status: Status = "damaged" if found.damaged else "partial"
     why = found.why + ", so that nothing of it is checked" * (not found.layers[0])
     why = why or ("it is cut off in its CRC-32" if end else "it is cut off in what makes it lossless")
-    return Parsed(header, found.groups, status, found.layers, why=why)
+    return Parsed(header, found.groups, status, found.layers, kept, why)
 
 
 WRONG = "its CRC-32 is not that of its bytes"

@@ -27,7 +27,7 @@ SCALES = 16  # a scale is −SCALES … SCALES, in quarters of an octave
 LEAST, DELTA_BITS = -3, 3  # of a scale from one layer to the next: −3 … 4
 WASTE = {10: 0.125, 12: 0.095, 14: 0.075, 16: 0.06}  # bits of a path on top of its KL, by the bits of a state
 EXTRA = 3  # bits of a path, whatever it is over: it has to start
-MOST_BITS = 1 << 16  # of a step
+MOST_BITS = 64  # of a step and a value
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Plan:
         falls = len(self.times) == n + 1 and self.times[0] <= 1 and all(s < t for t, s in pairwise(self.times))
         sizes = len(self.shape) == len(self.square) == n + 1 == len(self.kl) + 1 == sum(self.layers) + 1 <= 256
         wide = all(len(h) == KNOTS and min(h) > 0 for h in self.shape) and all(v > 0 for v in self.square)
-        whole = all(len(row) == 2 * SCALES + 1 and 0 <= min(row) and max(row) <= MOST_BITS for row in self.bits)
+        whole = all(
+            len(row) == 2 * SCALES + 1 and 0 <= min(row) and max(row) <= MOST_BITS * self.values for row in self.bits
+        )
         end = 1 <= self.tail.step <= n and self.tail.check() and len(self.tail.spreads) == KNOTS
         if not (
             falls and end and sizes and wide and whole and min(self.layers) > 0 < self.values and self.memory in WASTE

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import prod
 
@@ -16,7 +17,8 @@ from undiffuse.codec.container import Group, Header, Parsed, canvas
 from undiffuse.codec.plan import DELTA_BITS, LEAST, SCALES, Plan
 from undiffuse.codec.trellis import Problem
 from undiffuse.diffusion.numbers import F64
-from undiffuse.diffusion.reverse import Prediction
+from undiffuse.diffusion.reverse import FixedSmall
+from undiffuse.diffusion.sampler.ancestral import Ancestral
 from undiffuse.diffusion.sampler.base import sample
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.key import Key, Keys
@@ -205,6 +207,9 @@ class Codec:
             if value is not None and not low <= value <= high:
                 there = f"give {low} to {high}" if high >= low else "this model was trained without classes"
                 raise UsageError(f"{what} = {value} is not possible; {there}")
+        known = self.model.classes
+        if label is None and known is not None and not known.unlabelled:
+            raise UsageError(f"this model was never trained without a class; give a label. {known.known()}")
 
     def told(self, label: int | None, n: int) -> Conditioning:
         """A class, or none, of n images."""
@@ -346,7 +351,7 @@ class Decoded:
     plan: Plan
 
     def lossless(self) -> UInt8[Tensor, "n c h w"] | None:
-        """The images as they were, of a whole file that has them.
+        """The images as they were, of a file that has all that they take.
 
         Raises `tail.Differs` where this machine's arithmetic does not lead to the numbers of the one that wrote it.
         """
@@ -376,18 +381,16 @@ class Decoded:
         """
         if not 0 <= realism <= 1:
             raise UsageError(f"realism = {realism:g} is not possible; give 0 (the mean) to 1")
-        images = []
+        images, sampler = [], self.model.sampler(solver)
+        if isinstance(sampler, Ancestral) and sampler.variance.learned:
+            sampler = Ancestral(FixedSmall())  # the steps are no table's, and windows say no variance
         for chain, step in self.chains:
             start = chain.times[step]
             own = self.model.times(min(40, self.model.process.steps or 40), "log-snr")[:-1]
             below = own[own < start]
             pick = torch.linspace(0, len(below) - 1, min(steps - 1, len(below)), dtype=F64, device="cpu").round().long()
             times = torch.cat([start[None], below[pick], torch.zeros(1, dtype=F64, device="cpu")])
-
-            def denoise(x_t: Tensor, t: Tensor, chain: Chain = chain) -> Prediction:
-                return chain.denoise(x_t, t, chain.cond)
-
-            sampler = self.model.sampler(solver)
+            denoise = partial(chain.denoise, cond=chain.cond)
             x = sample(sampler, denoise, chain.process, chain.keys, chain.shape, times, start=chain.x)
             images.append((chain.estimate(step) + realism * (x - chain.estimate(step)) if realism < 1 else x).cpu())
         return self._cut(torch.cat(images))

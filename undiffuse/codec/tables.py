@@ -259,10 +259,16 @@ def for_file(data: bytes, model: Model | None = None, device: str = "cpu") -> Co
     header, _ = parse_header(data)
     if model is not None:
         return Codec(model, of(model, header.ident))
+    unread = list[Corrupt | UsageError]()
     for name in shipped():
         own = load(name, device)
-        if own.meta.get("codec") and (plan := of(own, header.ident)).ident == header.ident:
-            return Codec(own, plan)
+        try:
+            if own.meta.get("codec") and (plan := of(own, header.ident)).ident == header.ident:
+                return Codec(own, plan)
+        except (Corrupt, UsageError) as error:  # another model's kept tables
+            unread.append(error)
+    if unread:
+        raise unread[0]
     raise UsageError(
         f"no shipped model made this file (tables {header.ident.hex()}; shipped: {', '.join(shipped())}); give the one "
         "that did with --model. One with other tables than the shipped ones comes from `undiffuse export`"
@@ -286,7 +292,12 @@ def of(model: Model, ident: bytes | None = None) -> Plan:
     if "codec" in model.meta and (path is None or ident not in (None, found[0].ident)):
         found.append(_parsed(model.meta["codec"], model, "the codec in the file of this model"))
     if not found:
-        raise UsageError("no codec is fitted to this model; make its tables with `undiffuse codec fit MODEL DATA`")
+        made = "no codec is fitted to this model; make its tables with `undiffuse codec fit MODEL DATA`"
+        if ident is not None:
+            made = (
+                f"this model has not the tables that made this file ({ident.hex()}); give the run or file that has them"
+            )
+        raise UsageError(made)
     return next((plan for plan in found if plan.ident == ident), found[0])
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from undiffuse.data.listing import counting, look_like_splits, several_kinds, split_inside, splits, used
+from undiffuse.data.listing import counting, look_like_splits, printable, several_kinds, split_inside, splits, used
 from undiffuse.data.passed import LOOKS, Passed
 from undiffuse.errors import DataError, NoSplit
 
@@ -144,7 +144,7 @@ def _by_class(paths: Sequence[Folders], chosen: Sequence[int]) -> Arranged:
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[paths[i][len(root)]] for i in inside)
     passed = (Passed(stray, "in no folder of a class"),) if stray else ()
-    return Arranged(tuple(inside), labels, classes, passed, len(root))
+    return Arranged(tuple(inside), labels, tuple(map(printable, classes)), passed, len(root))
 
 
 def _held_out(paths: Sequence[Folders], chosen: Sequence[int], trained: Arranged) -> Arranged:
@@ -152,7 +152,7 @@ def _held_out(paths: Sequence[Folders], chosen: Sequence[int], trained: Arranged
     if trained.classes is None:
         return Arranged(tuple(chosen), None, None)
     numbers = {name: number for number, name in enumerate(trained.classes)}
-    place = {i: paths[i][trained.above] if len(paths[i]) > trained.above else "" for i in chosen}
+    place = {i: printable(paths[i][trained.above]) if len(paths[i]) > trained.above else "" for i in chosen}
     inside = [i for i in chosen if place[i] in numbers]
     if not inside:
         return Arranged(tuple(chosen), None, None)

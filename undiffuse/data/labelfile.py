@@ -117,8 +117,11 @@ def _table(name: str, data: bytes) -> Found | None:
     column = next((each for each in LABELS if any(each in row for row in rows)), None)
     if column is None:
         return None
-    found = {str(row[FILE]): label for row in rows if (label := _label(row.get(column))) is not None}
-    return (found, []) if found else None
+    said = {str(row[FILE]): row[column] for row in rows if row.get(column) not in (None, "")}
+    found = {file: label for file, value in said.items() if (label := _label(value)) is not None}
+    others = len(said) - len(found)
+    passed = [Passed(others, f"of {name} (no whole number and no word)", "label")] if others else []
+    return (found, passed) if found else None
 
 
 def _label(value: Any) -> Label | None:
@@ -128,5 +131,6 @@ def _label(value: Any) -> Label | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     text = re.sub(r"(?<=\d)\.0+$", "", str(value))
-    negative = isinstance(value, int) and value < 0
-    return int(text) if negative or (text.isdecimal() and str(int(text)) == text) else str(value)
+    if isinstance(value, int) or re.fullmatch(r"-[1-9]\d{0,17}|0|[1-9]\d{0,17}", text, re.ASCII):
+        return int(text)
+    return None if re.fullmatch(r"-?\d*\.\d+(e[-+]?\d+)?", text, re.ASCII | re.IGNORECASE) else str(value)

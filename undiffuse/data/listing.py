@@ -35,6 +35,12 @@ SYSTEM = frozenset(
 # What tar and its relatives make of long names and of holes, where another program unpacks it: `PaxHeaders.123`.
 OF_TAR = re.compile(r"(?:paxheaders?|gnusparsefile)(?:\.\d+)?|@longlink", re.IGNORECASE)
 
+
+def printable(name: str) -> str:
+    """A file name need not be UTF-8, but what is printed or kept must be."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 GRID = "grid.png"  # beside samples, all of them in one picture
 MARK = ".undiffuse"  # in a folder of samples, so that they are not taken for data; it says what was asked, or nothing
 CONFIG = "config.toml"  # what a run folder has, with a checkpoint or its data beside it
@@ -67,7 +73,13 @@ def is_picture(name: str) -> bool:
 def counting(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """A key that sorts as people count: 2 before 10, `Cat` beside `cat`."""
     parts = re.findall(r"\d+|\D+", name.casefold())
-    return [(0, int(part), "") if part.isdecimal() and part.isascii() else (1, 0, part) for part in parts], name
+    numbers = [part.lstrip("0") if part.isdecimal() and part.isascii() else None for part in parts]
+    # Of numbers the longer is the larger, whatever it has of digits.
+    keys = [
+        (1, 0, part) if digits is None else (0, len(digits), digits)
+        for part, digits in zip(parts, numbers, strict=True)
+    ]
+    return keys, name
 
 
 def splits(names: Iterable[str]) -> dict[str, str]:

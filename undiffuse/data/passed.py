@@ -8,6 +8,7 @@ from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 
 from undiffuse.data import listing, picture
+from undiffuse.data.listing import printable
 
 KINDS = 8  # in the line; the rest is one number
 MOST = 32  # endings that are counted one by one
@@ -35,6 +36,9 @@ class Passed:
     count: int
     what: str
     noun: str = "file"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "what", printable(self.what))
 
 
 def frames(count: int) -> tuple[Passed, ...]:

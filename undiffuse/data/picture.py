@@ -296,8 +296,9 @@ def _wide(
     pixels, found, made = reading.to_levels(colours, (0, 65535) if is_short else None)
     if clear:
         pixels = np.dstack([pixels, values[..., -1] >> 8]).astype(np.uint8)
-    elif values.ndim == 3 and isinstance(through, tuple):
-        pixels = np.dstack([pixels, np.where((values == np.array(through)).all(-1), 0, 255)]).astype(np.uint8)
+    elif isinstance(through, tuple if values.ndim == 3 else int):
+        same = (values == np.array(through)).reshape(*values.shape[:2], -1).all(-1)
+        pixels = np.dstack([pixels, np.where(same, 0, 255)]).astype(np.uint8)
     plain = Image.fromarray(pixels)
     plain.info = image.info
     wide = (WIDE, f"{levels.shown(found.least)} to {levels.shown(found.most)}")

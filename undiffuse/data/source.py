@@ -333,7 +333,7 @@ def first_of(source: Source, wanted: Wanted) -> First:
         else:
             c, h, w = wanted.fit(item.image).shape
             return First(source.name(index), (c, h, w), item.label is not None)
-    raise _unreadable(bad, len(source))
+    raise _unreadable(bad, len(source), "")
 
 
 def decode(source: Source, indices: Sequence[int], wanted: Wanted, first: First) -> Decoded:

@@ -12,6 +12,8 @@ from undiffuse.data.passed import Passed
 from undiffuse.data.source import Item, Shape, Source
 from undiffuse.errors import DataError
 
+PART = 256  # images that are looked at together
+
 
 @dataclass(frozen=True, eq=False)
 class Subset(Source):
@@ -66,18 +68,20 @@ class Subset(Source):
 def divide(source: Source, share: float) -> tuple[Subset, Subset]:
     """(the rest, about `share` of the images), at least one in each. Raises DataError.
 
-    What is held out follows from the name of an image alone, so more images do not change the part of those before.
+    What is held out follows from the pixels of an image alone: more images do not change the part of those before, and
+    copies of one are in one part.
     """
     total = len(source)
     if total < 2:
         raise DataError(f"{total} image cannot be divided into what is trained on and what is held out; give 2 or more")
-    place = torch.tensor([_place(source.name(i)) for i in range(total)], dtype=torch.float64, device="cpu")
-    held = place < share
-    held[place.argmin()], held[place.argmax()] = True, False
     index = torch.arange(total, dtype=torch.int64, device="cpu")
+    places = [_place(image) for part in index.split(PART) for image in source.gather(part)[0]]
+    place = torch.tensor(places, dtype=torch.float64, device="cpu")
+    held, order = place < share, place.argsort(stable=True)
+    held[order[0]], held[order[-1]] = True, False
     return Subset(source, index[~held]), Subset(source, index[held])
 
 
-def _place(name: str) -> float:
+def _place(image: UInt8[Tensor, "c h w"]) -> float:
     """A number in [0, 1) that looks random."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
+    return int.from_bytes(hashlib.blake2b(image.numpy().tobytes(), digest_size=6).digest()) / 2**48

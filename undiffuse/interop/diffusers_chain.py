@@ -72,7 +72,7 @@ OLD = {"tensor_format", "timestep_values", "predict_epsilon"}  # of the first re
 def read_chain(content: Mapping[str, Any], file: Path, found: Findings) -> DDPMScheduler:
     """What any of diffusers' schedulers says of the training; with reasons, where it is not that of ours."""
     name = content.get("_class_name")
-    if name not in CHAINS:
+    if not isinstance(name, str) or name not in CHAINS:
         found.need(file, "_class_name", name, tuple(CHAINS))
         return DDPMScheduler()
     content = {"prediction_type": "epsilon" if content.get("predict_epsilon", True) else "sample", **content}

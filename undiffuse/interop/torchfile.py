@@ -19,17 +19,28 @@ def read_tensors(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
     """The tensors of the file, on the CPU.
 
     Raises UsageError for a missing file; Corrupt for a damaged one, one that holds anything else than named tensors,
-    and a `.bin`, `.ckpt`, `.pt` or `.pth` unless `allow_pickle`.
+    and a pickle, by its ending or its first bytes, unless `allow_pickle`.
     """
     if not path.is_file():
         raise UsageError(f"{path} is missing; give a .safetensors file")
-    if path.suffix in PICKLES:
+    ending = path.suffix.lower()
+    if ending in PICKLES or (ending != ".safetensors" and _begins_as_pickle(path)):
         return _read_pickle(path, allow_pickle)
     try:
         return load_file(path)
     # The last three are what torch makes of the types and shapes that safetensors lets through.
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
         raise Corrupt(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    """A zip, as torch writes them, or a bare pickle: safetensors begin with a length, whose upper bytes are 0."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError:  # which is said by whoever reads all of it
+        return False
+    return start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[4:] != bytes(4))
 
 
 def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:

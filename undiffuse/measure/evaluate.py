@@ -25,7 +25,7 @@ from undiffuse.model.load import holds_model, load, shipped
 from undiffuse.model.model import Model
 from undiffuse.model.walk import Steps
 from undiffuse.quality import statistics
-from undiffuse.quality.feature.base import open_features
+from undiffuse.quality.feature.base import several_features
 from undiffuse.quality.metric.base import Gathered
 from undiffuse.quality.statistics import Statistics
 from undiffuse.strict import whole
@@ -54,8 +54,7 @@ class Query:
 
     def judges(self, device: torch.device, shape: Shape) -> list[Judge]:
         """With their weights. Raises UsageError for images that one of them cannot see."""
-        names = dict.fromkeys(self.features)
-        found = [open_features(name, device, self.feature_weights, self.resize, shape) for name in names]
+        found = several_features(self.features, device, self.feature_weights, self.resize, shape)
         for extractor in found:
             extractor.check(shape)
         same = next((each.name for i, each in enumerate(found) if each.name in [e.name for e in found[:i]]), None)

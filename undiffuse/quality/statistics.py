@@ -76,8 +76,11 @@ def _members(path: str | Path) -> set[str]:
     """The names in an `.npz`; none where it is something else, which whoever reads it will say."""
     if not str(path).lower().endswith(".npz") or not zipfile.is_zipfile(path):
         return set()
-    with zipfile.ZipFile(path) as archive:
-        return set(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return set(archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return set()
 
 
 def read(path: Path) -> Statistics:

@@ -216,7 +216,8 @@ def _samples(page: Comparison, names: Sequence[str], drawn: Sequence[Pictures | 
         if kept:
             letters = tuple(name.partition(":")[0] for name, _ in kept)
             numbers = tuple(f"{first + i}" for i in range(columns))
-            figures.append(Figure(pieces.strip([images for _, images in kept]), columns=numbers, rows=letters))
+            alt = f"Samples {numbers[0]} to {numbers[-1]}, a row for each of {', '.join(letters)}"
+            figures.append(Figure(pieces.strip([images for _, images in kept]), "", numbers, letters, alt=alt))
     last = replace(figures[-1], caption="A column for each sample number, a row for each side: "
                    + ", ".join(name for name, _ in shown) + ".")  # fmt: skip
     found = [Section("Samples", "\n\n".join([*_alike(page), *text]), figures=(*figures[:-1], last))]

@@ -109,7 +109,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 class Figure:
     """A picture, or the text of an SVG. `columns` and `rows` are written along the top and the side of a picture.
 
-    `legend` names the lines of a plot, below it: where names are long, or the screen is small.
+    `legend` names the lines of a plot, below it: where names are long, or the screen is small. `alt` says what a
+    picture without a caption shows.
     """
 
     content: Image.Image | str
@@ -117,6 +118,7 @@ class Figure:
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     legend: tuple[str, ...] = ()
+    alt: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +251,8 @@ def _figure(figure: Figure) -> str:
 def _sheet(figure: Figure, picture: Image.Image) -> str:
     data = base64.b64encode(png(picture)).decode()
     width, height = picture.size
-    image = f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{escape(figure.caption)}">'
+    alt = escape(figure.caption or figure.alt)
+    image = f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{alt}">'
     sides = _labels("columns", figure.columns) + _labels("rows", figure.rows)
     return f'<div class="sheet" style="--width: {width}px">{sides}{image}</div>'
 

@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -55,7 +56,8 @@ class Page:
         return [] if classes is None or len(classes.trained) > ROWS else classes.trained
 
     def per_row(self) -> int:
-        return max(1, min(CLASS_ROW, self.how.count(self.model) // len(self.classes())))
+        each = self.how.count(self.model) // len(self.classes())
+        return max(1, each if self.how.n is not None else min(CLASS_ROW, each))
 
     def label(self) -> str | None:
         return None if self.model.classes is None else "random"
@@ -72,7 +74,8 @@ class Page:
         found = n * length + STRIPS * length
         if model.config.bounds is not None:
             return found
-        found += MIXTURES * explore.interpolation_steps(model, AT, length)
+        with suppress(UsageError):  # the page says then why there is none
+            found += MIXTURES * explore.interpolation_steps(model, AT, length, self.how.named(model))
         if self.data is None or self.about.bound is not None:
             return found
         return found + nll.evaluations(model, self.data.shown, self.query())
@@ -158,17 +161,15 @@ def _samples(page: Page) -> tuple[UInt8[Tensor, "n c h w"] | None, Section]:
         return None, Section("Samples", f"None can be drawn: {error}.")
     took, columns = time.monotonic() - began, n if rows else None
     caption = f"{len(images)} samples, not selected: {page.how.said(model)}, {took:.1f} s on {name_of(model.device)}."
-    figure = pieces.samples(images, caption, columns)
-    if rows and model.classes is not None:
-        names = tuple(model.classes.names[i] for i in rows)
-        return images, Section(
-            "Samples", "A row for each class.", figures=(Figure(figure.content, caption, rows=names),)
-        )
-    gallery = [figure]
+    figure, beside = pieces.samples(images, caption, columns), tuple[Figure, ...]()
     if page.data is not None:
         real = some(page.data.shown, len(images))
-        gallery.append(pieces.samples(real, f"As many {page.data.words} of {page.data.spec}, spread evenly over it."))
-    return images, Section("Samples", gallery=tuple(gallery), least="20rem")
+        words = f"As many {page.data.words} of {page.data.spec}, spread evenly over it."
+        beside = (pieces.samples(real, words, columns),)
+    if rows and model.classes is not None:
+        figure = replace(figure, rows=tuple(model.classes.names[i] for i in rows))
+        return images, Section("Samples", "A row for each class.", figures=(figure, *beside))
+    return images, Section("Samples", gallery=(figure, *beside), least="20rem")
 
 
 def _progressive(page: Page) -> Section:
@@ -230,7 +231,7 @@ def _option(page: Page, name: str) -> str:
 
 def _scores(page: Page) -> list[Section]:
     found = page.about.evaluations
-    unfinished = [text for text in page.about.unfinished if "eval" in text]
+    unfinished = page.about.unfinished_scores
     if not found:
         text = "Not measured. This command measures FID and its kin, with the protocol beside the number; "
         text += f"the same `undiffuse report` then shows it{_option(page, 'eval')}."
@@ -269,7 +270,7 @@ def _bits(page: Page) -> Section:
     about, process = page.about, page.model.process
     if page.model.config.bounds is not None:
         return Section("Bits per dimension", "A distilled model has no bound; that of which it was made has one.")
-    notes = "\n\n".join(text for text in about.unfinished if "nll" in text)
+    notes = about.unfinished_bound
     if about.bound is not None:
         bound = about.bound
         how = f"Measured by `undiffuse nll`, from {bound.path}."

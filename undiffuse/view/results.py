@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from undiffuse.diffusion.likelihood import Terms, strata
+from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.errors import Corrupt, UsageError
 from undiffuse.machine import disk
@@ -284,7 +286,11 @@ def by_time(found: Terms, query: Json, process: Process) -> list[Figure | None]:
 
 def time_lines(found: Terms, query: Json, process: Process) -> tuple[pieces.Line, pieces.Line] | None:
     """(t, bits of a step) and (t, RMSE of x̂_0); None where the chain is not known any more."""
-    chain = nll.Nll(steps=query.get("steps"), grid=query.get("grid")).times(process)
+    grid = query.get("grid")
+    if isinstance(grid, list):  # its name, and where its times were
+        chain = torch.tensor(grid[1:], dtype=F64, device="cpu")
+    else:
+        chain = nll.Nll(steps=query.get("steps"), grid=grid).times(process)
     total = len(chain) - 1
     if int(found.index.max()) >= total:
         return None

@@ -31,7 +31,8 @@ class Subject:
     log: list[dict[str, Any]]
     evaluations: list[Evaluation]
     bound: Bound | None
-    unfinished: tuple[str, ...] = ()
+    unfinished_scores: tuple[str, ...] = ()
+    unfinished_bound: str = ""
 
     @property
     def run(self) -> Path | None:
@@ -72,7 +73,7 @@ def subject(
     Raises UsageError for a measurement that is named and is not finished; of one that is found so, that is told.
     """
     folder = Path(spec) if Path(spec).is_dir() else None
-    found, left = list[Evaluation](), list[str]()
+    found, left, begun = list[Evaluation](), list[str](), ""
     named = [*(evaluations or ())]
     if folder is not None and evaluations is None:
         named = sorted({path.parent for path in folder.glob("eval*/*") if path.name in (QUERY, results.SUMMARY)})
@@ -85,11 +86,9 @@ def subject(
         if (folder / "nll" / results.SUMMARY).exists():
             bound = folder / "nll"
         else:
-            left.append(
-                f"{folder / 'nll'} is a measurement that is not finished; the same `undiffuse nll` again goes on."
-            )
+            begun = f"{folder / 'nll'} is a measurement that is not finished; the same `undiffuse nll` again goes on."
     rows = [] if folder is None else log.read_rows(folder / "log.jsonl")
-    return Subject(spec, model, rows, found, None if bound is None else Bound.read(bound), tuple(left))
+    return Subject(spec, model, rows, found, None if bound is None else Bound.read(bound), tuple(left), begun)
 
 
 @dataclass(frozen=True)

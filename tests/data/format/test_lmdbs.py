@@ -51,6 +51,13 @@ def test_the_held_out_split_is_the_other_database(rooms):
         open_raw(rooms.with_name("bedroom_val_lmdb"), "test")
 
 
+def test_from_inside_its_folder(rooms, monkeypatch):
+    database(rooms.with_name("bedroom_val_lmdb"), {b"k": webp(7)})
+    monkeypatch.chdir(rooms)
+    for spec in (".", "data.mdb"):
+        assert [len(open_raw(spec, split)) for split in ("train", "test")] == [5, 1]
+
+
 def test_it_can_be_packed(rooms, tmp_path):
     assert pack(rooms, tmp_path / "out").fingerprint() == open_source(rooms).fingerprint()
 

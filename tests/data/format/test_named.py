@@ -6,7 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from undiffuse.data.format.named import FASHION_MNIST_VARIABLE, GARMENTS
-from undiffuse.data.source import open_source
+from undiffuse.data.picture import Reading
+from undiffuse.data.source import open_raw, open_source
 from undiffuse.errors import DataError
 
 
@@ -18,6 +19,14 @@ def test_digits_are_scikit_learn_s():
     assert np.array_equal((levels.astype(int) * 16 + 127) // 255, known.images)  # the sixteen steps come back
     assert torch.cat([train.labels, test.labels]).tolist() == known.target.tolist()
     assert train.classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist-sample"])
+def test_a_range_is_read_and_told(name):
+    whole, part = open_raw(name), open_raw(name, reading=Reading(range=(0, 100)))
+    stretched = (whole[3].image.double() / 100 * 255).clamp(max=255)
+    assert (part[3].image - stretched).abs().max() <= 0.5 and (stretched == 255).any()
+    assert name == "digits" or any("clipped to data.range=[0,100]" in what for what, *_ in part.made)
 
 
 def test_the_sample_of_fashion_mnist():

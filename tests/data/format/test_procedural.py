@@ -9,7 +9,8 @@ import torch
 
 from undiffuse.data.format import procedural
 from undiffuse.data.format.procedural import PROCEDURAL, Gaussian, ImageMixture, Law, PixelMixture, Rule, Shapes
-from undiffuse.data.source import open_source
+from undiffuse.data.picture import Reading
+from undiffuse.data.source import open_raw, open_source
 from undiffuse.errors import UsageError
 from undiffuse.key import Key
 
@@ -194,6 +195,11 @@ def test_shapes_are_of_each_kind_in_colour_and_inside():
     area = torch.stack([drawn[kinds == kind].mean() for kind in range(4)])
     expected = torch.tensor([math.pi, 2, 0.75 * math.sqrt(3), 0.64 * math.pi], dtype=torch.float64)
     torch.testing.assert_close(area / area[0], expected / expected[0], rtol=0.25, atol=0)
+
+
+def test_a_range_is_refused():
+    with pytest.raises(UsageError, match="^data.range is not for procedural:shapes, whose levels are made; leave it"):
+        open_raw("procedural:shapes", reading=Reading(range=(0, 1)))
 
 
 def test_by_name():

@@ -73,6 +73,17 @@ def test_a_test_split_of_one_part_is_enough(here):
         open_raw(join(["cats", "dogs"]), "test")
 
 
+def test_a_test_split_that_is_there_and_damaged_is_no_part_without_one(here):
+    for name in "ab":
+        for split in ("train", "test"):
+            (here / name).mkdir(exist_ok=True)
+            np.savez(here / name / f"{split}.npz", images=np.full((2, 4, 4, 3), 7, np.uint8))
+    assert len(open_raw(join(["a", "b"]), "test")) == 4
+    (here / "b" / "test.npz").write_bytes(b"no arrays")
+    with pytest.raises(DataError, match="b/test.npz"):
+        open_raw(join(["a", "b"]), "test")
+
+
 def test_what_matches_nothing_is_refused(here):
     with pytest.raises(DataError, match=r"^no file matches cats/\*.jpg; check the path, or give the folder itself$"):
         open_raw("cats/*.jpg")
@@ -83,18 +94,18 @@ def test_what_matches_nothing_is_refused(here):
 
 
 def test_a_source_is_divided_and_no_image_is_in_both_parts():
-    images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
-    whole = ArraySource(images, torch.arange(40), tuple(map(str, range(40))))
+    every = torch.stack([torch.arange(400) % 256, torch.arange(400) // 256], 1).to(torch.uint8).reshape(400, 1, 1, 2)
+    whole = ArraySource(every[:40], torch.arange(40), tuple(map(str, range(40))))
     rest, held = divide(whole, 0.1)
     assert sorted(values(rest) + values(held)) == list(range(40)) and 1 <= len(held) <= 8
-    more = ArraySource(torch.zeros(400, 1, 1, 1, dtype=torch.uint8))
+    more = ArraySource(every)
     assert len(divide(more, 0.1)[1]) == pytest.approx(40, abs=20)  # three standard deviations
     assert divide(more, 0.1)[1].index[: len(held)].tolist() == held.index.tolist()  # more images move none of these
     gathered, labels = rest.gather(torch.tensor([3, 0]))
-    assert gathered.flatten().tolist() == labels.tolist() == [values(rest)[3], values(rest)[0]]
+    assert gathered[:, 0, 0, 0].tolist() == labels.tolist() == [values(rest)[3], values(rest)[0]]
     assert rest.fingerprint() != held.fingerprint() != whole.fingerprint()
     assert (
-        rest.classes == whole.classes and rest.image_shape == (1, 1, 1) and rest.name(0) == f"image {values(rest)[0]}"
+        rest.classes == whole.classes and rest.image_shape == (1, 1, 2) and rest.name(0) == f"image {values(rest)[0]}"
     )
     assert [len(part) for part in divide(Subset(whole, torch.arange(2)), 0.01)] == [1, 1]
     with pytest.raises(DataError, match="1 image cannot be divided"):

@@ -7,6 +7,7 @@ import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from undiffuse.data.made import Made, tally
 from undiffuse.data.passed import Passed, beside
 from undiffuse.data.picture import PLAIN, Axes, Reading
 from undiffuse.data.source import ArraySource, Format, Source, Split
-from undiffuse.errors import Corrupt, DataError
+from undiffuse.errors import Corrupt, DataError, NoSplit
 
 IMAGE_KEYS = ("images", "x", "arr_0")
 LABEL_KEYS = ("labels", "y", "arr_1")
@@ -151,10 +152,15 @@ class Numpy(Format):
                 f"{path} has the arrays {', '.join(sorted(arrays))}; expected one named {' or '.join(IMAGE_KEYS)}"
             )
         labels = next((key for key in LABEL_KEYS if key in arrays), None)
-        classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
+        named = arrays.get("classes")
+        classes = None if named is None or named.ndim != 1 else tuple(map(_word, named.tolist()))
         found = array_source(arrays[images], None if labels is None else arrays[labels], str(path), classes, reading)
-        others = sorted(arrays.keys() - {images, labels, "classes"})
+        others = sorted(arrays.keys() - {images, labels, None if classes is None else "classes"})
         return replace(found, passed=(*near, *(Passed(1, f'"{key}" of {path.name}', "array") for key in others)))
+
+
+def _word(name: Any) -> str:
+    return name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
 
 
 def _splits(path: Path) -> dict[str, Path]:
@@ -208,7 +214,8 @@ class Idx(Format):
         images = None if prefix is None else _one(path, prefix, "images")
         if prefix is None or images is None:
             shown = prefix or ("train" if split == "train" else "t10k")
-            raise DataError(f"{path} has no file {shown}-images-idx3-ubyte or .gz; expected the four names of MNIST")
+            kind = DataError if split == "train" else NoSplit
+            raise kind(f"{path} has no file {shown}-images-idx3-ubyte or .gz; expected the four names of MNIST")
         near = beside(path, list(words), split == "train")
         return replace(_pair(images, _one(path, prefix, "labels"), reading), passed=near)
 

@@ -123,7 +123,10 @@ def _table(path: Path, columns: list[str]) -> Any:
             raise DataError(f"{file} cannot be read as an Arrow stream: {error}") from error
     if not tables:
         raise DataError(f"{path / STATE} names no files; expected at least one")
-    return pa.concat_tables(tables)
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise DataError(f"{path} has parts whose columns differ: {error}") from error
 
 
 def label_column(features: dict[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from undiffuse.data.arrange import no_split
 from undiffuse.data.format.arrays import array_source
 from undiffuse.data.format.tars import first_members, is_tar
 from undiffuse.data.passed import beside
@@ -42,8 +43,10 @@ class Cifar10(Format):
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
         files = _folder(Path(spec), split) if Path(spec).is_dir() else _archive(Path(spec), split)
+        if not files and split == "test":
+            raise no_split(spec, split)
         images, labels = zip(*(_batch(spec, name, files) for name in BATCHES[split]), strict=True)
-        source = array_source(np.concatenate(images), np.concatenate(labels), spec, CLASSES)
+        source = array_source(np.concatenate(images), np.concatenate(labels), spec, CLASSES, reading)
         known = [*_wanted("train"), *_wanted("test"), "batches.meta", "batches.meta.txt", "readme.html"]
         return replace(source, passed=beside(Path(spec), known, split == "train")) if Path(spec).is_dir() else source
 

@@ -22,7 +22,18 @@ from undiffuse.data import labelfile, picture
 from undiffuse.data.arrange import arrange
 from undiffuse.data.format import webdataset
 from undiffuse.data.format.arrays import whole
-from undiffuse.data.listing import GRID, MARK, ending, inner, is_hidden, is_picture, is_run, own_folders, tree
+from undiffuse.data.listing import (
+    GRID,
+    MARK,
+    ending,
+    inner,
+    is_hidden,
+    is_picture,
+    is_run,
+    own_folders,
+    printable,
+    tree,
+)
 from undiffuse.data.passed import Passed, kinds, line, linked, split_own
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Source, Split
@@ -66,8 +77,7 @@ class Pictures(Source):
         return None if self.labels is None else torch.tensor(self.labels, dtype=torch.int64, device="cpu")
 
     def name(self, index: int) -> str:
-        # A file name need not be UTF-8, but what is printed must be.
-        return os.fsencode(self.names[index]).decode("utf-8", "backslashreplace")
+        return printable(self.names[index])
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

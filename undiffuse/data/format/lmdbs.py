@@ -1,5 +1,6 @@
 """LSUN as its authors publish it: an LMDB of encoded pictures, one a key. Needs the extra `lmdb`."""
 
+import os
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +34,9 @@ class Lmdb(Format):
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
         path = Path(spec) if Path(spec).is_dir() else Path(spec).parent
-        held_out = path.with_name(path.name.removesuffix(TRAIN) + VAL)
-        if split == "test" and path.name.endswith(TRAIN) and (held_out / FILE).is_file():
+        real = Path(os.path.abspath(path))  # "." has no name
+        held_out = real.with_name(real.name.removesuffix(TRAIN) + VAL)
+        if split == "test" and real.name.endswith(TRAIN) and (held_out / FILE).is_file():
             path = held_out
         else:
             whole(split, spec)

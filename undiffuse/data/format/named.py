@@ -1,6 +1,7 @@
 """Real sets that go by a name: the digits inside the package, and Fashion-MNIST where it is installed."""
 
 import os
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -14,12 +15,14 @@ FASHION_MNIST_VARIABLE = "UNDIFFUSE_FASHION_MNIST"
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
-def embedded(name: str, train: int, split: Split, classes: tuple[str, ...] | None = None) -> ArraySource:
+def embedded(
+    name: str, train: int, split: Split, reading: Reading, classes: tuple[str, ...] | None = None
+) -> ArraySource:
     """An npz of `undiffuse/assets`, whose first `train` examples are the training split and the rest the test split."""
     with as_file(files("undiffuse") / "assets" / name) as path:
         arrays = load_arrays(path)
     part = slice(train) if split == "train" else slice(train, None)
-    return array_source(arrays["images"][part], arrays["labels"][part], name, classes)
+    return array_source(arrays["images"][part], arrays["labels"][part], name, classes, reading)
 
 
 class Digits(Format):
@@ -33,7 +36,7 @@ class Digits(Format):
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
-        return embedded("digits.npz", 1500, split)
+        return embedded("digits.npz", 1500, split, reading)
 
 
 class FashionMnistSample(Format):
@@ -47,7 +50,7 @@ class FashionMnistSample(Format):
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
-        return embedded("fashion-mnist-sample.npz", 16, split, GARMENTS)
+        return embedded("fashion-mnist-sample.npz", 16, split, reading, GARMENTS)
 
 
 class FashionMnist(Format):
@@ -69,4 +72,4 @@ class FashionMnist(Format):
             )
         found = Idx.read(str(folder), split, reading)
         assert isinstance(found, ArraySource)
-        return ArraySource(found.images, found.labels, GARMENTS)
+        return replace(found, classes=GARMENTS)

@@ -67,6 +67,8 @@ class Rule(Format):
 
     @staticmethod
     def read(spec: str, split: Split, reading: Reading) -> Source:
+        if reading.range is not None:
+            raise UsageError(f"data.range is not for {spec}, whose levels are made; leave it out")
         rule = PROCEDURAL.build(spec.removeprefix("procedural:"))
         return rule.source(COUNT[split], Key(0).fold("procedural", spec, split))
 

@@ -20,7 +20,7 @@ from undiffuse.data.made import Made, summed
 from undiffuse.data.passed import Passed, kinds, line, merged
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Source, Split, is_readable, open_raw
-from undiffuse.errors import DataError, UsageError
+from undiffuse.errors import DataError, NoSplit, UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ class Several(Format):
             try:
                 parts.append(read())
                 specs.append(name)
-            except DataError as error:
+            except NoSplit as error:
                 if split == "train":
                     raise
                 why = error  # one part with a test split is enough

@@ -7,6 +7,7 @@ memory. What a shard says after its end mark is not read.
 
 import importlib
 import io
+import posixpath
 import re
 import tarfile
 import zlib
@@ -67,6 +68,7 @@ class Members:
     places: dict[str, Place] = field(default_factory=dict)
     inside: dict[str, str] = field(default_factory=dict)  # the same name without that of the archive
     unpacked: list[bytes] = field(default_factory=list)  # what the compressed archives hold
+    links: list[str] = field(default_factory=list)  # that lead out of an archive, or to what is not there
 
     def load(self, name: str) -> bytes:
         return self.places[name].read()
@@ -189,10 +191,16 @@ def _index(path: Path, shard: str, members: Members) -> None:
         data = _unpacked(path, MOST - sum(map(len, members.unpacked)))
         with tarfile.open(path, "r:", None if data is None else io.BytesIO(data)) as archive:
             for member in archive:
+                name, place = inner(member.name), None
                 if member.isreg():
-                    name = inner(member.name)
-                    members.places[f"{shard}/{name}"] = Place(path, member.offset_data, member.size, data)
-                    members.inside[f"{shard}/{name}"] = name
+                    place = Place(path, member.offset_data, member.size, data)
+                elif member.islnk() or member.issym():  # a symbolic one is relative to its folder
+                    to = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
+                    place = members.places.get(f"{shard}/{inner(posixpath.normpath(to))}")
+                    if place is None:
+                        members.links.append(name)
+                if place is not None:
+                    members.places[f"{shard}/{name}"], members.inside[f"{shard}/{name}"] = place, name
                 archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue] — it would keep every header
             end = Place(path, archive.offset, tarfile.BLOCKSIZE, data).read()
     except UNREADABLE as error:
@@ -225,7 +233,6 @@ def _unpacked(path: Path, most: int) -> bytes | None:
 
 def _examples(spec: str, members: Members, split: Split, reading: Reading, near: tuple[Passed, ...]) -> Pictures:
     """A picture of each example; classes by the members beside it, or by a file of labels, or by folder."""
-    by_inside = {inside: name for name, inside in members.inside.items()}
     inside = members.inside
     own, left = split_own([name for name in inside.values() if not is_hidden(name)], own_folders(inside.values()))
     known = set(left)
@@ -241,17 +248,21 @@ def _examples(spec: str, members: Members, split: Split, reading: Reading, near:
     named = {each for name in found for each in webdataset.candidates(name, picked.keys[name])}
     stems = {name: stem for name, stem in webdataset.label_stems(small).items() if stem in named}
     own_labels = webdataset.labels_of(list(stems), members.load)
-    given = None if own_labels else labelfile.find([members.inside[n] for n in others],
-                                                   lambda name: members.load(by_inside[name]))  # fmt: skip
-    insides = [members.inside[name] for name in found]
+    insides, keys = [inside[name] for name in found], found
+    given = None if own_labels else labelfile.find(others, members.load)
+    if given is not None and len(given.files) == 1:  # which may be of the pictures of all shards
+        file = given.files[0]
+        given, keys = labelfile.find([inside[file]], lambda _: members.load(file)), insides
     arranged = arrange(spec, insides, split, by_folder=not own_labels and given is None)
     if given is not None:
-        arranged = labelfile.relabelled(spec, insides, arranged, given)
+        arranged = labelfile.relabelled(spec, keys, arranged, given)
     names = tuple(found[i] for i in arranged.chosen)
     labels, classes = arranged.labels, arranged.classes
     if own_labels:
         by_stem = {stems[name]: label for name, label in own_labels.items()}
         labels, classes = webdataset.labelled(spec, {name: picked.keys[name] for name in names}, by_stem)
     files = set() if given is None else set(given.files)
-    unread = kinds([n for n in others if n not in own_labels and members.inside[n] not in files], members.open)
+    unread = kinds([n for n in others if n not in own_labels and not files & {n, inside[n]}], members.open)
+    if members.links:
+        near = (*near, Passed(len(members.links), "that are links to files elsewhere"))
     return Pictures(names, members.load, labels, classes, reading, (*own, *near, *unread, *unwanted, *arranged.passed))

@@ -6,8 +6,8 @@ weights. What two statistics must have in common to be compared is the extractor
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -113,19 +113,32 @@ def open_features(
     resize: str | None = None,
     shape: tuple[int, int, int] | None = None,
 ) -> Extractor:
-    """The extractor of that name, or `my_module:MyExtractor`; `weights` and `resize` where it has such options.
+    """The extractor of that name, with its fields, `efflite0,size=64`, or `my_module:MyExtractor`.
 
-    `auto` is the best that is there for images of that shape (channels, height, width).
+    `weights` and `resize` where it has such options. `auto` is the best that is there for images of that shape
+    (channels, height, width).
     """
-    if name == "auto":
-        name = auto_features((3, 1, 1) if shape is None else shape)
-    given = {"weights": None if weights is None else str(weights), "resize": resize}
-    cls = FEATURES.find(name, trusted=True)
-    for option, value in given.items():
-        if value is not None and option not in getattr(cls, "__dataclass_fields__", {}):
-            raise UsageError(f"features {name} have no option {option}; leave it out")
-    spec = {"name": name} | {option: value for option, value in given.items() if value is not None}
-    return FEATURES.build(spec, trusted=True).open(torch.device(device))
+    return several_features([name], device, weights, resize, shape)[0]
+
+
+def several_features(
+    names: Sequence[str],
+    device: str | torch.device = "cpu",
+    weights: Path | None = None,
+    resize: str | None = None,
+    shape: tuple[int, int, int] | None = None,
+) -> list[Extractor]:
+    """Of each name; `weights` and `resize` are for those that have such options, of which there must be one."""
+    best = [auto_features((3, 1, 1) if shape is None else shape) if name == "auto" else name for name in names]
+    built = [FEATURES.build(name, trusted=True) for name in dict.fromkeys(best)]
+    for option, value in {"weights": None if weights is None else str(weights), "resize": resize}.items():
+        takes = [option in getattr(type(each), "__dataclass_fields__", {}) for each in built]
+        if value is not None and not any(takes):
+            raise UsageError(f"features {', '.join(best)} have no option {option}; leave it out")
+        if value is not None:
+            pairs = zip(built, takes, strict=True)
+            built = [replace(each, **{option: value}) if has else each for each, has in pairs]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return [each.open(torch.device(device)) for each in built]
 
 
 def auto_features(shape: tuple[int, int, int]) -> str:

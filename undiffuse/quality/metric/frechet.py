@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import Count
+from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.quality.metric.base import F64, Metric, Moments, Rows
 
@@ -96,6 +97,11 @@ class FrechetInfinity(Metric):
 
     points: Count = 10
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.points < 3:
+            raise UsageError(f"points = {self.points} is too few to fit a line and its error; give 3 or more")
+
     keeps = Rows
     keeps_reference = Moments
     place = 1
@@ -121,5 +127,5 @@ class FrechetInfinity(Metric):
         fit = torch.linalg.lstsq(design, found).solution
         left = (found - design @ fit).square().sum() / max(1, len(counts) - 2)
         error = (left * torch.linalg.inv(design.T @ design)[0, 0]).sqrt()
-        bias = float(fit[1]) / len(rows)
+        bias = float(fit[1]) / (len(rows) * samples.every)  # of very many only some are kept
         return {"fd_infinity": float(fit[0]), "fd_infinity_se": float(error), "fd_infinity_bias": bias}

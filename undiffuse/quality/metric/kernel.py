@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.config import Count
+from undiffuse.errors import UsageError
 from undiffuse.key import Key
 from undiffuse.quality.metric.base import F64, Metric, Rows
 from undiffuse.quality.metric.distances import few
@@ -93,6 +94,10 @@ class Kernel(Metric):
     labels: ClassVar[dict[str, str]] = {"kd": "{kd}"}
     better: ClassVar[dict[str, str]] = {"kd": "lower"}
     errors: ClassVar[dict[str, str]] = {"kd": "kd_se"}
+
+    def __post_init__(self) -> None:
+        if self.size < 2:
+            raise UsageError(f"size = {self.size} is too few for a mean over pairs; give 2 or more")
 
     @property
     def least(self) -> int:

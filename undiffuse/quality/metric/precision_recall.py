@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import Count
+from undiffuse.errors import UsageError
 from undiffuse.quality.metric.base import F64, Metric, Rows
 from undiffuse.quality.metric.distances import blocks, few, radii, squared
 
@@ -40,6 +41,10 @@ class PrecisionRecall(Metric):
     place = 5
     labels: ClassVar[dict[str, str]] = {"precision": "precision", "recall": "recall"}
     better: ClassVar[dict[str, str]] = {"precision": "higher", "recall": "higher"}
+
+    def __post_init__(self) -> None:
+        if self.most <= self.k + 1:
+            raise UsageError(f"most = {self.most} is not possible with k = {self.k}; give {self.k + 2} or more")
 
     @property
     def least(self) -> int:
