@@ -227,7 +227,7 @@ def test_the_same_command_goes_on_with_what_was_chosen(photos, tmp_path):
 
     assert once(2).meta["step"] == 2
     assert [line[:5] for line in said[:3]] == ["auto:"] * 3
-    assert "held out: 1 of them; trained on: 11" in said
+    assert "held out: 3 of them; trained on: 9" in said
     assert said[-1] == "finished at step 2: all 2 steps are done"
     config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert config["network"]["channels"] == 8 and config["data"]["hold_out"] == 0.1
