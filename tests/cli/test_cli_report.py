@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import undiffuse
-from tests.cli.toy import evaluation, run_of_digits, save
+from tests.cli.toy import SMALL, evaluation, run_of_digits, save
+from undiffuse.machine.log import silent
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,18 @@ def test_a_class_has_a_row(tmp_path, call):
     assert call(*words)[0] == 0
     page = of((tmp_path / "page.html").read_text(), "Samples")
     assert "120 samples, not selected" in page and "As many held-out images of digits, spread evenly over it." in page
+
+
+def test_images_that_weights_had_seen_before_are_counted(runs, tmp_path, call):
+    """8 a step: six of B, and three that began from it."""
+    out = tmp_path / "page.html"
+    assert call("report", runs / "B", "-n", 1, "--steps", 1, "--out", out)[0] == 0
+    assert re.search(r"<dt>images seen in training</dt><dd>48</dd>", of(out.read_text(), "At a glance"))
+    how = {"settings": SMALL, "device": "cpu", "say": silent, "show_progress": False}
+    undiffuse.train("digits", tmp_path / "C", "digits", init=runs / "B", steps=3, **how)
+    assert call("report", tmp_path / "C", "-n", 1, "--steps", 1, "--out", out, "--overwrite")[0] == 0
+    seen = "<dt>images seen in training, 24 of them since it began from other weights</dt><dd>72</dd>"
+    assert seen in of(out.read_text(), "At a glance")
 
 
 def test_a_model_that_predicts_mu_has_a_page(tmp_path, call):

@@ -134,7 +134,9 @@ def _glance(page: Page) -> Section:
     if about.steps is not None:
         facts.append(("training steps", f"{about.steps:,}"))
     if model.meta.get("images"):
-        facts.append(("images seen in training", images_seen(model.meta)))
+        images, before = model.meta["images"], model.meta.get("images_before", 0)
+        own = f", {images:,} of them since it began from other weights" if before else ""
+        facts.append((f"images seen in training{own}", f"{images + before:,}"))
     if about.log:
         facts.append(("training time", log.duration(pieces.seconds(about.log))))
     if about.bound is not None:
