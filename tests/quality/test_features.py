@@ -87,6 +87,9 @@ def test_an_option_that_it_has_not(name):
 def test_fields_and_options_are_for_those_that_have_them():
     both = several_features(["efflite0,size=64", "classifier-28"], resize=None)
     assert [each.name for each in both] == ["efflite0", "classifier-28"] and both[0].size == (64, 64)
+    assert several_features(["efflite0", "classifier-28"], resize="torch")[0].resize == "torch 112x112"
+    with pytest.raises(UsageError, match='features efflite0: "resize" input should be'):
+        several_features(["efflite0", "classifier-28"], resize="cubic")
     with pytest.raises(UsageError, match="^features efflite0, classifier-28 have no option weights; leave it out$"):
         several_features(["efflite0", "classifier-28"], weights=Path("x"))
 

@@ -7,7 +7,7 @@ weights. What two statistics must have in common to be compared is the extractor
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from undiffuse.config import Table
+from undiffuse.config import Table, plain
 from undiffuse.errors import UsageError
 from undiffuse.machine import dist, log
 from undiffuse.machine.device import full_precision
@@ -136,9 +136,13 @@ def several_features(
         if value is not None and not any(takes):
             raise UsageError(f"features {', '.join(best)} have no option {option}; leave it out")
         if value is not None:
-            pairs = zip(built, takes, strict=True)
-            built = [replace(each, **{option: value}) if has else each for each, has in pairs]  # pyright: ignore[reportArgumentType, reportCallIssue]
+            built = [_with(each, option, value) if has else each for each, has in zip(built, takes, strict=True)]
     return [each.open(torch.device(device)) for each in built]
+
+
+def _with(extractor: FeatureExtractor, option: str, value: str) -> FeatureExtractor:
+    """The same with another field, which is validated as any is."""
+    return FEATURES.build({"name": FEATURES.name_of(extractor), **plain(extractor), option: value}, trusted=True)
 
 
 def auto_features(shape: tuple[int, int, int]) -> str:
