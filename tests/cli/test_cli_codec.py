@@ -223,7 +223,7 @@ def test_so_many_bytes_of_a_file_are_read_as_of_one_that_is_cut_off(call, place,
     assert np.array_equal(pixels(tmp_path / "x.png"), mean[0, 0].numpy())
     assert good(call, *words, "--bytes", 10**6)["status"] == "complete"
     for size, code, message in (
-        (0, 2, "--bytes 0 is not possible; give 1 or more"),
+        (0, 2, "--bytes 0 is less than the header of a file; give 8 or more"),
         (7, 2, "--bytes 7 is less than the header of a file; give 8 or more"),
     ):
         found, _, err = call(*words, "--bytes", size)

@@ -23,7 +23,7 @@ from undiffuse.cli.options import (
     writable,
 )
 from undiffuse.cli.tools import JsonOpt, show
-from undiffuse.errors import Corrupt, UsageError
+from undiffuse.errors import Corrupt, UsageError, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,8 +83,7 @@ def info(
             off = off if each["groups"] else ""
             if each["groups"] < every:
                 off += f"; whole in {each['groups']} of {every} groups" if every > 1 else ", not whole"
-            steps = f"{each['steps']} step{'s' * (each['steps'] > 1)}"
-            result[f"layer {each['layer']}"] = f"{steps}, {each['bytes']} bytes{off}"
+            result[f"layer {each['layer']}"] = f"{counted(each['steps'], 'step')}, {each['bytes']} bytes{off}"
     show(result | {"layers": layers}, as_json)
 
 
@@ -122,8 +121,8 @@ def fit(
     from undiffuse.network.base import NOTHING
 
     loaded = open_model(model, device, weights=weights)
-    count, bits = tables.STEPS if steps is None else steps, MEMORY if memory is None else memory
-    tables.refuse(loaded, count, bits)
+    count, state = tables.STEPS if steps is None else steps, MEMORY if memory is None else memory
+    tables.refuse(loaded, count, state)
     place = fitted.found(loaded.run, loaded.digest(), fitted.CODEC) or (model if loaded.meta.get("codec") else None)
     if place and not overwrite:
         before = tables.of(loaded)
@@ -141,7 +140,7 @@ def fit(
     if not as_json:
         log.say(tables.cost(len(some)))
     with ticking(tables.turns(len(some), count), "fitting", as_json) as tick:
-        plan = tables.fit(loaded, some, count, bits, tick, cond)
+        plan = tables.fit(loaded, some, count, state, tick, cond)
     bits = sum(plan.bits[step][len(plan.bits[step]) // 2] for step in range(plan.steps))
     kept = {"ident": plan.ident.hex(), "steps": plan.steps, "bits_an_image": bits, "usual": plan.usual, "made": "now"}
     show({"tables": tables.keep(plan, loaded), **kept}, as_json)

@@ -276,8 +276,6 @@ def reader(
 
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give the name of a file")
-    if size is not None and size < 1:
-        raise UsageError(f"--bytes {size} is not possible; give 1 or more")
     if size is not None and size < SHORTEST:
         raise UsageError(f"--bytes {size} is less than the header of a file; give {SHORTEST} or more")
     with reading(file) as opened:

@@ -40,13 +40,17 @@ class Given:
         return tuple(sorted({str(label) for label in labels}, key=counting))
 
 
+def named(names: Sequence[str]) -> list[str]:
+    """Those that have the name of a file of labels."""
+    return [name for name in names if PurePosixPath(name).name.lower() in (STYLEGAN, *TABLES)]
+
+
 def find(names: Sequence[str], load: Callable[[str], bytes]) -> Given | None:
     """What the files of labels among `names` say, None where there are none. DataError for one that is damaged."""
     files, rows, passed = list[str](), Rows(), list[Passed]()
-    for name in names:
-        last = PurePosixPath(name).name.lower()
-        read = _stylegan if last == STYLEGAN else _table if last in TABLES else None
-        found = None if read is None else read(name, load(name))
+    for name in named(names):
+        read = _stylegan if PurePosixPath(name).name.lower() == STYLEGAN else _table
+        found = read(name, load(name))
         if found is None:
             continue
         files.append(name)

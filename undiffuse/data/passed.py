@@ -8,7 +8,6 @@ from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 
 from undiffuse.data import listing, picture
-from undiffuse.data.listing import printable
 
 KINDS = 8  # in the line; the rest is one number
 MOST = 32  # endings that are counted one by one
@@ -38,7 +37,7 @@ class Passed:
     noun: str = "file"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "what", printable(self.what))
+        object.__setattr__(self, "what", listing.printable(self.what))
 
 
 def frames(count: int) -> tuple[Passed, ...]:

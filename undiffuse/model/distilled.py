@@ -8,7 +8,7 @@ from torch import Tensor
 
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
-from undiffuse.errors import UsageError
+from undiffuse.errors import UsageError, counted
 from undiffuse.strict import whole
 
 Bounds = tuple[float, ...] | None
@@ -18,7 +18,7 @@ def refuse(bounds: Bounds, what: str) -> None:
     """UsageError for such a model, which has no x̂_0 but at the starts of its steps."""
     if bounds is not None:
         raise UsageError(
-            f"{what} is not possible: this model is distilled to {len(bounds)} step{'s' * (len(bounds) > 1)}; take the "
+            f"{what} is not possible: this model is distilled to {counted(len(bounds), 'step')}; take the "
             "one that it was made of"
         )
 

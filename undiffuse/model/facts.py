@@ -34,8 +34,13 @@ def facts_of(model: "Model") -> dict[str, str]:
 
 def begun_with(model: "Model") -> dict[str, Any]:
     """What the metadata of a training says that begins from these weights: their sha256, and all that they had seen."""
-    seen = model.meta.get("images", 0) + model.meta.get("images_before", 0)
+    seen = all_seen(model.meta)
     return {"init": model.digest(), **({"images_before": seen} if seen else {})}
+
+
+def all_seen(meta: Mapping[str, Any]) -> int:
+    """Images, those of the weights that it began from among them."""
+    return meta.get("images", 0) + meta.get("images_before", 0)
 
 
 def begun(meta: Mapping[str, Any]) -> dict[str, Any]:

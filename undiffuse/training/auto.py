@@ -14,7 +14,7 @@ from undiffuse.config import override, parse, plain
 from undiffuse.data.made import channels
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import Source, open_raw, spread
-from undiffuse.errors import DataError
+from undiffuse.errors import DataError, counted
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
 from undiffuse.machine.log import Say
@@ -226,7 +226,7 @@ def _why(facts: Facts, recipe: Recipe, base: str, given: set[str], budget: Budge
     return (
         f"auto: images of {width}×{height}, {kind}, {because}",
         f"auto: {network}; batches of {train.batch}; {facts.device}",
-        f"auto: trains {until}{train.steps:,} step{'' if train.steps == 1 else 's'}{day}; {turn}",
+        f"auto: trains {until}{counted(train.steps, 'step')}{day}; {turn}",
     )
 
 

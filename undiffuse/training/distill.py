@@ -55,7 +55,7 @@ def recipe_for(model: Model, bounds: tuple[float, ...]) -> Recipe:
         channels_last="auto",
         drop_label=0.1 if before is None else before.drop_label,
     )
-    about = f"{model.digest()[:12]} distilled to {len(bounds)} step{'s' * (len(bounds) > 1)}"
+    about = f"{model.digest()[:12]} distilled to {counted(len(bounds), 'step')}"
     parts = (config.process, config.parameterisation, config.variance, config.network)
     each = max(LEAST, -(-TEACHING // len(bounds)))
     return Recipe(about, data, *parts, Trajectory(bounds, each), tuning)

@@ -22,7 +22,7 @@ from undiffuse.data.format.named import GARMENTS
 from undiffuse.data.loader import Loader
 from undiffuse.data.source import ArraySource, open_source
 from undiffuse.diffusion.likelihood import Terms
-from undiffuse.errors import UsageError
+from undiffuse.errors import UsageError, counted
 from undiffuse.figure import enlarged, grid, picture, png
 from undiffuse.key import Key
 from undiffuse.machine import disk, log
@@ -106,7 +106,7 @@ def run_demo(out: Path, quick: bool = False, model: Model | None = None, say: Sa
     ]
     took, threads = log.duration(time.monotonic() - started), torch.get_num_threads()
     lead = (
-        f"Made in {took} on {threads} thread{'s' * (threads > 1)} of a CPU, from data inside the package. First a "
+        f"Made in {took} on {counted(threads, 'thread')} of a CPU, from data inside the package. First a "
         "model is trained from nothing on tiny digits; then a trained one draws clothes and is measured."
     )
     draw.mark(out)

@@ -20,7 +20,7 @@ from undiffuse.errors import NotFiniteError, UsageError
 from undiffuse.machine import log
 from undiffuse.machine.device import name_of
 from undiffuse.measure import nll
-from undiffuse.model.facts import images_seen
+from undiffuse.model.facts import all_seen, images_seen
 from undiffuse.model.model import Model
 from undiffuse.view import explore, pieces, results
 from undiffuse.view.report import Figure, Listing, Section, write_report
@@ -134,9 +134,9 @@ def _glance(page: Page) -> Section:
     if about.steps is not None:
         facts.append(("training steps", f"{about.steps:,}"))
     if model.meta.get("images"):
-        images, before = model.meta["images"], model.meta.get("images_before", 0)
-        own = f", {images:,} of them since it began from other weights" if before else ""
-        facts.append((f"images seen in training{own}", f"{images + before:,}"))
+        own, seen = model.meta["images"], all_seen(model.meta)
+        since = f", {own:,} of them since it began from other weights" if seen > own else ""
+        facts.append((f"images seen in training{since}", f"{seen:,}"))
     if about.log:
         facts.append(("training time", log.duration(pieces.seconds(about.log))))
     if about.bound is not None:

@@ -20,7 +20,7 @@ from undiffuse.data.made import Made, summed
 from undiffuse.data.passed import Passed, kinds, line, merged
 from undiffuse.data.picture import Reading
 from undiffuse.data.source import Format, Item, Source, Split, is_readable, open_raw
-from undiffuse.errors import DataError, NoSplit, UsageError
+from undiffuse.errors import DataError, NoSplit, UsageError, counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ class Several(Format):
 
 def _files(files: list[str], split: Split, reading: Reading) -> Source:
     given = Files(files, lambda name: Path(name).read_bytes(), open_path, are_named=True)
-    found = pictures(f"the set of {len(files):,} {'file' if len(files) == 1 else 'files'}", given, split, reading)
+    found = pictures(f"the set of {counted(len(files), 'file')}", given, split, reading)
     return replace(found, root=Path())
 
 

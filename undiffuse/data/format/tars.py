@@ -248,21 +248,20 @@ def _examples(spec: str, members: Members, split: Split, reading: Reading, near:
     named = {each for name in found for each in webdataset.candidates(name, picked.keys[name])}
     stems = {name: stem for name, stem in webdataset.label_stems(small).items() if stem in named}
     own_labels = webdataset.labels_of(list(stems), members.load)
-    insides, keys = [inside[name] for name in found], found
-    given = None if own_labels else labelfile.find(others, members.load)
-    if given is not None and len(given.files) == 1:  # which may be of the pictures of all shards
-        file = given.files[0]
-        given, keys = labelfile.find([inside[file]], lambda _: members.load(file)), insides
+    insides, said = [inside[name] for name in found], labelfile.named(others)
+    own_each = len(said) > 1  # a single file of labels may be of the pictures of all shards
+    by_key = {name if own_each else inside[name]: name for name in said}
+    given = None if own_labels else labelfile.find(list(by_key), lambda key: members.load(by_key[key]))
     arranged = arrange(spec, insides, split, by_folder=not own_labels and given is None)
     if given is not None:
-        arranged = labelfile.relabelled(spec, keys, arranged, given)
+        arranged = labelfile.relabelled(spec, found if own_each else insides, arranged, given)
     names = tuple(found[i] for i in arranged.chosen)
     labels, classes = arranged.labels, arranged.classes
     if own_labels:
         by_stem = {stems[name]: label for name, label in own_labels.items()}
         labels, classes = webdataset.labelled(spec, {name: picked.keys[name] for name in names}, by_stem)
-    files = set() if given is None else set(given.files)
-    unread = kinds([n for n in others if n not in own_labels and not files & {n, inside[n]}], members.open)
+    files = set() if given is None else {by_key[key] for key in given.files}
+    unread = kinds([n for n in others if n not in own_labels and n not in files], members.open)
     if members.links:
         near = (*near, Passed(len(members.links), "that are links to files elsewhere"))
     return Pictures(names, members.load, labels, classes, reading, (*own, *near, *unread, *unwanted, *arranged.passed))

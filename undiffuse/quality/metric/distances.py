@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from undiffuse.errors import UsageError
+
 BLOCK = 1 << 24  # distances at a time
 
 
@@ -41,6 +43,12 @@ def nearest(
 def radii(x: Float[Tensor, "n d"], k: int) -> Float[Tensor, "n"]:
     """The distance of each row to its k-th nearest other row."""
     return nearest(x, x, k, torch.arange(len(x), dtype=torch.int64, device="cpu"))[0][:, -1]
+
+
+def refuse_too_few(most: int, k: int) -> None:
+    """UsageError where so many rows have no k-th nearest other one, beside which there are more."""
+    if most <= k + 1:
+        raise UsageError(f"most = {most} is not possible with k = {k}; give {k + 2} or more")
 
 
 def few(x: Float[Tensor, "n d"], most: int) -> Float[Tensor, "m d"]:

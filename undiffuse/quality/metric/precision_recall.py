@@ -8,9 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.config import Count
-from undiffuse.errors import UsageError
 from undiffuse.quality.metric.base import F64, Metric, Rows
-from undiffuse.quality.metric.distances import blocks, few, radii, squared
+from undiffuse.quality.metric.distances import blocks, few, radii, refuse_too_few, squared
 
 
 def precision_recall(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], k: int) -> tuple[float, float]:
@@ -43,8 +42,7 @@ class PrecisionRecall(Metric):
     better: ClassVar[dict[str, str]] = {"precision": "higher", "recall": "higher"}
 
     def __post_init__(self) -> None:
-        if self.most <= self.k + 1:
-            raise UsageError(f"most = {self.most} is not possible with k = {self.k}; give {self.k + 2} or more")
+        refuse_too_few(self.most, self.k)
 
     @property
     def least(self) -> int:
