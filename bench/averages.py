@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from choose import EXTRACTORS, SAMPLES, STEPS, of_samples
 from likelihood import MUON
-from machine import machine, made_of, publish
+from machine import keep, machine, made_of, publish
 from trial import SMALL, Found
 
 from undiffuse.data.source import open_source
-from undiffuse.machine import disk
 from undiffuse.model.load import averaged
 from undiffuse.model.model import Model
 from undiffuse.model.recipe import load_recipe
@@ -80,7 +79,7 @@ def main() -> None:
     result: Found = {"rows": rows, "images": given.images, "seed": given.seed, "machine": machine()}
     result |= {"made_of": made_of(*EXTRACTORS), "date": date.today().isoformat()}
     result["command"] = f"python bench/averages.py --images {given.images}"
-    disk.write_atomic(Path(__file__).with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
+    keep(Path(__file__).with_suffix(".json"), result)
     publish("benchmarks.md", "averages", table(result))
 
 

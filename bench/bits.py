@@ -11,7 +11,6 @@ steps of UniPC are judged as in `bench/choose.py`. Writes `bench/bits-NAME.json`
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from datetime import date
@@ -23,7 +22,7 @@ import pillow_jxl  # noqa: F401  # gives Pillow the format JXL
 import torch
 from choose import EXTRACTORS, distances
 from jaxtyping import UInt8
-from machine import machine, made_of, publish
+from machine import keep, kept, machine, made_of, publish
 from torch import Tensor
 
 import undiffuse
@@ -114,13 +113,13 @@ def main() -> None:
         "test": lambda: measured(model, test, len(test), given.whole, 1000),
         "train": lambda: measured(model, train, len(test), given.whole, 1000),
     }
-    of_weights, result = made_of(given.name, *EXTRACTORS), json.loads(path.read_text()) if path.exists() else {}
+    of_weights, result = made_of(given.name, *EXTRACTORS), kept(path)
     result = result if result.get("made_of") == of_weights else {}
     for name, part in parts.items():
         if name not in result:
             result |= {name: part(), "seed": 0, "machine": machine(), "made_of": of_weights}
             result |= {"command": f"python bench/bits.py {given.name} --data {data}", "date": date.today().isoformat()}
-            disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+            keep(path, result)
     publish("benchmarks.md", f"bits-{given.name}", table(result))
 
 

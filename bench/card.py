@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, publish
+from machine import keep, kept, machine, publish
 from speed import Contender
 
 import undiffuse
@@ -39,7 +39,6 @@ from undiffuse.codec import tables
 from undiffuse.codec.stream import Codec
 from undiffuse.data.pack import open_data
 from undiffuse.key import Key
-from undiffuse.machine import disk
 from undiffuse.machine.device import choose, name_of, versions
 from undiffuse.model.model import to_float
 from undiffuse.model.recipe import load_recipe
@@ -423,7 +422,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "card.json")
     parser.add_argument("--table", action="store_true", help="only write the table again")
     given = parser.parse_args()
-    result = json.loads(given.out.read_text()) if given.out.exists() else {"parts": {}}
+    result = {"parts": {}, **kept(given.out)}
     if not given.table:
         device = choose(given.device)
         if device.type != "cuda":
@@ -438,7 +437,7 @@ def main() -> None:
                 continue
             began = time.monotonic()
             result["parts"][name] = PARTS[name](device) | {"seconds": round(time.monotonic() - began, 1)}
-            disk.write_atomic(given.out, (json.dumps(result, indent=1) + "\n").encode())
+            keep(given.out, result)
             print(name, short(result["parts"][name]), flush=True)
     if given.out.resolve().parent == HERE and result.get("versions"):
         publish("benchmarks.md", "card", table(result))

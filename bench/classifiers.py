@@ -9,14 +9,13 @@ of docs/benchmarks.md.
 """
 
 import argparse
-import json
 import re
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
-from machine import machine, publish
+from machine import keep, kept, machine, publish
 from torch import Tensor, nn
 
 from undiffuse.data.format.emoji import CATEGORIES
@@ -134,7 +133,7 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     write_weights(path, tensors, meta)
     target = HERE / "classifiers.json"
-    result = json.loads(target.read_text()) if target.exists() else {}
+    result = kept(target)
     options = "".join(f" --{what} {getattr(given, what)}" for what in ("epochs", "seed") if getattr(given, what))
     row = {
         "command": f"python bench/classifiers.py {given.name} {Path(given.data).name}{options}",
@@ -156,7 +155,7 @@ def main() -> None:
         "test": measured(classifier.network_of(path)[0], test, categories),
     }
     result = {name: row if name == given.name else result[name] for name in SIZES if name in {*result, given.name}}
-    disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+    keep(target, result)
     pin(given.name, row["sha256"])
     publish("benchmarks.md", "classifiers", table(result))
 

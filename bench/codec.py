@@ -11,7 +11,6 @@ weights is not measured again. Writes `bench/codec-NAME.json`, and table `codec-
 """
 
 import io
-import json
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from bits import MOSAIC, rivals
 from jaxtyping import UInt8
-from machine import TABLES, asking, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, keep, kept, machine, made_of, publish, shipped_codec
 from torch import Tensor
 
 from undiffuse.codec import ledger, tables
@@ -360,7 +359,7 @@ def main() -> None:
     torch.set_num_threads(1)
     codec, images = shipped_codec(given.name, given.data, int(np.prod(MOSAIC)))
     path = HERE / f"codec-{given.name}.json"
-    result: Row = json.loads(path.read_text()) if path.exists() else {}
+    result: Row = kept(path)
     of = made_of(given.name, TABLES + given.name)
     result = result if result.get("made_of") == of else {}
 
@@ -386,7 +385,7 @@ def main() -> None:
                 "command": f"python bench/codec.py {given.name} --data {given.data}",
                 "date": date.today().isoformat(),
             }
-            disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+            keep(path, result)
             print(name, flush=True)
     strip(codec, images[:1], HERE.parent / "docs" / "images" / f"codec-{given.name}-strip.png")
     publish("codec.md", f"codec-{given.name}", table(result))

@@ -14,7 +14,6 @@ The folder has pictures without loss, such as those that come with scikit-image.
 and the table `codec-edges-NAME` of docs/codec.md.
 """
 
-import json
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ import numpy as np
 import torch
 from bits import RIVALS
 from jaxtyping import Float, UInt8
-from machine import TABLES, asking, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, keep, machine, made_of, publish, shipped_codec
 from PIL import Image
 from torch import Tensor, nn
 
 from undiffuse.codec import ledger
 from undiffuse.codec.stream import Codec
 from undiffuse.diffusion.windows import places
-from undiffuse.machine import disk
 from undiffuse.network.base import Conditioning
 
 HERE, SIDE, TILES, IMAGES = Path(__file__).parent, 128, 8, 32
@@ -167,7 +165,7 @@ def main() -> None:
     result |= {"machine": machine(), "seed": 0, "date": date.today().isoformat()}
     result["command"] = f"python bench/codec_edges.py {given.name} --data {given.data} --photos {given.photos}"
     path = HERE / f"codec_edges-{given.name}.json"
-    disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+    keep(path, result)
     publish("codec.md", f"codec-edges-{given.name}", table(result))
 
 

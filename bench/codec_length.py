@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from bits import MOSAIC
 from codec import bits_at, off, shorter
-from machine import TABLES, asking, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, keep, machine, made_of, publish, shipped_codec
 
 from undiffuse.codec import tables
 from undiffuse.codec.plan import MEMORY, WASTE
 from undiffuse.codec.stream import Codec
 from undiffuse.data.source import open_source
-from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 SETTINGS = (*((tables.STEPS, memory) for memory in WASTE), *((steps, MEMORY) for steps in (16, 20, 24, 40, 48)))
@@ -72,7 +71,7 @@ def main() -> None:
         "machine": machine(),
         "made_of": made_of(given.name, TABLES + given.name),
     }
-    disk.write_atomic(HERE / f"codec_length-{given.name}.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / f"codec_length-{given.name}.json", result)
     publish("codec.md", f"codec-length-{given.name}", table(result))
 
 

@@ -14,7 +14,6 @@ All but the trellis are written here for this comparison alone. The first 32 tes
 `bench/codec_rules-NAME.json` and the table `codec-rules-NAME` of docs/codec.md.
 """
 
-import json
 from collections.abc import Callable
 from datetime import date
 from functools import lru_cache
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from machine import TABLES, asking, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, keep, kept, machine, made_of, publish, shipped_codec
 from torch import Tensor
 
 from undiffuse.codec import exact, tables
@@ -35,7 +34,6 @@ from undiffuse.codec.ledger import Curve
 from undiffuse.codec.plan import DELTA_BITS
 from undiffuse.codec.stream import Codec
 from undiffuse.key import Key
-from undiffuse.machine import disk
 
 HERE, IMAGES, BLOCK = Path(__file__).parent, 32, 12
 Row = dict[str, Any]
@@ -109,7 +107,7 @@ def main() -> None:
     curve = Curve.of(tables.measured(codec.model, images, count=128), process, codec.plan.values)
     bounds = {"stepped": curve.stepped(process, 1000), "continuous": curve.continuous()}
     path, of = HERE / f"codec_rules-{given.name}.json", made_of(given.name, TABLES + given.name)
-    result: Row = json.loads(path.read_text()) if path.exists() else {}
+    result: Row = kept(path)
     result = result if result.get("made_of") == of else {"made_of": of, "rows": {}}
     rules: dict[str, Callable[[], Row]] = {
         "trellis, 32 images a path": lambda: trellis(codec, images, 32),
@@ -127,7 +125,7 @@ def main() -> None:
             result |= {"model": given.name, "machine": machine(), "seed": 0}
             result |= {"command": f"python bench/codec_rules.py {given.name} --data {given.data}"}
             result |= {"date": date.today().isoformat()}
-            disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+            keep(path, result)
     publish("codec.md", f"codec-rules-{given.name}", table(result))
 
 

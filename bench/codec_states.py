@@ -9,7 +9,6 @@ two extractors, against the training images as in `bench/choose.py`; features ar
 `bench/codec_states-NAME.json`, the table `codec-states-NAME` and a plot of docs/codec.md.
 """
 
-import json
 import tempfile
 from dataclasses import replace
 from datetime import date
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from choose import EXTRACTORS, distances
 from jaxtyping import Float, UInt8
-from machine import TABLES, asking, machine, made_of, publish, shipped_codec
+from machine import TABLES, asking, keep, kept, machine, made_of, publish, shipped_codec
 from torch import Tensor
 
 from undiffuse.codec.container import Parsed, pack, parse
@@ -97,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(1)
     codec, images = shipped_codec(given.name, given.data, IMAGES)
     path, of = HERE / f"codec_states-{given.name}.json", made_of(given.name, TABLES + given.name, *EXTRACTORS)
-    result: Row = json.loads(path.read_text()) if path.exists() else {}
+    result: Row = kept(path)
     if result.get("made_of") != of:
         result = {"made_of": of, "rows": [], "real": distances(images, given.work)}
     whole = parse(codec.encode(images), codec.plan, codec.model.image_shape)
@@ -106,7 +105,7 @@ def main() -> None:
             result["rows"].append(at(codec, images, whole, steps, given.work))
             result |= {"machine": machine(), "seed": 0, "date": date.today().isoformat()}
             result["command"] = f"python bench/codec_states.py {given.name} --data {given.data}"
-            disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+            keep(path, result)
     publish("codec.md", f"codec-states-{given.name}", table(result))
     disk.write_atomic(HERE.parent / "docs" / "images" / f"codec-{given.name}-realism.svg", plot(result).encode())
 

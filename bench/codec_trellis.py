@@ -8,7 +8,6 @@ tables allow for: 3 bits of a path, and a share of its worth (`WASTE` in undiffu
 `bench/codec_trellis.json` and the table `codec-trellis` of docs/codec.md.
 """
 
-import json
 import time
 from datetime import date
 from math import log2, sqrt
@@ -17,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine, publish
+from machine import keep, machine, publish
 
 from undiffuse.codec.plan import EXTRA, WASTE
 from undiffuse.codec.trellis import Problem, edges, read, search
-from undiffuse.machine import disk
 
 HERE, VALUES, BITS, RUNS, PARTS = Path(__file__).parent, 784, (24, 48, 96, 192, 384), 160, 8
 Row = dict[str, Any]
@@ -71,7 +69,7 @@ def main() -> None:
     rows = [wasted(memory, bits) for memory in WASTE for bits in BITS]
     result: Row = {"rows": rows, "machine": machine(), "seed": 0, "date": date.today().isoformat()}
     result["command"] = "python bench/codec_trellis.py"
-    disk.write_atomic(HERE / "codec_trellis.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "codec_trellis.json", result)
     publish("codec.md", "codec-trellis", table(result))
 
 

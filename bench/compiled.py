@@ -21,11 +21,10 @@ from typing import Any
 import torch
 import torch._inductor.config
 from layout import NETWORKS
-from machine import machine, publish
+from machine import keep, machine, publish
 from torch import Tensor
 
 from undiffuse.key import Key
-from undiffuse.machine import disk
 from undiffuse.model.recipe import load_recipe
 from undiffuse.network.base import NOTHING
 
@@ -109,7 +108,7 @@ def main() -> None:
             torch.compiler.reset()
     command = f"python bench/compiled.py --threads {given.threads} --rounds {given.rounds}"
     result = {"command": command, "date": date.today().isoformat(), "seed": 0, "machine": machine(), "rows": rows}
-    disk.write_atomic(HERE / "compiled.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "compiled.json", result)
     publish("benchmarks.md", "compiled", table(result))
 
 

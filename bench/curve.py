@@ -11,12 +11,12 @@ records of steps before which a run had another learning rate than the preset wi
 """
 
 import argparse
-import json
 import statistics
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from machine import keep
 from scipy.stats import t as student
 
 from undiffuse.data.pack import open_data
@@ -67,7 +67,7 @@ def main() -> None:
     rows = [{"step": step, "held_out": (each := [run[step] for run in runs]), "band": band(each)} for step in steps]
     result = {"command": f"python bench/curve.py {given.preset} RUN/log.jsonl", "date": date.today().isoformat()}
     result |= {"steps": recipe.train.steps, "rows": rows}
-    disk.write_atomic(HERE / f"curve-{given.preset}.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / f"curve-{given.preset}.json", result)
     images = open_data(given.data or given.preset, recipe.data.size, recipe.data.channels)
     path = HERE.parent / "undiffuse" / "presets" / f"{given.preset}.toml"
     before = path.read_text().partition("\n[[expected.curve]]")[0].rstrip("\n")

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from choose import EXTRACTORS, distances
-from machine import machine, made_of, mark_of, publish
+from machine import keep, kept, machine, made_of, mark_of, publish
 from torch import Tensor
 
 import undiffuse
 from undiffuse.config import parse
 from undiffuse.diffusion.objective import Trajectory
 from undiffuse.diffusion.trajectory import SOLVER, Taught
-from undiffuse.machine import disk
 from undiffuse.model.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -59,7 +58,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     path, of = HERE / "distilled.json", made_of(TEACHER, *EXTRACTORS)
-    result: Row = json.loads(path.read_text()) if path.exists() else {}
+    result: Row = kept(path)
     result = result if result.get("made_of") == of else {"rows": []}
     teacher = undiffuse.load(TEACHER, "cpu")
 
@@ -78,7 +77,7 @@ def main() -> None:
         result["rows"].append(row)
         result.update({"made_of": of, "machine": machine(), "seed": 0, "date": date.today().isoformat()})
         result["command"] = "python bench/distilled.py RUN …"
-        disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+        keep(path, result)
         publish("benchmarks.md", "distilled", table(result))
 
     for run in given.runs:

@@ -21,11 +21,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from machine import machine, publish
+from machine import keep, machine, publish
 from torch import Tensor
 
 import undiffuse
-from undiffuse.machine import disk
 from undiffuse.quality.feature.base import Extractor, FeatureExtractor
 from undiffuse.quality.feature.inception import SIZE, InceptionNetwork
 from undiffuse.quality.feature.resize import RESIZES
@@ -129,7 +128,7 @@ def main() -> None:
         "seconds": {name: [seconds for seconds, _ in each] for name, each in found.items()},
         "numbers": {name: each[-1][1] for name, each in found.items()},
     }
-    disk.write_json(HERE / "evaluation.json", result)
+    keep(HERE / "evaluation.json", result)
     publish("benchmarks.md", "evaluation", table(result))
 
 

@@ -16,9 +16,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from machine import machine, publish
+from machine import keep, machine, publish
 
-from undiffuse.machine import disk
 from undiffuse.quality.feature.base import FEATURES
 from undiffuse.quality.feature.inception import SIZE, InceptionNetwork
 from undiffuse.quality.feature.resize import RESIZES
@@ -97,5 +96,5 @@ if __name__ == "__main__":
         "images_per_core_second": speeds(contenders(), given.rounds, given.images),
         "levels_from_tf1": resizes(),
     }
-    disk.write_json(HERE / "features.json", result)
+    keep(HERE / "features.json", result)
     publish("benchmarks.md", "features", table(result))

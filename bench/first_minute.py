@@ -20,10 +20,9 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from machine import machine, publish
+from machine import keep, kept, machine, publish
 from PIL import Image
 
-from undiffuse.machine import disk
 from undiffuse.machine.device import processor
 
 HERE = Path(__file__).parent
@@ -119,12 +118,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--long", action="store_true")
     given, path = parser.parse_args(), HERE / "first_minute.json"
-    runs, before = given.runs, json.loads(path.read_text()) if path.exists() else {}
+    runs, before = given.runs, kept(path)
     if given.long:
         with tempfile.TemporaryDirectory() as name:
             before["long"] = long(Path(name)) | {"command": "python bench/first_minute.py --long"}
         before["long"]["date"] = str(date.today())
-        disk.write_json(path, before)
+        keep(path, before)
         publish("benchmarks.md", "first-minute", table(before))
         return
     with tempfile.TemporaryDirectory() as name:
@@ -142,7 +141,7 @@ def main() -> None:
         "each": found,
     }
     result |= {"long": before["long"]} if "long" in before else {}
-    disk.write_json(path, result)
+    keep(path, result)
     publish("benchmarks.md", "first-minute", table(result))
 
 

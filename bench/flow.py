@@ -6,15 +6,13 @@ Writes `bench/flow.json` and the table of docs/benchmarks.md.
 """
 
 import argparse
-import json
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import machine, made_of, publish
+from machine import keep, machine, made_of, publish
 
 import undiffuse
-from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 MODEL = DATA = "fashion-mnist"
@@ -53,7 +51,7 @@ def main() -> None:
         "model": model.meta.get("step"),
         "measured": measured,
     }
-    disk.write_atomic(HERE / "flow.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "flow.json", result)
     publish("benchmarks.md", "flow", table(result))
 
 

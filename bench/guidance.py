@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import DOCS, machine, made_of, publish
+from machine import DOCS, keep, machine, made_of, publish
 from styles import BATCH, EXTRACTORS, features
 from trial import read
 
@@ -101,7 +101,7 @@ def main() -> None:
         result = {"rows": [*(old for old in result["rows"] if old["weights"] == own["weights"]), row]}
         result |= {"command": command, "date": date.today().isoformat(), "seed": SEED, "machine": machine()}
         result |= {"made_of": made_of(given.name, *EXTRACTORS)}
-        disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+        keep(path, result)
         publish("benchmarks.md", f"guidance-{given.name}", table(result))
     picture(given.name)
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, publish
+from machine import keep, machine, publish
 
-from undiffuse.machine import disk
 from undiffuse.model.recipe import load_recipe
 from undiffuse.training.layout import measured, processor
 
@@ -49,7 +48,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     result = {"command": "python bench/layout.py", "date": date.today().isoformat(), "seed": 0}
     result |= {"machine": machine(), "rows": rows}
-    disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+    keep(path, result)
     publish("benchmarks.md", "layout", table(result))
 
 

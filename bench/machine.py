@@ -2,10 +2,12 @@
 
 import argparse
 import hashlib
+import json
 import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -66,6 +68,22 @@ def shipped_codec(name: str, data: str, count: int) -> tuple[Codec, UInt8[Tensor
 def mark_of(times: Sequence[float]) -> str:
     """By which a row knows the times of its chain, so that it is drawn again on another grid."""
     return hashlib.sha256(repr(times).encode()).hexdigest()[:16]
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """What `keep` wrote, if it did."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """As JSON with a line for each key, and in a list a line for each row, as short as tables of hundreds of rows
+    should be, and told apart line by line by `git diff`."""
+    lines = []
+    for key, value in result.items():
+        rows = isinstance(value, list) and all(isinstance(row, dict) for row in value)
+        text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if rows and value else json.dumps(value)
+        lines.append(f" {json.dumps(key)}: {text}")
+    disk.write_atomic(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def publish(page: str, mark: str, table: str) -> None:

@@ -5,15 +5,13 @@
 Nothing is trained. Writes `bench/memory.json` and the table of docs/scaling.md.
 """
 
-import json
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import machine, publish
+from machine import keep, machine, publish
 
-from undiffuse.machine import disk
 from undiffuse.model.recipe import load_recipe
 from undiffuse.training.need import need
 
@@ -55,7 +53,7 @@ def main() -> None:
         "machine": machine(),
         "presets": presets,
     }
-    disk.write_atomic(HERE / "memory.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "memory.json", result)
     publish("scaling.md", "memory", table(result))
 
 

@@ -122,9 +122,7 @@ def main() -> None:
         print(json.dumps(measure()))
         return
     import torch
-    from machine import machine, publish
-
-    from undiffuse.machine import disk
+    from machine import keep, machine, publish
 
     torch.set_num_threads(1)
     archive = subprocess.run(
@@ -149,7 +147,7 @@ def main() -> None:
         "after": after,
         "halves": halves(),
     }
-    disk.write_atomic(HERE / "overhead.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "overhead.json", result)
     publish("benchmarks.md", "overhead", table(result))
 
 

@@ -10,7 +10,6 @@ docs/benchmarks.md.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -24,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, publish
+from machine import keep, machine, publish
 
 from undiffuse.config import plain
 from undiffuse.interop.diffusers import write_folder
-from undiffuse.machine import disk
 from undiffuse.machine.device import native_precision
 from undiffuse.model.load import as_written, from_weights
 from undiffuse.model.model import Model
@@ -171,7 +169,7 @@ def main() -> None:
         "beside": beside(model, given.batch),
         "rows": rows,
     }
-    disk.write_atomic(HERE / "pipelines.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "pipelines.json", result)
     publish("benchmarks.md", "pipelines", table(result))
 
 

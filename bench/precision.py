@@ -16,9 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import machine, publish
-
-from undiffuse.machine import disk
+from machine import keep, machine, publish
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -87,7 +85,7 @@ def main() -> None:
         "machine": machine(),
         "rows": summary(curves),
     }
-    disk.write_atomic(HERE / "precision.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "precision.json", result)
     publish("benchmarks.md", "precision", table(result))
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine, made_of, publish
+from machine import keep, machine, made_of, publish
 
 from undiffuse.machine import disk
 from undiffuse.measure.along import Along, evaluate_along
@@ -63,7 +63,7 @@ def main() -> None:
         command = f"python bench/progressive.py --n {given.n} --steps {given.steps} --batch {given.batch}"
         about = {"command": command, "machine": machine(), "made_of": made_of("fashion-mnist", FEATURES)}
         result = about | {"seconds": time.monotonic() - began} | found.plain()
-        disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+        keep(path, result)
     result = json.loads(path.read_text())
     for name, text in Along(result["points"], result["notes"], result["protocol"]).plots().items():
         disk.write_atomic(HERE.parent / "docs" / "images" / f"fashion-mnist-progressive-{name}", text.encode())

@@ -17,12 +17,12 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from machine import machine, made_of, publish
+from machine import keep, machine, made_of, publish
 from torch import Tensor
 
 from undiffuse.data.source import open_source
 from undiffuse.key import Key
-from undiffuse.machine import disk, log
+from undiffuse.machine import log
 from undiffuse.quality.feature.base import Extractor, open_features
 from undiffuse.quality.metric.base import Moments
 from undiffuse.quality.metric.frechet import frechet_of_rows, root
@@ -182,7 +182,7 @@ def main() -> None:
     for name in arguments.features:
         for result in judged(open_features(name), images, real, labels, arguments.repeats, key):
             out["features"][name] = result
-            disk.write_json(HERE / "ranking.json", out)
+            keep(HERE / "ranking.json", out)
             publish("benchmarks.md", "ranking", table(out["features"]))
 
 

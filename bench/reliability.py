@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from machine import machine, publish
+from machine import keep, machine, publish
 
-from undiffuse.machine import disk
 from undiffuse.machine.device import processor
 
 HERE = Path(__file__).parent
@@ -72,7 +71,7 @@ def main() -> None:
         "machine": machine(),
         "tests": [*rows, *tests],
     }
-    disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+    keep(path, result)
     publish("reliability.md", "long", table(result))
     sys.exit(int(any(row["result"] != "passed" for row in tests)))
 

@@ -10,7 +10,6 @@ each row, and a table of docs/benchmarks.md.
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from machine import machine, made_of, mark_of, publish
+from machine import keep, kept, machine, made_of, mark_of, publish
 
 from undiffuse.data.source import open_source
 from undiffuse.machine import disk
@@ -132,7 +131,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table again")
     options = parser.parse_args()
     out = HERE / f"scores-{options.name}.json"
-    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    result: dict[str, Any] = kept(out)
     if not options.table:
         model, data = load(options.name, "cpu"), options.data or options.name
         features = FEATURES[model.image_shape[0]]
@@ -155,7 +154,7 @@ def main() -> None:
             found = score(sets, reference, floor, judges, about=about, say=print)
             result["chains"][name] = found.plain() | {"seeds": seeds, "times": mark, "drawn": every[0][1]}
             print(found, flush=True)
-        disk.write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+        keep(out, result)
     publish("benchmarks.md", f"scores-{options.name}", table(result))
 
 

@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from machine import machine, made_of, publish
+from machine import keep, kept, machine, made_of, publish
 
 import undiffuse
 from undiffuse.data.source import open_source
@@ -157,7 +157,7 @@ def main() -> None:
     given = parser.parse_args()
     name, data = given.name, given.data or given.name
     target = HERE / f"shipped-{name}.json"
-    before = json.loads(target.read_text()) if target.exists() else {}
+    before = kept(target)
     loaded = undiffuse.load(name)
     result = {
         "command": f"python bench/shipped.py {name} --data {data} --whole {given.whole} --draws {given.draws}",
@@ -173,7 +173,7 @@ def main() -> None:
         "bits_per_dim": measure(loaded, name, data, given.whole, given.draws, given.cache / loaded.digest()[:16]),
     }
     curve(name)
-    disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+    keep(target, result)
     publish("benchmarks.md", name, table(result))
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from choose import EXTRACTORS, distances
 from jaxtyping import UInt8
-from machine import machine, made_of, mark_of, publish
+from machine import keep, machine, made_of, mark_of, publish
 from torch import Tensor
 from trial import read
 
@@ -164,7 +164,7 @@ def plot(result: dict[str, Any]) -> str:
     return line_plot(series, x="evaluations", y="FD-EffLite0", title="", log_x=True, log_y=True)
 
 
-def keep(
+def put(
     path: Path, work: Path, row: Row, command: str, made: Callable[[], dict[str, str]], fit: Callable[[int], str]
 ) -> None:
     """Another process may be at work on other names."""
@@ -176,7 +176,7 @@ def keep(
         others = [each for each in same if "fit" not in each or each["fit"] == fit(each["evaluations"])]
         result = {"rows": [*others, row], "command": command, "date": date.today().isoformat()}
         result |= {"machine": machine(), "made_of": made()}
-        disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+        keep(path, result)
         if row["name"] == REAL and len(result["rows"]) == 1:
             return
         publish("benchmarks.md", "solvers", table(result))
@@ -219,7 +219,7 @@ def main() -> None:
             seconds = {"seconds": round(time.monotonic() - began, 1)}
             grey = {"grey": float(images.double().mean())}
             row = asked | seconds | grey | distances(images, given.work) | {"processor": processor()}
-            keep(given.json, given.work, row, command, lambda: made_of(given.model, *EXTRACTORS), fit)
+            put(given.json, given.work, row, command, lambda: made_of(given.model, *EXTRACTORS), fit)
 
     test = open_source("fashion-mnist", split="test").images[given.seed * given.n : (given.seed + 1) * given.n]
     if len(test) == given.n:  # there are no others for the seeds after

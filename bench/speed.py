@@ -23,9 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import machine, publish
-
-from undiffuse.machine import disk
+from machine import keep, machine, publish
 
 HERE = Path(__file__).parent
 RATE_BATCH = 32  # of the convolution that measures the machine
@@ -174,7 +172,7 @@ def main() -> None:
         "rounds": given.rounds,
         "parts": {name: parts[name] for name in PARTS if name in parts},
     }
-    disk.write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+    keep(target, result)
     publish("benchmarks.md", "speed", table(result))
 
 

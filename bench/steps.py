@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine, publish
+from machine import keep, machine, publish
 from trial import SMALL
-
-from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 CORES = os.cpu_count() or 1
@@ -111,7 +109,7 @@ def main() -> None:
         "cores": CORES,
         "arrangements": {name: middle(of) for name, of in runs.items()},
     }
-    disk.write_atomic(HERE / "steps.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "steps.json", result)
     publish("benchmarks.md", "budget", budget(result))
     publish("scaling.md", "scaling", scaling(result))
 

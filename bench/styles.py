@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from machine import machine, made_of, publish
+from machine import keep, machine, made_of, publish
 from torch import Tensor
 
 import undiffuse
 from undiffuse.data.source import Source, open_source
-from undiffuse.machine import disk
 from undiffuse.quality.feature.base import Extractor, open_features
 from undiffuse.quality.metric.base import Moments
 from undiffuse.quality.metric.frechet import frechet_of_rows, root
@@ -89,7 +88,7 @@ def main() -> None:
             }
         print(json.dumps(row), flush=True)
         result["rows"].append(row)
-    disk.write_atomic(HERE / f"styles-{given.name}.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / f"styles-{given.name}.json", result)
     publish("benchmarks.md", f"styles-{given.name}", table(result))
 
 

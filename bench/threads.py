@@ -21,10 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import machine, publish
+from machine import keep, machine, publish
 from trial import SMALL
-
-from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 WAITING, SPINS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}, "1000"  # some tens of µs
@@ -177,7 +175,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "rows": [{**each.names, "weights": each.weights, "spans": each.spans} for each in variants],
     }
-    disk.write_atomic(HERE / "threads.json", (json.dumps(result, indent=1) + "\n").encode())
+    keep(HERE / "threads.json", result)
     publish("scaling.md", "threads", table(result))
 
 

@@ -27,12 +27,11 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from machine import machine, publish
+from machine import keep, machine, publish
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from undiffuse.data.source import open_source
-from undiffuse.machine import disk
 
 HERE = Path(__file__).parent
 MINUTES = (15, 30, 60)  # the peer's samples, at each of these
@@ -197,7 +196,7 @@ def main() -> None:
         "seeds": sorted({row["seed"] for row in [*before, *rows]}),
         "rows": [*(row for row in before if identity(row) not in now), *rows],
     }
-    disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+    keep(path, result)
     publish("benchmarks.md", "quality", table(result))
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, made_of, publish
+from machine import keep, machine, made_of, publish
 
 from undiffuse.data.source import open_source
-from undiffuse.machine import disk
 from undiffuse.machine.device import processor
 from undiffuse.model.recipe import load_recipe
 from undiffuse.training.plan import forward_flops
@@ -108,7 +107,7 @@ def run(
             others = [old["made_of"] for old in rows if old["made_of"] != today]  # with which `refresh.py` goes on
             result = {"rows": rows, "command": parser.prog, "date": date.today().isoformat(), "unit": unit}
             result |= {"machine": machine(), "made_of": others[0] if others else today}
-            disk.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+            keep(path, result)
             publish("benchmarks.md", mark, table({**result, "rows": [r for r in rows if r["made_of"] == today]}))
 
 

@@ -42,6 +42,20 @@ def test_figures_are_of_the_weights_of_today():
     assert said == {name: made_of(*weights) for name, weights in said.items()}
 
 
+def test_results_are_as_scripts_write_them_and_small(script, tmp_path):
+    """A row a line; none is of the size that the package of sources keeps for pictures and weights."""
+    keep, path = script("machine").keep, tmp_path / "result.json"
+    keep(path, {"rows": [{"a": 1, "b": [0.5]}, {"a": 2}], "none": [], "names": ["é"], "machine": {"threads": 1}})
+    assert path.read_text() == (
+        '{\n "rows": [\n  {"a": 1, "b": [0.5]},\n  {"a": 2}\n ],\n "none": [],\n "names": ["\\u00e9"],\n'
+        ' "machine": {"threads": 1}\n}\n'
+    )
+    for stored in BENCH.glob("*.json"):
+        keep(path, json.loads(stored.read_text()))
+        assert stored.read_text() == path.read_text()
+        assert stored.stat().st_size <= 100_000
+
+
 def test_no_result_names_a_place_of_the_machine_that_made_it():
     found = {
         path.name: re.findall(r'[" =](?:/|[A-Z]:)[\w.]+/[^" ]*', path.read_text()) for path in ROOT.glob("bench/*.json")
