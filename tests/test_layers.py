@@ -46,7 +46,7 @@ ROWS = tuple(
         ("measure", "claim parts nll flow sets passes memorise scores evaluate along"),
         ("codec", "coder tail plan trellis container chain stream tailfit tables ledger exact"),
         ("view", "report explore draw pieces results ranking subject report_run compare_runs demo"),
-        ("cli", "options tools train sample figures fit distill measure evaluate encode codec report data main"),
+        ("cli", "options chain tools train sample figures fit distill measure evaluate encode codec report data main"),
     )
 )
 # Inside these every module may import every other one, without a circle: their files are added, not ordered.

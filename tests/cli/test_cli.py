@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import shutil
 import socket
 import subprocess
@@ -13,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 
-from undiffuse.cli import main as cli
 from undiffuse.config import to_toml
 from undiffuse.machine import store, tensorfile
 from undiffuse.model.load import load
@@ -346,37 +342,6 @@ def test_verify_names_the_file_that_is_damaged(call, run_folder, tmp_path):
     assert code == 5 and json.loads(out)["good"] == 0
     damaged = json.loads(out)["damaged"]
     assert list(damaged) == ["2", "3"] and "step-000000002/ema.safetensors is damaged" in damaged["2"]
-
-
-def commands(group, prefix: str) -> dict:
-    """Every command of the application by its full name."""
-    found = {}
-    for name, command in group.commands.items():
-        full = f"{prefix} {name}"
-        found |= commands(command, full) if isinstance(command, typer.core.TyperGroup) else {full: command}
-    return found
-
-
-APP = typer.main.get_command(cli.app)
-COMMANDS = commands(APP, "undiffuse")
-
-
-def test_the_commands():
-    assert {"undiffuse train", "undiffuse demo", "undiffuse import", "undiffuse data build"} < COMMANDS.keys()
-    groups = (cli.app, cli.data.app, cli.codec.app)
-    assert len(COMMANDS) == sum(len(group.registered_commands) for group in groups) == 30
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_every_command_has_examples_that_parse_and_json(call, name):
-    """An example is an `undiffuse …` in backquotes; its options are looked up, and nothing is run."""
-    code, text, _ = call(*name.split()[1:], "--help")
-    assert code == 0 and "--json" in text
-    examples = re.findall(r"`(undiffuse [^`]+)`", COMMANDS[name].help.partition("Example")[2])
-    assert examples, f"{name} --help has no example"
-    for example in examples:
-        assert example.startswith(name) and "".join(example.split()) in "".join(text.split())  # but for its lines
-        COMMANDS[name].make_context(name, shlex.split(example)[len(name.split()) :], parent=None)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_images_that_share_a_latent_and_all_that_follows_are_said_to_be_the_same
 
 @pytest.mark.parametrize("command", ["progressive", "shared", "interpolate", "neighbours"])
 def test_a_figure_is_the_one_of_python(call, model, tmp_path, command):
-    loaded, (a, b) = load(model), pictures(tmp_path)
+    loaded, (a, b) = load(model).variant(precision="bf16"), pictures(tmp_path)
     first, second = loaded.picture(a), loaded.picture(b)
     words, draw = {
         "progressive": (["-n", 2, "--slots", 3], lambda: explore.progressive(loaded, 2, slots=3, **SAME)[0]),
@@ -62,7 +62,8 @@ def test_a_figure_is_the_one_of_python(call, model, tmp_path, command):
             lambda: near(loaded, open_source("digits"), loaded.sample(2, **SAME), k=3, crop=(2, 1, 5, 6)),
         ),
     }[command]
-    code, _, err = call(command, model, *words, *CHAIN, "--out", tmp_path / "found.png", "--json")
+    words += [*CHAIN, "--precision", "bf16", "--out", tmp_path / "found.png", "--json"]
+    code, _, err = call(command, model, *words)
     assert code == 0, err
     explore.write_grid(draw(), tmp_path / "expected.png")
     assert (tmp_path / "found.png").read_bytes() == (tmp_path / "expected.png").read_bytes()

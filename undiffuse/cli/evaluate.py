@@ -7,28 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from undiffuse.cli.chain import Chain, with_options
 from undiffuse.cli.options import (
     BatchOpt,
-    ClipOpt,
     DataArg,
     DeviceOpt,
-    EtaOpt,
     FeatureWeightsOpt,
-    GridOpt,
-    GuidanceOpt,
-    GuideOpt,
-    LabelOpt,
     OverwriteOpt,
-    PrecisionOpt,
     ReadOpt,
     SkipBadOpt,
-    SolverOpt,
-    StepsOpt,
-    TimesOpt,
-    VarianceOpt,
-    WeightsOpt,
-    choose_walk,
-    open_model,
     pair,
     reading_of,
     ticking,
@@ -109,18 +96,8 @@ def evaluate(
     feature_weights: FeatureWeightsOpt = None,
     resize: ResizeOpt = None,
     split: SplitOpt = "train",
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = None,
-    eta: EtaOpt = None,
-    clip: ClipOpt = None,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    precision: PrecisionOpt = None,
-    guidance: GuidanceOpt = None,
-    guide: GuideOpt = None,
-    label: LabelOpt = None,
+    *,
+    chain: Chain,
     seeds: SeedsOpt = 1,
     progressive: ProgressiveOpt = None,
     out: OutOpt = None,
@@ -149,14 +126,12 @@ def evaluate(
     - `undiffuse eval fashion-mnist fashion-mnist -n 2000 --steps 50 --progressive 10 --out along`
     """
     writable(save_statistics, overwrite, picture=False)
-    kind = {"variance": variance, "weights": weights, "precision": precision, "guidance": guidance, "guide": guide}
-    drawing = {"steps": steps, "times": times, "grid": grid, "solver": solver, "eta": eta}
-    model, walk, told = _model(samples, drawing, kind, device, clip)
+    model, walk, told = _model(samples, chain, device)
     query = _query(features, metrics, feature_weights, resize, split, pair(size), _reading(settings, model), skip_bad)
     whole = {"keep_images": keep_images, "save_statistics": save_statistics, "memorisation": memorisation}
     found = _together(
         _how(samples, progressive, whole, drawn=model is not None), model or samples, data, query, n=n, **walk,
-        label=label, seed=seed, seeds=seeds, batch=batch, out=out, named=samples, device=device,
+        label=chain.label, seed=seed, seeds=seeds, batch=batch, out=out, named=samples, device=device,
         ticking=lambda what, n: ticking(n, what, as_json, told), say=_say(as_json),
     )  # fmt: skip
     _show(found, out, as_json)
@@ -204,22 +179,17 @@ def _how(samples: str, progressive: int | None, whole: dict[str, Any], drawn: bo
     return partial(evaluate_along, points=progressive)
 
 
-def _model(
-    samples: str, drawing: dict[str, Any], kind: dict[str, Any], device: str, clip: bool | None
-) -> "tuple[Model | None, dict[str, Any], list[str]]":
+def _model(samples: str, chain: Chain, device: str) -> "tuple[Model | None, dict[str, Any], list[str]]":
     """The model that is named, its chain, and what is to be said of it; None for pictures, which have no chain."""
     from undiffuse.measure.evaluate import refuse_unknown
     from undiffuse.model.load import holds_model
 
     if holds_model(samples):
-        model = open_model(samples, device, clip, **kind)
-        walk = choose_walk(model, **drawing, variance=kind.get("variance"))
+        model = chain.open(samples, device)
+        walk = chain.walk(model)
         return model, {"steps": walk.times, "solver": walk.sampler}, [walk.said]
     refuse_unknown(samples)
-    given = drawing | kind | {"no-clip" if clip is False else "clip": clip}
-    name = next((name for name, value in given.items() if value is not None), None)
-    if name is not None:
-        raise UsageError(f"--{name} is for a model that draws, and {samples} is none; leave it out, or give a model")
+    chain.refuse(samples)
     return None, {}, []
 
 
@@ -255,4 +225,4 @@ def _words(value: Any) -> str:
 
 def register(app: typer.Typer) -> None:
     """Adds this command to the application."""
-    app.command("eval")(evaluate)
+    app.command("eval")(with_options(evaluate))

@@ -5,30 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from undiffuse.cli.chain import Chain, with_options
 from undiffuse.cli.options import (
-    ClipOpt,
     DataArg,
     DeviceOpt,
-    EtaOpt,
     FeatureWeightsOpt,
-    GridOpt,
-    GuidanceOpt,
-    GuideOpt,
-    LabelOpt,
     ModelArg,
     OutOpt,
     OverwriteOpt,
     ReadOpt,
     SeedOpt,
     SkipBadOpt,
-    SolverOpt,
-    StepsOpt,
-    TimesOpt,
-    VarianceOpt,
-    WeightsOpt,
-    choose_walk,
     open_like,
-    open_model,
     open_pair,
     parse_sides,
     said,
@@ -65,17 +53,8 @@ def progressive(
     out: OutOpt,
     n: Annotated[int, typer.Option("-n", help="Number of images")] = 8,
     slots: Annotated[int | None, typer.Option("--slots", help="Number of columns; 20 unless given")] = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = None,
-    eta: EtaOpt = None,
-    clip: ClipOpt = None,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    guidance: GuidanceOpt = None,
-    guide: GuideOpt = None,
-    label: LabelOpt = None,
+    *,
+    chain: Chain,
     overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
@@ -93,13 +72,16 @@ def progressive(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights, guidance=guidance, guide=guide)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
+    loaded = chain.open(model, device)
+    walk = chain.walk(loaded)
     total = len(walk.times) - 1
     with ticking(total, "progressive", as_json, [walk.said]) as tick:
-        images, at = explore.progressive(loaded, n, seed, walk.times, slots, tick, walk.sampler, label)
+        images, at = explore.progressive(loaded, n, seed, walk.times, slots, tick, walk.sampler, chain.label)
     explore.write_grid(images, out)
-    show({"picture": out, "t": [float(t) for t in at], **said(loaded.told(label, len(images), seed), loaded)}, as_json)
+    show(
+        {"picture": out, "t": [float(t) for t in at], **said(loaded.told(chain.label, len(images), seed), loaded)},
+        as_json,
+    )
 
 
 def shared(
@@ -109,17 +91,8 @@ def shared(
     at: Annotated[
         list[float] | None, typer.Option("--at", help="Time t of a shared latent, 0 to 1; may be repeated")
     ] = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = None,
-    eta: EtaOpt = None,
-    clip: ClipOpt = None,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    guidance: GuidanceOpt = None,
-    guide: GuideOpt = None,
-    label: LabelOpt = None,
+    *,
+    chain: Chain,
     overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
@@ -139,16 +112,18 @@ def shared(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights, guidance=guidance, guide=guide)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, noisy=True)
+    loaded = chain.open(model, device)
+    walk = chain.walk(loaded, noisy=True)
     at = at or [1.0, 0.75, 0.5, 0.25]
     with ticking(explore.shared_steps(loaded, at, *walk[:2]), "shared latents", as_json, [walk.said]) as tick:
-        images, branches = explore.shared(loaded, n, seed, at, walk.times, tick, walk.sampler, label)
+        images, branches = explore.shared(loaded, n, seed, at, walk.times, tick, walk.sampler, chain.label)
     explore.write_grid(images, out)
     same = [f"{float(t):g}" for t, row in zip(branches, images, strict=True) if n > 1 and bool((row == row[0]).all())]
     if same:
         log.warn(f"at t = {', '.join(same)} all images are the same: no step below adds noise; give more --steps")
-    show({"picture": out, "t": [float(t) for t in branches], **said(loaded.told(label, 1, seed), loaded)}, as_json)
+    show(
+        {"picture": out, "t": [float(t) for t in branches], **said(loaded.told(chain.label, 1, seed), loaded)}, as_json
+    )
 
 
 def interpolate(
@@ -169,17 +144,8 @@ def interpolate(
         typer.Option("--lambda", help="Share of B, 0 to 1 or beyond, instead of --count; may be repeated"),
     ] = None,
     settings: ReadOpt = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = None,
-    eta: EtaOpt = None,
-    clip: ClipOpt = None,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    guidance: GuidanceOpt = None,
-    guide: GuideOpt = None,
-    label: LabelOpt = None,
+    *,
+    chain: Chain,
     overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
@@ -199,8 +165,8 @@ def interpolate(
     from undiffuse.view import explore
 
     writable(out, overwrite)
-    loaded = open_model(model, device, clip, variance, weights, guidance=guidance, guide=guide)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance, below=True)
+    loaded = chain.open(model, device)
+    walk = chain.walk(loaded, below=True)
     pictures = open_pair(loaded, first, second, settings)
     if mix and count is not None:
         raise UsageError(f"--count {count} and --lambda both say which mixtures; give one of them")
@@ -208,9 +174,9 @@ def interpolate(
         raise UsageError(f"--count {count} is not possible; give 2 or more, the pictures themselves included")
     at, lambdas = t or [0.5], mix or [i / ((count or 11) - 1) for i in range(count or 11)]
     with ticking(explore.interpolation_steps(loaded, at, *walk[:2]), "interpolation", as_json, [walk.said]) as tick:
-        images = explore.interpolate(loaded, *pictures, at, lambdas, seed, walk.times, tick, walk.sampler, label)
+        images = explore.interpolate(loaded, *pictures, at, lambdas, seed, walk.times, tick, walk.sampler, chain.label)
     explore.write_grid(images, out)
-    show({"picture": out, "t": at, "lambda": lambdas, **said(loaded.told(label, 1, seed), loaded)}, as_json)
+    show({"picture": out, "t": at, "lambda": lambdas, **said(loaded.told(chain.label, 1, seed), loaded)}, as_json)
 
 
 def neighbours(
@@ -223,18 +189,9 @@ def neighbours(
     features: NeighbourFeaturesOpt = None,
     feature_weights: FeatureWeightsOpt = None,
     settings: ReadOpt = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = None,
-    eta: EtaOpt = None,
-    clip: ClipOpt = None,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    guidance: GuidanceOpt = None,
-    guide: GuideOpt = None,
+    *,
+    chain: Chain,
     skip_bad: SkipBadOpt = False,
-    label: LabelOpt = None,
     overwrite: OverwriteOpt = False,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
@@ -260,12 +217,12 @@ def neighbours(
     writable(out, overwrite)
     _refuse_inside(out, data)
     _refuse_both(crop, features, feature_weights)
-    loaded = open_model(model, device, clip, variance, weights, guidance=guidance, guide=guide)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
+    loaded = chain.open(model, device)
+    walk = chain.walk(loaded)
     source, box = open_like(loaded, data, "train", skip_bad, settings), None if crop is None else parse_crop(crop)
     explore.comparable(loaded.image_shape, source, k, box)
-    extractor, total = _extractor(features, feature_weights, loaded), loaded.count(whole("n", n, 1), label)
-    told = drawn(loaded.classes, total, seed) if label is None else loaded.told(label, total, seed)
+    extractor, total = _extractor(features, feature_weights, loaded), loaded.count(whole("n", n, 1), chain.label)
+    told = drawn(loaded.classes, total, seed) if chain.label is None else loaded.told(chain.label, total, seed)
     with ticking(loaded.sampling_steps(total, walk.times), "sampling", as_json, [walk.said]) as tick:
         samples = loaded.sample(total, walk.times, walk.sampler, seed, label=told.label, progress=tick)
     near, seen = _nearest(extractor, samples, source, k, box, as_json)
@@ -329,4 +286,4 @@ def parse_crop(text: str) -> "Crop":
 def register(app: typer.Typer) -> None:
     """Adds these commands to the application."""
     for command in (progressive, shared, interpolate, neighbours):
-        app.command()(command)
+        app.command()(with_options(command))

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from undiffuse.model.classes import Told
     from undiffuse.model.model import Model
     from undiffuse.model.recipe import DataConfig
-    from undiffuse.model.walk import Walk
 
 ModelArg = Annotated[
     str,
@@ -43,31 +42,7 @@ SeedsOpt = Annotated[
     str | None,
     typer.Option("--seeds", help="A seed for each image instead of -n and --seed, such as 5,17,40-99"),
 ]
-StepsOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--steps", help="Number of sampling steps; few unless given, or with --solver all of the noise schedule"
-    ),
-]
-TimesOpt = Annotated[
-    str | None, typer.Option("--times", help="The times t of the steps instead, decreasing: 1,0.5,0.1")
-]
-GridOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--grid",
-        help="How --steps are spread: even (in t), quadratic, log-snr, karras or fitted (see `undiffuse fit`); unless "
-        "given, fitted or karras, or with --solver what suits the process",
-    ),
-]
 MOST_SEEDS = 10**6
-SOLVERS = "ddim, heun, dpmpp, dpmpp-sde, unipc, deis or ipndm; unipc-2 has order 2, heun,churn=40 sets its churn"
-SolverOpt = Annotated[
-    str | None, typer.Option("--solver", help=f"Sampler, a fast one unless given: ancestral (the paper's), {SOLVERS}")
-]
-EtaOpt = Annotated[
-    float | None, typer.Option("--eta", help="Noise that --solver ddim adds: 0 (none) to 1 (as ancestral)")
-]
 ClipOpt = Annotated[
     bool | None,
     typer.Option(
@@ -92,17 +67,6 @@ PrecisionOpt = Annotated[
         "bf16 where the processor is faster with it, float16 on cards without, else float32",
     ),
 ]
-GuidanceOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance",
-        help="Lead away from the answer without a class, or from that of --guide: 1 is none, 1.5 to 3 are usual; asks "
-        "twice as often",
-    ),
-]
-GuideOpt = Annotated[
-    str | None, typer.Option("--guide", help="A worse model of the same kind, such as an earlier checkpoint")
-]
 FeatureWeightsOpt = Annotated[
     Path | None,
     typer.Option("--feature-weights", help="The file (inception) or folder (dinov2) of the extractor's weights"),
@@ -113,14 +77,6 @@ WeightsOpt = Annotated[
         "--weights",
         help="Weights of a run: average (EMA), raw, or best (the average at the lowest held-out loss); unless given, "
         "best where the held-out loss ends the run, else average",
-    ),
-]
-LabelOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--label",
-        help="Class to draw, by name or number, for a model trained with labels; or all, random, none. Unless given, "
-        "none where the model was trained without labels as well",
     ),
 ]
 SizeOpt = Annotated[
@@ -208,15 +164,10 @@ def open_model(
     variance: str | None = None,
     weights: str | None = None,
     precision: str | None = None,
-    guidance: float | None = None,
-    guide: str | None = None,
 ) -> "Model":
     from undiffuse.model.load import load
 
-    if guide is not None and guidance is None:
-        raise UsageError(f"--guide {guide} says what to lead away from, and not how much; give --guidance 2 too")
-    worse = None if guide is None else load(guide, device)
-    return load(source, device, weights=weights).variant(clip, variance, precision, guidance, worse)
+    return load(source, device, weights=weights).variant(clip, variance, precision)
 
 
 def reading_of(settings: list[str] | None, base: "DataConfig | None" = None, fixed: tuple[str, ...] = ()) -> "Reading":
@@ -288,45 +239,6 @@ def open_pair(model: "Model", first: Path, second: Path, settings: list[str] | N
     if told := made.line(made.summed(notes, more), 2, model.image_shape):
         log.say(told)
     return one, other
-
-
-def choose_walk(
-    model: "Model",
-    steps: int | None,
-    times: str | None,
-    grid: str | None,
-    solver: str | None,
-    eta: float | None,
-    variance: str | None,
-    noisy: bool = False,
-    below: bool = False,
-) -> "Walk":
-    """The chain of --steps, --times, --grid, --solver and --eta; its `said` tells in a line what nobody named.
-
-    `below`: of its times those below some t alone are walked. Raises UsageError for a --variance that it does not have.
-    """
-    from undiffuse.diffusion.sampler.ancestral import Ancestral
-
-    walk = model.walk(_steps(steps, times, grid), solver, eta, grid, noisy)
-    if variance is not None and not isinstance(walk.sampler, Ancestral):
-        raise UsageError(f"--variance {variance} belongs to Algorithm 2; give --solver ancestral too, or leave it out")
-    if variance is not None and walk.sampler != Ancestral(model.config.variance):
-        raise UsageError(f"--variance {variance} and --solver {solver} say two variances; give one of them")
-    beside = "; of these steps those below t are taken" * below + "; chains also stop at each --at" * noisy
-    return walk._replace(said=walk.said and walk.said + beside)
-
-
-def _steps(steps: int | None, times: str | None, grid: str | None) -> int | list[float] | None:
-    """The times, or their number. Raises UsageError where two options say the same."""
-    if times is None:
-        return steps
-    for option, value in (("--steps", steps), ("--grid", grid)):
-        if value is not None:
-            raise UsageError(f"{option} {value} and --times {times} say the same twice; give one of them")
-    try:
-        return [float(part) for part in times.split(",")]
-    except ValueError as error:
-        raise UsageError(f'--times "{times}" is not a list of numbers; give for example 1,0.75,0.5,0.25') from error
 
 
 def parse_seeds(text: str) -> list[int]:

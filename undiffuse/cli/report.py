@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from undiffuse.cli.chain import SOLVERS
 from undiffuse.cli.options import (
-    SOLVERS,
     DeviceOpt,
     ModelArg,
     OverwriteOpt,

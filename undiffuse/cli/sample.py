@@ -5,27 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from undiffuse.cli.chain import Chain, with_options
 from undiffuse.cli.options import (
     BatchOpt,
-    ClipOpt,
     DeviceOpt,
-    EtaOpt,
-    GridOpt,
-    GuidanceOpt,
-    GuideOpt,
-    LabelOpt,
     ModelArg,
     OverwriteOpt,
-    PrecisionOpt,
     SeedOpt,
     SeedsOpt,
-    SolverOpt,
-    StepsOpt,
-    TimesOpt,
-    VarianceOpt,
-    WeightsOpt,
-    choose_walk,
-    open_model,
     parse_seeds,
     refuse_below_file,
     said,
@@ -51,21 +38,11 @@ def sample(
     n: Annotated[
         int | None, typer.Option("-n", help="Number of images; 64 unless given, or 8 of each class with --label all")
     ] = None,
-    steps: StepsOpt = None,
-    times: TimesOpt = None,
-    grid: GridOpt = None,
-    solver: SolverOpt = None,
-    eta: EtaOpt = None,
-    clip: ClipOpt = None,
-    variance: VarianceOpt = None,
-    weights: WeightsOpt = None,
-    precision: PrecisionOpt = None,
-    guidance: GuidanceOpt = None,
-    guide: GuideOpt = None,
+    *,
+    chain: Chain,
     npz: Annotated[
         Path | None, typer.Option("--npz", help="Write one uint8 array, arr_0 [n, h, w, c], to this file")
     ] = None,
-    label: LabelOpt = None,
     overwrite: OverwriteOpt = False,
     batch: BatchOpt = 64,
     seed: SeedOpt = 0,
@@ -93,15 +70,15 @@ def sample(
     from undiffuse.view import draw
 
     _refuse_places(out, npz, overwrite)
-    loaded = open_model(model, device, clip, variance, weights, precision, guidance, guide)
+    loaded = chain.open(model, device)
     numbers, batch = _seed(seed, seeds, n), whole("batch", batch, 1)
-    total, told, rows = _asked(loaded, n, numbers, label)
-    walk = choose_walk(loaded, steps, times, grid, solver, eta, variance)
+    total, told, rows = _asked(loaded, n, numbers, chain.label)
+    walk = chain.walk(loaded)
     job = draw.Job(loaded, total, *walk[:2], told, numbers, batch)
     with dist.joined(dist.LONG), ticking(job.turns, "sampling", as_json, [walk.said]) as tick:
         written = draw.draw(job, draw.Places(out, npz), rows, tick)
     if dist.is_first():
-        taken = {"steps": len(job.times) - 1, "solver": solver or _name(job)} | _kind(job, precision)
+        taken = {"steps": len(job.times) - 1, "solver": chain.solver or _name(job)} | _kind(job, chain.precision)
         show({"images": job.n, **taken, **said(job.told, loaded), **written, **_channels(out, loaded)}, as_json)
 
 
@@ -164,4 +141,4 @@ def _channels(out: Path | None, model: "Model") -> dict[str, str]:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("sample")(sample)
+    app.command("sample")(with_options(sample))
