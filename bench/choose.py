@@ -4,10 +4,9 @@
 
 Each candidate is `bench/small.toml` with the settings of `CANDIDATES`, trained for so many seconds of processor
 time on one thread (240 are two minutes of both threads of a small machine), with a rate that falls to 0 at their end.
-1,000 samples of DDIM in 20 steps are judged by the Fréchet distance on two extractors, and as many of the default
-solver in 10, on Karras's times, because no grid is fitted. What is there for the same seconds, seed and processor is
-not done again, unless other extractors judged it. Writes `bench/choose.json` and the tables of docs/benchmarks.md: of
-all rows, and of the means of candidates that both solvers judged.
+1,000 samples of DDIM in 20 steps are judged by the Fréchet distance on two extractors. What is there for the same
+seconds, seed and processor is not done again, unless other extractors judged it. Writes `bench/choose.json` and the
+tables of docs/benchmarks.md: of all rows, and of the means of candidates with several seeds.
 """
 
 from collections import defaultdict
@@ -29,16 +28,15 @@ from undiffuse.training.trainer import Trainer
 
 EXTRACTORS = {"classifier-28": 60_000, "efflite0": 10_000}  # of so many training images
 SAMPLES, STEPS = 1000, 20
-DEFAULT = "10 steps of unipc-2"
 
 
 @cache
-def reference(name: str, folder: Path) -> Moments:
-    """Of the training images; their features are kept in the folder, by the extractor's weights."""
+def reference(name: str, folder: Path, count: int, data: str = "fashion-mnist", mark: str = "choose") -> Moments:
+    """Of so many training images; their features are kept in the folder, by the extractor's weights."""
     extractor, moments = open_features(name, "cpu"), Moments()
-    path = folder / f"choose-{name}-{extractor.sha256[:16]}.npy"
+    path = folder / f"{mark}-{name}-{extractor.sha256[:16]}.npy"
     if not path.exists():
-        images = open_source("fashion-mnist").images[: EXTRACTORS[name]]
+        images = open_source(data).images[:count]
         np.save(path, torch.cat([extractor(part).pool for part in images.split(250)]).numpy())
     features = torch.from_numpy(np.load(path))
     moments.update(features, torch.arange(len(features)))
@@ -46,8 +44,7 @@ def reference(name: str, folder: Path) -> Moments:
 
 
 def judged(trainer: Trainer, folder: Path) -> Found:
-    model = trainer.model()
-    return of_samples(model, folder) | {DEFAULT: of_samples(model, folder, 10, "unipc-2")}
+    return of_samples(trainer.model(), folder)
 
 
 def of_samples(model: Model, folder: Path, steps: int = STEPS, solver: str = "ddim") -> Found:
@@ -56,12 +53,13 @@ def of_samples(model: Model, folder: Path, steps: int = STEPS, solver: str = "dd
 
 def distances(images: torch.Tensor, folder: Path) -> Found:
     """The Fréchet distance of images [n, c, h, w] on each extractor."""
-    found = {}
-    for name in EXTRACTORS:
-        extractor, known = open_features(name, "cpu"), reference(name, folder)
-        rows = torch.cat([extractor(part).pool for part in images.split(250)])
-        found[name] = frechet_of_rows(rows, known.mean, root(known.covariance))
-    return found
+    return {name: distance(images, name, reference(name, folder, count)) for name, count in EXTRACTORS.items()}
+
+
+def distance(images: torch.Tensor, name: str, known: Moments) -> float:
+    extractor = open_features(name, "cpu")
+    rows = torch.cat([extractor(part).pool for part in images.split(250)])
+    return frechet_of_rows(rows, known.mean, root(known.covariance))
 
 
 def table(result: Found) -> str:
@@ -79,24 +77,21 @@ def table(result: Found) -> str:
 
 
 def of_seeds(rows: list[Found]) -> list[str]:
-    """The means of the candidates that both solvers judged, with the range of several seeds."""
+    """The means of the candidates with several seeds, and their range."""
     alike = defaultdict[tuple[float, str, str], list[Found]](list)
     for row in rows:
-        if DEFAULT in row:
-            alike[row["budget"], row["processor"], row["name"]].append(row)
+        alike[row["budget"], row["processor"], row["name"]].append(row)
     lines = [
-        "| seconds | candidate | seeds | images seen | 20 steps of DDIM: FD-classifier | FD-EffLite0 "
-        "| 10 of unipc-2: FD-classifier | FD-EffLite0 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| seconds | candidate | seeds | images seen | FD-classifier | FD-EffLite0 | processor |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for (budget, _, name), some in sorted(alike.items(), key=lambda each: (each[0][0], each[0][2])):
-        cells = [f"{budget:g}", name, str(len(some)), f"{mean(row['images'] for row in some):,.0f}"]
-        for found in (some, [row[DEFAULT] for row in some]):
+    for (budget, ran, name), some in sorted(alike.items()):
+        if len(some) > 1:
+            cells = [f"{budget:g}", name, str(len(some)), f"{mean(row['images'] for row in some):,.0f}"]
             for extractor, digits in (("classifier-28", 3), ("efflite0", 1)):
-                values = [row[extractor] for row in found]
-                spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 else ""
-                cells.append(f"{mean(values):.{digits}f}{spread}")
-        lines.append(f"| {' | '.join(cells)} |")
+                values = [row[extractor] for row in some]
+                cells.append(f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})")
+            lines.append(f"| {' | '.join([*cells, ran])} |")
     return lines
 
 

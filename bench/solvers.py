@@ -45,6 +45,7 @@ FEW, MANY = (4, 5, 6, 8, 10, 15, 20), (50, 250)
 GRIDS = ("even", "quadratic", "log-snr", "karras", "fitted")
 SOLVERS = ("ddim", "dpmpp-2", "dpmpp-3", "dpmpp-sde", "unipc-2", "unipc-3", "deis-3", "ipndm", "heun")
 OURS = {f"{solver}, {grid}": (solver, grid) for grid in GRIDS for solver in SOLVERS}
+OURS |= {f"{solver}, karras-few": (solver, "karras-few") for solver in ("unipc-2", "dpmpp-2", "dpmpp-sde")}
 TRAILING, KARRAS = {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffusers DDIM": ("DDIMScheduler", TRAILING),

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from machine import keep, machine, made_of, publish
 
-from undiffuse.data.source import open_source
+from undiffuse.data.source import Source, open_source
 from undiffuse.machine.device import processor
-from undiffuse.model.recipe import load_recipe
+from undiffuse.model.recipe import Recipe, load_recipe
 from undiffuse.training.plan import forward_flops
 from undiffuse.training.trainer import Trainer
 
@@ -25,10 +25,13 @@ SECONDS, IMAGES = "seconds", "images"
 SMALL = str(Path(__file__).with_name("small.toml"))  # what all are variations of
 
 
-def trained(preset: str, settings: list[str], budget: float, unit: str, seed: int) -> tuple[Trainer, Found]:
-    """The rate falls to 0 at the end of the budget: seconds of processor time, whatever a step costs, or images."""
-    recipe = load_recipe(preset, ["train.precision=float32", *settings, f"train.seed={seed}"])
-    trainer = Trainer(recipe, recipe.model((1, 28, 28)), open_source("fashion-mnist"))
+def opened(preset: str, settings: list[str]) -> tuple[Recipe, Source]:
+    return load_recipe(preset, ["train.precision=float32", *settings]), open_source("fashion-mnist")
+
+
+def trained(recipe: Recipe, source: Source, budget: float, unit: str) -> tuple[Trainer, Found]:
+    """A rate that falls is 0 at the end of the budget: seconds of processor time, whatever a step costs, or images."""
+    trainer = Trainer(recipe, recipe.model(source.image_shape), source)
     for _ in range(3):
         trainer.update(10**6)
     losses, began, spent = list[float](), time.process_time(), 0.0
@@ -73,10 +76,13 @@ def run(
     extractors: Sequence[str] = (),
     budget: float = 240.0,
     unit: str = SECONDS,
+    opened: Callable[[str, list[str]], tuple[Recipe, Source]] = opened,
 ) -> None:
-    """A candidate is a preset with settings. What is there for the same budget and seed, and if it is of time also of
-    the same processor, is not done again, unless other extractors judged it: such rows are, if no names are given, and
-    until then stay out of the table."""
+    """A candidate is a preset with settings, which `opened` makes a recipe and images of.
+
+    What is there for the same budget and seed, and if it is of time also of the same processor, is not done again,
+    unless other extractors judged it: such rows are, if no names are given, and until then stay out of the table.
+    """
     parser, mark = command(budget, unit)
     given, path = parser.parse_args(), Path(__file__).with_name(f"{mark}.json")
     torch.set_num_threads(1)
@@ -94,7 +100,8 @@ def run(
         if any(own.items() <= row.items() for row in judged(path)):
             continue
         preset, settings = candidates[each["name"]]
-        trainer, found = trained(preset, settings, each["budget"], unit, each["seed"])
+        recipe, source = opened(preset, [*settings, f"train.seed={each['seed']}"])
+        trainer, found = trained(recipe, source, each["budget"], unit)
         row = own | here | {"preset": Path(preset).name, "settings": settings}
         row |= found | judge(trainer, given.work)
         print(json.dumps(row)[:1000], file=sys.stderr, flush=True)

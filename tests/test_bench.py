@@ -229,7 +229,7 @@ def test_features_of_real_images_are_kept_by_the_extractor_that_made_them(script
     for sha256, mean in (("1" * 64, [3.0, 4.0]), ("2" * 64, [6.0, 8.0]), ("1" * 64, [3.0, 4.0])):
         monkeypatch.setattr(choose, "open_features", lambda *_, sha256=sha256: Fake(sha256))
         choose.reference.cache_clear()
-        assert choose.reference("efflite0", tmp_path).mean.tolist() == mean
+        assert choose.reference("efflite0", tmp_path, 4).mean.tolist() == mean
     assert seen == ["1" * 64, "2" * 64]
 
 

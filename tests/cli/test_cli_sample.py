@@ -209,7 +209,7 @@ BAD = [
     (
         "nll MODEL digits -n 1 --grid fitted --steps 2",
         2,
-        'grid "fitted" is not known. Known: even, karras, log-snr, quad',
+        'grid "fitted" is not known. Known: even, karras, karras-few, log-snr, quad',
     ),
     ("sample MODEL --npz BAD", 2, "BAD is a folder; give the name of a file"),
     ("sample MODEL --out x --times 1,0.5,0.5", 2, "times 1, 0.5, 0.5 do not fall strictly"),

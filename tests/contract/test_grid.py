@@ -9,7 +9,7 @@ from tests.contract.test_sampler import MEAN, SMOOTH, STD, TABLES, every_process
 from undiffuse.config import plain
 from undiffuse.diffusion import density, grid
 from undiffuse.diffusion.density import LogitNormal, LogNormal, Uniform
-from undiffuse.diffusion.grid import GRIDS, Even, Karras, LogSnr, Quadratic
+from undiffuse.diffusion.grid import GRIDS, Even, Karras, KarrasFew, LogSnr, Quadratic
 from undiffuse.diffusion.likelihood import chain
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.objective import P2, MinSnr, Sigmoid, Simple, Vlb
@@ -91,6 +91,13 @@ def test_karras_is_equation_5():
     low = (1e-4 / (1 - 1e-4)) ** 0.5  # the least of this table
     of_table = [(80 ** (1 / 7) + i / 4 * (low ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
     assert ratio[:5] == pytest.approx(of_table, rel=1e-9)
+
+
+def test_few_steps_of_karras_end_at_a_twentieth():
+    """In numbers from the formula by hand for n = 4, on a table whose σ/α goes down to 0.01."""
+    process = Linear()
+    ratio = (process.sigma(KarrasFew().times(process, 4)) / process.alpha(KarrasFew().times(process, 4)))[:-1]
+    assert ratio.tolist() == pytest.approx([80, 14.41596, 1.483212, 0.05], rel=1e-6)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

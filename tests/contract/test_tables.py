@@ -14,7 +14,7 @@ from undiffuse.network.base import NETWORKS
 from undiffuse.quality.feature.base import FEATURES
 
 NAMES = {
-    GRIDS: "even karras log-snr quadratic",
+    GRIDS: "even karras karras-few log-snr quadratic",
     DENSITIES: "uniform log-normal logit-normal importance alpha-squared",
     PROCESSES: "linear quad const warmup10 warmup50 jsd cosine continuous-cosine sigmoid edm straight vdm",
     PARAMETERISATIONS: "eps x0 v mu edm lattice",

@@ -106,14 +106,14 @@ def test_where_a_chain_begins_is_the_mean_of_what_is_led():
 def test_a_protocol_says_it_and_counts_both():
     model = telling()
     led = model.variant(guidance=2)
-    times, solver = model.times(5, "karras"), model.sampler("unipc-2")
+    times, solver = model.times(5, "karras-few"), model.sampler("unipc-2")
     said = said_of_drawing(led, times, solver, 0, "all")
     assert (said["guidance"], said["guide"], said["evaluations"]) == (2.0, "no class", 10)
     assert {**said, "evaluations": 5}.items() >= said_of_drawing(model, times, solver, 0, "all").items()
     by = said_of_drawing(model.variant(guidance=2, guide=telling(0.5)), times, solver, 0, "all")
     assert by["guide"] == telling(0.5).digest()[:12]
     said = led.walk(5).said
-    assert "5 evaluations of unipc-2 on the karras grid (`undiffuse fit` finds a better one), each with one of" in said
+    assert "5 evaluations of unipc-2 on the karras-few grid (`undiffuse fit` finds a better one), each with one" in said
 
 
 def test_a_variant_of_a_guided_model_stays_guided():

@@ -10,7 +10,7 @@ import torch
 from tests.model.test_model import bright
 from tests.view.test_explore import gaussian, model
 from undiffuse.config import plain
-from undiffuse.diffusion.grid import Even, Karras, LogSnr
+from undiffuse.diffusion.grid import Even, KarrasFew, LogSnr
 from undiffuse.diffusion.parameterisation import Mu
 from undiffuse.diffusion.process import Cosine, Edm
 from undiffuse.diffusion.sampler.ancestral import Ancestral
@@ -28,12 +28,12 @@ from undiffuse.model.walk import best
 def test_few_steps_of_a_fast_solver_unless_one_is_named():
     toy = gaussian(1000)
     times, sampler, said = toy.walk()
-    assert torch.equal(times, Karras().times(toy.process, 10)) and sampler == Unipc(order=2)
+    assert torch.equal(times, KarrasFew().times(toy.process, 10)) and sampler == Unipc(order=2)
     what, other = said.split("; ")
-    assert what == "10 evaluations of unipc-2 on the karras grid (`undiffuse fit` finds a better one)"
+    assert what == "10 evaluations of unipc-2 on the karras-few grid (`undiffuse fit` finds a better one)"
     assert other == "--solver ancestral for all 1,000 steps of Algorithm 2"
     assert torch.equal(toy.sample(3, seed=4), to_uint8(toy.chain(Key(4).fold("sample").rows(3), times, sampler)))
-    assert len(toy.walk(60).times) == 61 and "on the karras grid (`undiffuse fit` finds" in toy.walk(60).said
+    assert len(toy.walk(60).times) == 61 and "on the karras-few grid (`undiffuse fit` finds" in toy.walk(60).said
     assert toy.walk(1).said.startswith("1 evaluation of unipc-2 on")
     assert torch.equal(toy.walk(5, grid="log-snr").times, LogSnr().times(toy.process, 5))
     assert toy.walk((1.0, 0.5)).times.tolist() == [1, 0.5, 0] and toy.walk((1.0, 0.5)).sampler == sampler
@@ -63,7 +63,7 @@ def test_a_fitted_grid_is_taken_where_there_is_one_of_that_length(tmp_path, monk
     assert torch.equal(times, found.grid.times(known.process, 10)) and "on the fitted grid; " in said
     longer = known.walk(41)  # than any that was fitted
     assert torch.equal(longer.times, found.grid.times(known.process, 41)) and "on the fitted grid; " in longer.said
-    assert isinstance(best(Edm(), None, None)[0], Karras)  # the one that suits the process
+    assert best(Edm(), None, None)[0] == KarrasFew()
 
 
 def test_mu_takes_all_steps_of_its_table_and_says_why():
@@ -141,7 +141,7 @@ def test_the_shipped_model_has_a_grid_of_its_own():
 
 def test_commands_say_what_nobody_named(call, tmp_path):
     toys = importlib.import_module("tests.cli.toy")
-    made, line = toys.save(tmp_path / "toy.safetensors"), "evaluations of unipc-2 on the karras grid"
+    made, line = toys.save(tmp_path / "toy.safetensors"), "evaluations of unipc-2 on the karras-few grid"
     code, out, err = call("sample", made, "-n", 2, "--npz", tmp_path / "a.npz")
     assert "solver  unipc-2\n" in out  # a name that draws the same when it is given
     hint = "(`undiffuse fit` finds a better one)"
@@ -151,4 +151,4 @@ def test_commands_say_what_nobody_named(call, tmp_path):
     code, _, err = call("progressive", made, "-n", 1, "--steps", 4, "--out", tmp_path / "x.png")
     assert code == 0 and f"4 {line}" in err
     code, _, err = call("shared", made, "-n", 2, "--out", tmp_path / "y.png")
-    assert code == 0 and "10 evaluations of dpmpp-sde on the karras grid" in err
+    assert code == 0 and "10 evaluations of dpmpp-sde on the karras-few grid" in err

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.training.test_loop import assert_equal, recipe, run, state
 from undiffuse.config import plain
 from undiffuse.diffusion.denoiser import Denoiser
-from undiffuse.diffusion.grid import Karras
+from undiffuse.diffusion.grid import KarrasFew
 from undiffuse.diffusion.sampler.unipc import Unipc
 from undiffuse.errors import Preempted, UsageError
 from undiffuse.key import Key
@@ -184,7 +184,7 @@ def test_previews_are_of_the_average_and_of_the_weights_from_the_same_noise(tmp_
     noise = Key(0).fold("preview").rows(64)
     for name, weights in (("step-000000002.png", one.ema.shadow), ("step-000000002-raw.png", one.weights)):
         model = Model(one.config, by_hand(one, weights, clip=True), {})
-        x = model.chain(noise, Karras().times(one.recipe.process, 4), Unipc(order=2))
+        x = model.chain(noise, KarrasFew().times(one.recipe.process, 4), Unipc(order=2))
         with Image.open(tmp_path / name) as picture:
             sheet = torch.from_numpy(np.array(picture))[1:, 1:].reshape(8, 9, 8, 9)[:, :8, :, :8]
         found = sheet.transpose(1, 2).reshape(64, 1, 8, 8)

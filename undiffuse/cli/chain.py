@@ -29,8 +29,8 @@ GridOpt = Annotated[
     str | None,
     typer.Option(
         "--grid",
-        help="How --steps are spread: even (in t), quadratic, log-snr, karras or fitted (see `undiffuse fit`); unless "
-        "given, fitted or karras, or with --solver what suits the process",
+        help="How --steps are spread: even (in t), quadratic, log-snr, karras, karras-few or fitted (see `undiffuse "
+        "fit`); unless given, fitted or karras-few, or with --solver what suits the process",
     ),
 ]
 SolverOpt = Annotated[

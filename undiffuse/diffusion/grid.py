@@ -105,6 +105,16 @@ class Karras(InSigma):
         return (high ** (1 / self.rho) + share * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
 
 
+@dataclass(frozen=True)
+class KarrasFew(Karras):
+    """Karras's for few steps: the last begins at σ/alpha = 0.05, as in grids that are fitted to 10 steps or more.
+
+    Below, a step of a fast solver changes next to nothing, and it is missed where the picture takes its form.
+    """
+
+    sigma_min: Positive = 0.05
+
+
 GRIDS: Table[Grid] = Table("grid", Grid, "undiffuse.diffusion.grid")
 
 

@@ -45,7 +45,8 @@ class Fitted(Grid):
     def spread(self, process: Process, steps: int) -> Float[Tensor, "steps"]:
         if not self.reaches(steps):
             raise UsageError(
-                f"the grid that was fitted to this model has one step, and {steps} is more; give 1, or --grid karras"
+                f"the grid that was fitted to this model has one step, and {steps} is more; give 1, or --grid "
+                "karras-few"
             )
         longest = len(self.walks)
         walk = torch.tensor(self.walks[min(steps, longest) - 1], dtype=F64, device="cpu")

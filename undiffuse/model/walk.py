@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undiffuse.diffusion import trajectory
-from undiffuse.diffusion.grid import GRIDS, Even, Grid, Karras, suited
+from undiffuse.diffusion.grid import GRIDS, Even, Grid, Karras, KarrasFew, suited
 from undiffuse.diffusion.numbers import F64
 from undiffuse.diffusion.process import Process
 from undiffuse.diffusion.sampler.ancestral import Ancestral
@@ -38,8 +38,8 @@ def best(process: Process, fit: Fit | None, steps: int | None) -> tuple[Grid, in
     steps = min(EVALUATIONS, process.steps or EVALUATIONS) if steps is None else steps
     if fit is not None and fit.grid.reaches(steps):
         return fit.grid, steps
-    own = suited(process)  # what is even in t suits a table, and no solver of few steps
-    return Karras() if isinstance(own, Even) else own, steps
+    own = suited(process)  # what suits a table, or all steps of Heun's method, suits no solver of few steps
+    return KarrasFew() if isinstance(own, (Even, Karras)) else own, steps
 
 
 def grid(fit: Fit | None, asked: str | Grid) -> Grid:
@@ -49,7 +49,7 @@ def grid(fit: Fit | None, asked: str | Grid) -> Grid:
         if comma:
             raise UsageError(f"grid {asked}: the fitted grid has no fields; give {fitted.NAME} alone")
         if fit is None:
-            raise UsageError("no grid is fitted to this model; make one with `undiffuse fit`, or choose karras")
+            raise UsageError("no grid is fitted to this model; make one with `undiffuse fit`, or choose karras-few")
         return fit.grid
     if head and ":" not in head and head not in GRIDS.classes:
         raise unknown("grid", head, (*GRIDS.classes, fitted.NAME))
