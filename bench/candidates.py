@@ -163,13 +163,4 @@ CANDIDATES: dict[str, list[str]] = {
     "min-SNR": [*unet(), "objective.name=min-snr"],
     "log-normal sigma": [*unet(), "objective.density.name=log-normal"],
     "straight paths": [*unet(time="logsnr"), "process.name=straight"],
-    "scale and shift, no attention, min-SNR": [*unet(modulation="scale-shift", **PLAIN), "objective.name=min-snr"],
-    "scale and shift, no attention, log-normal sigma": [
-        *unet(modulation="scale-shift", **PLAIN),
-        "objective.density.name=log-normal",
-    ],
-    "scale and shift, no attention, straight paths": [
-        *unet(modulation="scale-shift", time="logsnr", **PLAIN),
-        "process.name=straight",
-    ],
 }

@@ -1,14 +1,13 @@
 """Samples of a shipped model with classes by the scale of their guidance: how near to real ones, and how various.
 
-    python bench/guidance.py emoji-32 --data FOLDER [--guide FILE] [--steps N --solver NAME]
+    python bench/guidance.py emoji-32 --data FOLDER [--guide FILE] [--steps N --solver NAME] [--grid NAME]
 
-1,000 samples in bf16, of the default solver and its 10 steps unless others are given, the classes as often as in
-training, led away from the model's answer without a class or, with --guide, from that of worse weights of it, are
-judged by the Fréchet distance on two extractors against the training images, and by precision and recall: guidance is
-known to gain the first of these two at the cost of the other. What is there for the same weights, chain, guide and
-scale is not done again. Writes
-`bench/guidance-NAME.json`, the table `guidance-NAME` of docs/benchmarks.md and docs/images/NAME-guided.png, 16 samples
-of each class with a guidance of 2.
+1,000 samples in bf16, of the default solver and its 10 steps on the fitted grid unless others are given, the classes as
+often as in training, led away from the model's answer without a class or, with --guide, from that of worse weights of
+it, are judged by the Fréchet distance on two extractors against the training images, and by precision and recall:
+guidance is known to gain the first of these two at the cost of the other. What is there for the same weights, chain,
+guide and scale is not done again. Writes `bench/guidance-NAME.json`, the table `guidance-NAME` of docs/benchmarks.md
+and docs/images/NAME-guided.png, 16 samples of each class with a guidance of 2.
 """
 
 import argparse
@@ -70,6 +69,7 @@ def main() -> None:
     parser.add_argument("--scales", help="these alone, with commas")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--solver")
+    parser.add_argument("--grid", default="fitted")
     given = parser.parse_args()
     torch.set_num_threads(1)
     model, path = undiffuse.load(given.name, "cpu").variant(precision="bf16"), HERE / f"guidance-{given.name}.json"
@@ -83,8 +83,9 @@ def main() -> None:
         moments.update(rows, torch.arange(len(rows), dtype=torch.int64, device="cpu"))
         judges[name] = (extractor, rows, moments.mean, root(moments.covariance))
     command = f"python bench/guidance.py {given.name} --data {given.data}"
-    times, solver, _ = model.walk(given.steps, given.solver, grid="fitted")
+    times, solver, _ = model.walk(given.steps, given.solver, grid=given.grid)
     chain = f"{len(times) - 1} of {given.solver or 'the default'}"
+    chain += "" if given.grid == "fitted" else f" on {given.grid}"
     for scale in SCALES if given.scales is None else map(float, given.scales.split(",")):
         guide = OWN if weak is None or scale == 1 else weak.digest()[:12]
         own: Row = {"guide": guide, "scale": scale, "chain": chain, "weights": model.digest()[:16]}

@@ -23,7 +23,7 @@ BY_HAND = {
     "distilled": "`undiffuse distill fashion-mnist fashion-mnist --steps N --out RUN` for each N of its table, then "
     "`python bench/distilled.py RUN …`",
     "guidance-emoji-32": "`python bench/guidance.py emoji-32 --data emoji`, also with `--guide FILE --scales 1.5,2,3` "
-    "for weights of before, and with `--steps 6 --solver unipc-3 --scales 1,2`",
+    "for weights of before, with `--steps 6 --solver unipc-3 --scales 1,2` and with `--grid karras-few --scales 1,2`",
     "solvers": "`python bench/solvers.py` for each of its tables, with --n, --seed, --evaluations and names of its "
     "rows, and with --chain",
 }
