@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.options import ClipOpt, PrecisionOpt, VarianceOpt, WeightsOpt, open_model
+from undiffuse.cli.options import ClipOpt, PrecisionOpt, VarianceOpt, WeightsOpt
 from undiffuse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Chain:
                 f"--guide {self.guide} says what to lead away from, and not how much; give --guidance 2 too"
             )
         worse = None if self.guide is None else load(self.guide, device)
-        loaded = open_model(source, device, self.clip, self.variance, self.weights, self.precision)
-        return loaded.variant(guidance=self.guidance, guide=worse)
+        loaded = load(source, device, weights=self.weights)
+        return loaded.variant(self.clip, self.variance, self.precision, self.guidance, worse)
 
     def walk(self, model: "Model", noisy: bool = False, below: bool = False) -> "Walk":
         """Times and solver; its `said` tells in a line what nobody named.
