@@ -4,12 +4,13 @@ docs/images and its table of docs/benchmarks.md.
     python bench/shipped.py fashion-mnist --whole 500 --draws 4 --run RUN
 
 `--run` names the training run of the model; its log is thinned to one line per 100 steps and kept beside the JSON.
-`--then` names a run that went on from the weights of that one, with `--init`.
+`--then K RUN` names the K-th run that went on from the weights of the one before it, with `--init`.
 `--data` is where the data is, if it has no name. Each measurement is resumable: run the same command again after an
 interruption.
 """
 
 import argparse
+import itertools
 import json
 import time
 from datetime import date
@@ -67,9 +68,9 @@ def pictures(loaded: model.Model, name: str) -> dict[str, object]:
     return {"images": len(samples), "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
 
 
-def log_of(name: str, then: bool = False) -> Path:
-    """Where the thinned log of a training run is kept."""
-    return HERE / f"shipped-{name}{'-then' if then else ''}.log.jsonl"
+def log_of(name: str, then: int = 0) -> Path:
+    """Where the thinned log of a training run is kept, or of the one that went on from it as number `then`."""
+    return HERE / f"shipped-{name}{f'-then-{then}' if then else ''}.log.jsonl"
 
 
 def keep_log(run: Path, place: Path) -> dict[str, object]:
@@ -93,10 +94,15 @@ def keep_log(run: Path, place: Path) -> dict[str, object]:
     }
 
 
+def then(name: str, before: list[dict], number: str, run: str) -> list[dict]:
+    """What all runs cost that went on from the first."""
+    return [*before[: int(number) - 1], keep_log(Path(run), log_of(name, int(number))), *before[int(number) :]]
+
+
 def curve(name: str) -> None:
-    """The plot of the held-out loss, over the steps of both runs where one went on from the other."""
+    """The plot of the held-out loss, over the steps of all runs where one went on from the other."""
     steps, losses = list[int](), list[float]()
-    for place in filter(Path.exists, (log_of(name), log_of(name, then=True))):
+    for place in itertools.takewhile(Path.exists, (log_of(name, then) for then in itertools.count())):
         before = steps[-1] if steps else 0
         held = [row for row in log.read_rows(place) if "held_out" in row]
         steps += [before + row["step"] for row in held]
@@ -132,7 +138,7 @@ def table(result: dict) -> str:
     lines += [
         "",
         f"Training: {words(result['training'])}",
-        *([f"Then, from those weights: {words(result['then'])}"] if result.get("then") else []),
+        *(f"Then, from those weights: {words(each)}" for each in result["then"]),
         f"Sampling 64 images in {result['samples']['steps']} steps: {result['samples']['seconds']} s.",
         f"Machine: {result['machine']['processor']}, {result['machine']['threads']} threads, torch "
         f"{result['machine']['torch']}, Python {result['machine']['python']}; {result['date']}. "
@@ -149,7 +155,7 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=500, help="images of each split measured with every term")
     parser.add_argument("--draws", type=int, default=4, help="stratified terms an image, on the whole splits")
     parser.add_argument("--run", type=Path, help="the training run, for its log; kept from the last time unless given")
-    parser.add_argument("--then", type=Path, help="the run that went on from its weights; kept likewise")
+    parser.add_argument("--then", nargs=2, metavar=("K", "RUN"), help="the K-th that went on from it; kept likewise")
     parser.add_argument("--cache", type=Path, default=Path("runs/nll"), help="where terms are kept")
     parser.add_argument(
         "--note", help="anything a reader of the figures must know; kept from the last time unless given"
@@ -168,7 +174,7 @@ def main() -> None:
         "seed": 0,
         "note": given.note or before.get("note", ""),
         "training": keep_log(given.run, log_of(name)) if given.run else before.get("training"),
-        "then": keep_log(given.then, log_of(name, then=True)) if given.then else before.get("then"),
+        "then": then(name, before.get("then", []), *given.then) if given.then else before.get("then", []),
         "samples": pictures(loaded, name),
         "bits_per_dim": measure(loaded, name, data, given.whole, given.draws, given.cache / loaded.digest()[:16]),
     }
