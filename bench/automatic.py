@@ -23,7 +23,7 @@ from undiffuse.training.plan import Budget
 from undiffuse.training.trainer import Trainer
 
 JUDGES = {"emoji": ("classifier-emoji", "efflite0"), "fashion-mnist": ("classifier-28", "efflite0")}
-OBJECTIVES = {"simple": [], "min-SNR": ["objective.name=min-snr"]}
+OBJECTIVES = {"simple": ["objective.name=simple"], "min-SNR": ["objective.name=min-snr"]}
 CANDIDATES = {f"{data}, {name}": (data, settings) for data in JUDGES for name, settings in OBJECTIVES.items()}
 
 

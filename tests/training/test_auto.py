@@ -12,6 +12,8 @@ from PIL import Image
 import undiffuse
 from undiffuse.config import plain
 from undiffuse.data.source import ArraySource, open_raw
+from undiffuse.diffusion.density import LogNormal
+from undiffuse.diffusion.objective import Hybrid, MinSnr, Simple
 from undiffuse.errors import DataError, UsageError
 from undiffuse.machine.device import choose as choose_device
 from undiffuse.machine.store import Run
@@ -30,7 +32,7 @@ def test_forty_photographs_on_a_cpu():
     data, train, network = (getattr(choice.recipe, name) for name in ("data", "train", "network"))
     assert (data.size, data.channels, data.flip, data.hold_out) == (32, 3, False, 0.1)
     assert (train.batch, train.patience, train.decay) == (32, 0.5, "constant")
-    assert (network.channels, network.dropout) == (48, 0.2)
+    assert (network.channels, network.dropout, choice.recipe.objective) == (48, 0.2, MinSnr())
     first, second, third = choice.why
     assert first == (
         "auto: images of 32×32, RGB, because the pictures are in colour and of many sizes, half of them with a "
@@ -51,6 +53,7 @@ def test_sixty_thousand_grey_pictures_keep_their_size_and_see_a_hundred_epochs_a
 def test_a_card_takes_the_network_of_the_paper():
     recipe = choose(facts(50_000, [(32, 32)], device="cuda")).recipe
     assert (recipe.network.channels, recipe.train.batch, recipe.data.size) == (128, 128, 32)
+    assert recipe.objective == Simple()
     assert choose(facts(50_000, device="cuda")).recipe.data.size == 64
 
 
@@ -112,6 +115,13 @@ def test_one_picture_in_colour_makes_all_of_them_rgb(coloured):
 def test_what_the_user_says_wins_and_a_run_without_a_known_end_keeps_its_rate():
     recipe = choose(facts(50_000), ["data.size=16", "train.batch=8", "data.flip=true", "network.dropout=0.3"]).recipe
     assert (recipe.data.size, recipe.train.batch, recipe.data.flip, recipe.network.dropout) == (16, 8, True, 0.3)
+    for settings, objective in (
+        (["objective.name=simple"], Simple()),
+        (["objective.gamma=2"], MinSnr(2.0)),
+        (["objective.density.name=log-normal"], MinSnr(density=LogNormal())),
+        (["objective.name=hybrid", "variance.name=learned-range"], Hybrid()),
+    ):
+        assert choose(facts(50_000), settings).recipe.objective == objective
     assert choose(facts(50_000)).recipe.train.decay == "cosine"
     assert choose(facts(50_000), budget=Budget(minutes=5)).recipe.train.decay == "constant"
     assert choose(facts(), budget=Budget(steps=50)).recipe.train.warmup == 5
@@ -124,6 +134,7 @@ def test_a_model_to_begin_with_decides_its_images_and_its_network():
     recipe = choose(facts(), init=model.config).recipe
     assert recipe.data.size == (28, 28) and recipe.data.channels == 1
     assert recipe.network == model.config.network and recipe.process == model.config.process
+    assert recipe.objective == Simple()
 
 
 def test_arrays_of_other_channels_keep_them():

@@ -56,7 +56,12 @@ class Facts:
 def to_look_at(settings: Sequence[str]) -> Reading:
     """How the pictures are read that the choice is made from: as the user says, and large ones decoded smaller."""
     side = max(SIDES)
-    return replace(load_recipe("digits", settings).data.reading, least=(side, side))
+    return replace(_said(settings).data.reading, least=(side, side))
+
+
+def _said(settings: Sequence[str]) -> Recipe:
+    """What the user says himself of data and training; the rest may be of parts that are not chosen yet."""
+    return load_recipe("digits", [each for each in settings if each.strip().startswith(("data.", "train."))])
 
 
 def look_at(source: Source, spec: str | None, device: torch.device, reading: Reading = PLAIN) -> Facts:
@@ -100,7 +105,7 @@ def choose(
     """
     budget = Budget() if budget is None else budget
     given = {setting.partition("=")[0].strip() for setting in settings}
-    fixed = load_recipe("digits", settings)  # only to read what the user has set himself
+    fixed = _said(settings)
     size = fixed.data.size if "data.size" in given else init.image[1:] if init else _size(facts)
     base, small = _base(facts, size), facts.images < SMALL
     batch = fixed.train.batch if "train.batch" in given else _batch(facts)
@@ -132,6 +137,8 @@ def choose(
             "patience": 0.5 if ends_itself else 0.0,
         },
         "network": {"dropout": _dropout(facts)},
+        # Nearer to real images in few steps, and worse in bits/dim (bench/automatic.py); not measured on a card.
+        "objective": {} if _paper(facts) or init is not None else {"name": "min-snr"},
     }
     preset = plain(load_recipe(base))
     merged = {name: {**preset[name], **chosen.get(name, {})} for name in preset if isinstance(preset[name], dict)}
