@@ -163,9 +163,12 @@ def tried(script, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         monkeypatch.setattr(trial, "made_of", lambda *names: {name: judges[name] for name in names})
         monkeypatch.setattr(trial, "processor", lambda: on)
-        monkeypatch.setattr(trial, "trained", lambda *given: (done.append(f"{given[1][0]} {given[2]:g}"), {}))
+        monkeypatch.setattr(trial, "trained", lambda *given: (done.append(f"{given[0]} {given[2]:g}"), {}))
         asked = {name: ("toy.toml", [name]) for name in candidates.split()}
-        trial.run(asked, lambda *_: {}, lambda result: repr(names(result)), tuple(judges), unit=unit)
+        trial.run(
+            asked, lambda *_: {}, lambda result: repr(names(result)), tuple(judges), unit=unit,
+            opened=lambda preset, settings: (settings[0], preset),
+        )  # fmt: skip
         result = json.loads((bench / "toy.json").read_text())
         return done, result, re.findall(r"\w+", page.read_text().splitlines()[1])
 
