@@ -68,9 +68,9 @@ def pictures(loaded: model.Model, name: str) -> dict[str, object]:
     return {"images": len(samples), "steps": len(loaded.times()) - 1, "seconds": seconds, "seed": 0}
 
 
-def log_of(name: str, then: int = 0) -> Path:
-    """Where the thinned log of a training run is kept, or of the one that went on from it as number `then`."""
-    return HERE / f"shipped-{name}{f'-then-{then}' if then else ''}.log.jsonl"
+def log_of(name: str, number: int = 0) -> Path:
+    """Where the thinned log of the first training run is kept, or of the one of this number that went on from it."""
+    return HERE / f"shipped-{name}{f'-then-{number}' if number else ''}.log.jsonl"
 
 
 def keep_log(run: Path, place: Path) -> dict[str, object]:
@@ -96,13 +96,15 @@ def keep_log(run: Path, place: Path) -> dict[str, object]:
 
 def then(name: str, before: list[dict], number: str, run: str) -> list[dict]:
     """What all runs cost that went on from the first."""
+    if not 1 <= int(number) <= len(before) + 1:
+        raise SystemExit(f"--then {number}: {name} has {len(before)} such runs; give 1 to {len(before) + 1}")
     return [*before[: int(number) - 1], keep_log(Path(run), log_of(name, int(number))), *before[int(number) :]]
 
 
 def curve(name: str) -> None:
     """The plot of the held-out loss, over the steps of all runs where one went on from the other."""
     steps, losses = list[int](), list[float]()
-    for place in itertools.takewhile(Path.exists, (log_of(name, then) for then in itertools.count())):
+    for place in itertools.takewhile(Path.exists, (log_of(name, number) for number in itertools.count())):
         before = steps[-1] if steps else 0
         held = [row for row in log.read_rows(place) if "held_out" in row]
         steps += [before + row["step"] for row in held]

@@ -45,7 +45,7 @@ FEW, MANY = (4, 5, 6, 8, 10, 15, 20), (50, 250)
 GRIDS = ("even", "quadratic", "log-snr", "karras", "fitted")
 SOLVERS = ("ddim", "dpmpp-2", "dpmpp-3", "dpmpp-sde", "unipc-2", "unipc-3", "deis-3", "ipndm", "heun")
 OURS = {f"{solver}, {grid}": (solver, grid) for grid in GRIDS for solver in SOLVERS}
-OURS |= {f"{solver}, karras-few": (solver, "karras-few") for solver in ("unipc-2", "dpmpp-2", "dpmpp-sde")}
+OURS |= {f"{solver}, karras-few": (solver, "karras-few") for solver in ("unipc-2", "unipc-3", "dpmpp-2", "dpmpp-sde")}
 TRAILING, KARRAS = {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffusers DDIM": ("DDIMScheduler", TRAILING),
@@ -218,8 +218,9 @@ def main() -> None:
         images = draw()
         if images is not None:
             seconds = {"seconds": round(time.monotonic() - began, 1)}
-            grey = {"grey": float(images.double().mean())}
-            row = asked | seconds | grey | distances(images, given.work) | {"processor": processor()}
+            found = {"grey": float(images.double().mean()), **distances(images, given.work)}
+            found = {key: round(value, 6) for key, value in found.items()}
+            row = asked | seconds | found | {"processor": processor()}
             put(given.json, given.work, row, command, lambda: made_of(given.model, *EXTRACTORS), fit)
 
     test = open_source("fashion-mnist", split="test").images[given.seed * given.n : (given.seed + 1) * given.n]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import keep, machine, made_of, publish
+from machine import keep, kept, machine, made_of, publish
 
 from undiffuse.data.source import Source, open_source
 from undiffuse.machine.device import processor
@@ -49,7 +49,7 @@ def trained(recipe: Recipe, source: Source, budget: float, unit: str) -> tuple[T
 
 
 def read(path: Path) -> Found:
-    return json.loads(path.read_text()) if path.exists() else {"rows": []}
+    return {"rows": [], **kept(path)}
 
 
 def command(budget: float, unit: str) -> tuple[argparse.ArgumentParser, str]:

@@ -13,11 +13,11 @@ import undiffuse
 from undiffuse.config import plain
 from undiffuse.data.source import ArraySource, open_raw
 from undiffuse.diffusion.density import LogNormal
-from undiffuse.diffusion.objective import Hybrid, MinSnr, Simple
+from undiffuse.diffusion.objective import P2, Hybrid, MinSnr, Simple
 from undiffuse.errors import DataError, UsageError
 from undiffuse.machine.device import choose as choose_device
 from undiffuse.machine.store import Run
-from undiffuse.training.auto import Facts, choose, look_at, recipe_of, resolved
+from undiffuse.training.auto import Facts, choose, look_at, recipe_of, resolved, to_look_at
 from undiffuse.training.plan import Budget, shares
 
 MIXED = ((480, 640), (300, 200), (90, 120))
@@ -38,13 +38,14 @@ def test_forty_photographs_on_a_cpu():
         "auto: images of 32×32, RGB, because the pictures are in colour and of many sizes, half of them with a "
         "shorter side over 200; larger ones train slowly on cpu, --size 64 asks for them"
     )
-    assert "preset emoji-32 with dropout 0.2, because 40 images are few; batches of 32; cpu" in second
+    assert "preset emoji-32 with dropout 0.2, because 40 images are few; loss min-snr; batches of 32; cpu" in second
     assert "has not fallen for a third of the run, at most 9,375 steps" in third and "none is flipped" in third
 
 
 def test_sixty_thousand_grey_pictures_keep_their_size_and_see_a_hundred_epochs_at_most():
     recipe = choose(facts(60_000, [(28, 28)], grey=True, has_test=True)).recipe
     assert (recipe.data.size, recipe.data.channels, recipe.data.hold_out) == (28, 1, 0.0)
+    assert recipe.objective == Simple()
     assert (recipe.train.patience, recipe.train.decay, recipe.network.dropout) == (0.0, "cosine", 0.0)
     assert recipe.train.steps * recipe.train.batch == 2_000_000
     assert choose(facts(10_000, [(28, 28)], grey=True)).recipe.train.steps * 64 == pytest.approx(1_000_000, abs=64)
@@ -118,6 +119,7 @@ def test_what_the_user_says_wins_and_a_run_without_a_known_end_keeps_its_rate():
     for settings, objective in (
         (["objective.name=simple"], Simple()),
         (["objective.gamma=2"], MinSnr(2.0)),
+        (["objective = {name='p2'}"], P2()),
         (["objective.density.name=log-normal"], MinSnr(density=LogNormal())),
         (["objective.name=hybrid", "variance.name=learned-range"], Hybrid()),
     ):
@@ -125,6 +127,8 @@ def test_what_the_user_says_wins_and_a_run_without_a_known_end_keeps_its_rate():
     assert choose(facts(50_000)).recipe.train.decay == "cosine"
     assert choose(facts(50_000), budget=Budget(minutes=5)).recipe.train.decay == "constant"
     assert choose(facts(), budget=Budget(steps=50)).recipe.train.warmup == 5
+    for said in ("data.axes=nchw", 'data={axes="nchw"}', ' data = {axes="nchw"}'):
+        assert to_look_at([said, "objective.gamma=2"]).axes == "nchw"
     with pytest.raises(UsageError, match='has no field "data.sise". Did you mean "size"'):
         choose(facts(), ["data.sise=16"])
 

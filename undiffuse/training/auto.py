@@ -3,6 +3,7 @@
 The choice is a shipped preset with a few settings changed, all of them definite, so that `config.toml` says it whole.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -14,6 +15,7 @@ from undiffuse.config import override, parse, plain
 from undiffuse.data.made import channels
 from undiffuse.data.picture import PLAIN, Reading
 from undiffuse.data.source import Source, open_raw, spread
+from undiffuse.diffusion.objective import OBJECTIVES
 from undiffuse.errors import DataError, counted
 from undiffuse.machine import device as machine
 from undiffuse.machine import dist
@@ -61,7 +63,8 @@ def to_look_at(settings: Sequence[str]) -> Reading:
 
 def _said(settings: Sequence[str]) -> Recipe:
     """What the user says himself of data and training; the rest may be of parts that are not chosen yet."""
-    return load_recipe("digits", [each for each in settings if each.strip().startswith(("data.", "train."))])
+    sections = ("data", "train")
+    return load_recipe("digits", [each for each in settings if re.split(r"[.=]", each.strip())[0].strip() in sections])
 
 
 def look_at(source: Source, spec: str | None, device: torch.device, reading: Reading = PLAIN) -> Facts:
@@ -137,8 +140,8 @@ def choose(
             "patience": 0.5 if ends_itself else 0.0,
         },
         "network": {"dropout": _dropout(facts)},
-        # Nearer to real images in few steps, and worse in bits/dim (bench/automatic.py); not measured on a card.
-        "objective": {} if _paper(facts) or init is not None else {"name": "min-snr"},
+        # Nearer to real images in few steps for this network, and worse in bits/dim (bench/automatic.py).
+        "objective": {"name": "min-snr"} if base == "emoji-32" and init is None else {},
     }
     preset = plain(load_recipe(base))
     merged = {name: {**preset[name], **chosen.get(name, {})} for name in preset if isinstance(preset[name], dict)}
@@ -232,7 +235,7 @@ def _why(facts: Facts, recipe: Recipe, base: str, given: set[str], budget: Budge
     turn = "pictures are flipped" if data.flip else "none is flipped, --set data.flip=true does"
     return (
         f"auto: images of {width}×{height}, {kind}, {because}",
-        f"auto: {network}; batches of {train.batch}; {facts.device}",
+        f"auto: {network}; loss {OBJECTIVES.name_of(recipe.objective)}; batches of {train.batch}; {facts.device}",
         f"auto: trains {until}{counted(train.steps, 'step')}{day}; {turn}",
     )
 
