@@ -107,7 +107,7 @@ class Karras(InSigma):
 
 @dataclass(frozen=True)
 class KarrasFew(Karras):
-    """Karras's for few steps: the last begins at σ/alpha = 0.05, as in grids that are fitted to 10 to 30.
+    """Karras's for few steps: the last begins at σ/alpha = 0.05, as in grids that are fitted to 10 to 30 steps.
 
     Below, a step of a fast solver changes next to nothing, and it is missed where the picture takes its form.
     """
