@@ -133,8 +133,9 @@ def test_the_curves_of_the_presets_are_those_of_the_files():
 
 
 @pytest.mark.data
-def test_the_curve_of_fashion_mnist_is_of_the_data_of_that_name():
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-likelihood"])
+def test_the_curves_of_fashion_mnist_are_of_the_data_of_that_name(name):
     from undiffuse.data.pack import open_data
 
-    curve = load_recipe("fashion-mnist").expected["curve"][0]
+    curve = load_recipe(name).expected["curve"][0]
     assert open_data("fashion-mnist", None, 1).fingerprint() == curve["data"]
